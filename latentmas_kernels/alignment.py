@@ -1,0 +1,345 @@
+"""How a hidden state becomes the next input embedding: W_a, the target norm, and which kind suits a model.
+
+    ridge      e = W_a^T h with W_a = (U^T U + ridge I)^-1 U^T E      (LatentMAS, section 3.1)
+    identity   e = h                                                  W_a where input and output embeddings are tied
+    soft       e = sum of p_i E_i over the top-k tokens, p = softmax of their logits
+
+and e is always rescaled to the mean row norm of E. U [V, D] is the output embedding, E [V, D] the input embedding as
+its module gives it (some modules scale their weight).
+"""
+
+import copy
+import hashlib
+import json
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from latentmas_kernels.architecture import Architecture, decoder_of
+from latentmas_kernels.ops import realign
+from latentmas_kernels.storage import cache_folder, whole_file
+
+KINDS = ("auto", "ridge", "identity", "soft")
+TOP_K = 10
+"""Tokens that soft feedback mixes. On SmolLM2-135M 10 and 50 spell the same thoughts over 16 steps; fewer stay closer to
+real embeddings (mean cosine to the nearest one 0.96 against 0.94)."""
+AUTO_NATS = 1.0
+"""auto keeps W_a while a step with it stays within this distance of a step with the predicted token, and takes soft
+beyond it: see `feedback_nats`."""
+RESIDUAL = 1e-5
+CONDITION = 1e5
+CHUNK_ROWS = 8192  # vocabulary rows converted at a time: 128 MB of float32 at a width of 4096
+FORMAT = "latentmas-aligner-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Aligner:
+    """Maps what an engine gives for the last position to the embedding that is fed in next.
+
+    Attributes:
+        kind: "ridge", "identity" or "soft".
+        target_norm: the norm of every embedding that comes out.
+        weight: float32 [D_out, D_in], W_a transposed; None for identity and soft.
+        embedding: input embedding module that soft feedback looks tokens up in, else None.
+        reason: why this kind, in one line.
+        residual: relative residual of the solve (ridge), else None.
+        nats: what `feedback_nats` measured per kind, where auto chose.
+    """
+
+    kind: Literal["ridge", "identity", "soft"]
+    target_norm: float
+    weight: Tensor | None = None
+    embedding: nn.Module | None = None
+    reason: str = "asked for"
+    residual: float | None = None
+    nats: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the map starts from logits [B, V] (soft) rather than from hidden states [B, D]."""
+        return self.kind == "soft"
+
+    def __call__(self, seed: Tensor) -> Tensor:
+        """Embeddings [B, D_out] from hidden states [B, D_in], or from logits [B, V] where `needs_logits`."""
+        if self.embedding is None:
+            return realign(seed, self.weight, self.target_norm)
+        logits, tokens = seed.float().topk(min(TOP_K, seed.shape[-1]), dim=-1)
+        rows = self.embedding(tokens)
+        mean = (logits.softmax(-1)[..., None] * rows.float()).sum(-2)
+        return realign(mean.to(rows.dtype), None, self.target_norm)
+
+
+_built: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, Aligner]]" = weakref.WeakKeyDictionary()
+
+
+def build_aligner(
+    model: nn.Module, kind: str = "auto", *, ridge: float = 1e-5, target_model: nn.Module | None = None
+) -> Aligner:
+    """Build the map from a model's hidden states to the input embeddings of `target_model` (default: its own).
+
+    The solve is done once per pair of weight matrices: its result is kept in memory with the model, and on disk under a
+    fingerprint of the weights. `auto` measures both W_a and soft feedback on text that the model writes itself and keeps
+    W_a where it works; `Aligner.reason` and `Aligner.nats` say what it saw.
+
+    Args:
+        model: a causal LM of transformers; its output embedding is U.
+        kind: "auto", "ridge", "identity" or "soft".
+        ridge: the regulariser of the solve, > 0.
+        target_model: model whose input embedding is E. Another one must share the tokenizer (only the vocabulary rows
+            that both have are used), and takes "ridge" or "soft".
+
+    Raises:
+        ValueError: for an unknown kind, NaN or Inf in the embeddings, or a map that cannot be built.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"got aligner={kind!r}; supported are {', '.join(map(repr, KINDS))} or an Aligner")
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0; got {ridge}")
+    architecture = Architecture.of(model)
+    target = model if target_model is None else target_model
+    if target is not model:
+        Architecture.of(target)
+        if kind == "identity":
+            raise ValueError("aligner='identity' maps a model to itself; between two models use 'ridge' or 'soft'")
+        kind = "ridge" if kind == "auto" else kind
+    memory = _built.setdefault(model, {})
+    unembedding, embedding = model.get_output_embeddings(), target.get_input_embeddings()
+    key = (kind, ridge, _state(unembedding), _state(embedding))
+    if key not in memory:
+        memory[key] = _build(model, architecture, kind, ridge, unembedding, embedding, own=target is model)
+    return memory[key]
+
+
+@torch.no_grad()
+def _build(
+    model: nn.Module, architecture: Architecture, kind: str, ridge: float, unembedding: nn.Module, embedding: nn.Module, *, own: bool
+) -> Aligner:
+    if kind == "auto":
+        return _choose(model, architecture, ridge)
+    target_norm = _mean_norm(embedding)
+    if kind == "soft":
+        return Aligner("soft", target_norm, embedding=embedding)
+    if kind == "identity":
+        return Aligner("identity", target_norm)
+    if own and unembedding.weight.data_ptr() == embedding.weight.data_ptr():
+        return Aligner("identity", target_norm, reason="input and output embeddings are tied, which makes W_a the identity")
+    weight, residual = _stored_or_solved(unembedding, embedding, ridge)
+    return Aligner("ridge", target_norm, weight=weight.to(architecture.device), residual=residual)
+
+
+# ---- which kind suits a model --------------------------------------------------------------------------------------
+
+
+def _choose(model: nn.Module, architecture: Architecture, ridge: float) -> Aligner:
+    linear, soft = build_aligner(model, "ridge", ridge=ridge), build_aligner(model, "soft")
+    nats = feedback_nats(model, [linear, soft])
+    best = linear if nats[linear.kind] <= AUTO_NATS else soft
+    seen = ", ".join(f"{kind} {value:.2f}" for kind, value in nats.items())
+    reason = f"chosen by auto: nats between a step with the feedback and one with the predicted token: {seen}; W_a up to {AUTO_NATS:g}"
+    return replace(best, reason=reason, nats=nats)
+
+
+@torch.no_grad()
+def feedback_nats(model: Any, aligners: list[Aligner], *, rows: int = 4, tokens: int = 16, steps: int = 3) -> dict[str, float]:
+    """How far a fed-back state acts on the model from the token that it predicts, per kind of aligner.
+
+    The model writes `rows` samples of `tokens` tokens (temperature 1, fixed seed). From their ends it takes latent
+    steps; at each, the next-token distribution p behind the fed-back embedding is compared with the distribution q
+    behind the embedding of the most likely token at the same place: the mean of KL(q || p) in nats over rows and
+    steps. Near 0 the model reads its own thought as a word; where raw states are foreign to it, it is several nats off
+    and repeats itself (SmolLM2-135M: "-----"), while perplexity of later text hardly shows it.
+    """
+    architecture = Architecture.of(model)
+    decoder = decoder_of(model)
+
+    def logits_of(cache: DynamicCache, **inputs: Tensor) -> Tensor:
+        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    start = getattr(model.generation_config, "bos_token_id", None)
+    start = start[0] if isinstance(start, list) else start or 0
+    ids = torch.full((rows, 1), start, device=architecture.device)
+    draw = torch.Generator().manual_seed(0)
+    sample = DynamicCache(config=model.config)
+    # Tiny models are made for few positions; the steps need room behind the sample.
+    tokens = min(tokens, (architecture.max_positions or tokens + steps) - steps)
+    for _ in range(tokens - 1):
+        probabilities = logits_of(sample, input_ids=ids).float().softmax(-1).cpu()
+        ids = torch.multinomial(probabilities, 1, generator=draw).to(ids)
+
+    nats = {}
+    for aligner in aligners:
+        cache, inputs, total = copy.deepcopy(sample), {"input_ids": ids}, 0.0
+        for _ in range(steps):
+            before = cache if aligner.needs_logits else copy.deepcopy(cache)
+            logits = logits_of(cache, **inputs)
+            if aligner.needs_logits:
+                seed = logits
+            else:
+                seed = decoder(**inputs, past_key_values=before, use_cache=True).last_hidden_state[:, -1]
+            with_token = logits_of(copy.deepcopy(cache), input_ids=logits.argmax(-1, keepdim=True)).float().log_softmax(-1)
+            inputs = {"inputs_embeds": aligner(seed)[:, None]}
+            with_feedback = logits_of(copy.deepcopy(cache), **inputs).float().log_softmax(-1)
+            total += (with_token.exp() * (with_token - with_feedback)).sum(-1).mean().item()
+        nats[aligner.kind] = total / steps
+    return nats
+
+
+# ---- the solve -----------------------------------------------------------------------------------------------------
+
+
+def solve_ridge(unembedding: nn.Module, embedding: nn.Module, ridge: float, device: torch.device | None = None) -> tuple[Tensor, float]:
+    """W_a transposed, float32 [D_out, D_in], and the relative residual of the normal equations.
+
+    Solved in float32; again in float64 where the Cholesky factor shows a condition above 1e5, where it does not exist,
+    or where the residual is above 1e-5. The residual is taken in float64 against the weights themselves, on random
+    directions, so that it sees errors of the Gram matrix too (TF32 in the product, say).
+
+    Raises:
+        ValueError: where the float64 solve fails as well, which means NaN, Inf or weights of no rank.
+    """
+    device = device or embedding.weight.device
+    if device.type not in ("cpu", "cuda"):  # others have no float64
+        device = torch.device("cpu")
+    for dtype in (torch.float32, torch.float64):
+        gram, cross = _normal_equations(unembedding, embedding, dtype, device)
+        gram.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            continue
+        spread = factor.diagonal()
+        if dtype == torch.float32 and (spread.max() / spread.min()).square() > CONDITION:
+            continue
+        solution = torch.cholesky_solve(cross, factor)
+        residual = _residual(unembedding, embedding, ridge, solution)
+        if residual <= RESIDUAL:
+            return solution.T.float().contiguous(), residual
+    raise ValueError(
+        "the alignment W_a cannot be solved from these embeddings even in float64 (NaN, Inf, or all rows alike); "
+        "check the weights, or use aligner='soft' or 'identity'"
+    )
+
+
+def _chunks(unembedding: nn.Module, embedding: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """U and E by blocks of vocabulary rows; of two vocabularies, the rows that both have."""
+    weight = unembedding.weight
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"the output embedding is stored as {weight.dtype} {list(weight.shape)}; W_a needs a floating point matrix. "
+            "Load the lm_head unquantized, or use aligner='soft'"
+        )
+    rows = min(weight.shape[0], embedding.weight.shape[0])
+    for start in range(0, rows, CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, rows)
+        yield weight[start:stop].to(device, dtype), _rows(embedding, start, stop).to(device, dtype)
+
+
+def _rows(embedding: nn.Module, start: int, stop: int) -> Tensor:
+    return embedding(torch.arange(start, stop, device=embedding.weight.device))
+
+
+def _normal_equations(unembedding: nn.Module, embedding: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    gram = cross = None
+    for u, e in _chunks(unembedding, embedding, dtype, device):
+        gram = u.T @ u if gram is None else gram.addmm_(u.T, u)
+        cross = u.T @ e if cross is None else cross.addmm_(u.T, e)
+    return gram, cross
+
+
+def _residual(unembedding: nn.Module, embedding: nn.Module, ridge: float, solution: Tensor) -> float:
+    draw = torch.Generator().manual_seed(0)
+    probes = torch.randn(solution.shape[1], 4, generator=draw, dtype=torch.float64).to(solution.device)
+    w = solution.double() @ probes
+    left, right = ridge * w, torch.zeros_like(w)
+    for u, e in _chunks(unembedding, embedding, torch.float64, solution.device):
+        left += u.T @ (u @ w)
+        right += u.T @ (e @ probes)
+    return float((left - right).norm() / right.norm())
+
+
+def _mean_norm(embedding: nn.Module) -> float:
+    """Mean row norm of E as the module gives it."""
+    rows = embedding.weight.shape[0]
+    total = sum(
+        _rows(embedding, start, min(start + CHUNK_ROWS, rows)).float().norm(dim=1).sum(dtype=torch.float64).item()
+        for start in range(0, rows, CHUNK_ROWS)
+    )
+    if not 0 < total < float("inf"):
+        raise ValueError("the input embedding holds NaN or Inf, or nothing but zeros; load the checkpoint again")
+    return total / rows
+
+
+# ---- kept on disk --------------------------------------------------------------------------------------------------
+
+
+def _state(module: nn.Module) -> tuple:
+    weight = module.weight
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape)
+
+
+def fingerprint(unembedding: nn.Module, embedding: nn.Module, ridge: float) -> str:
+    """sha256 over both weights, what the embedding module makes of its first rows, and the ridge."""
+    digest = hashlib.sha256(f"{FORMAT} {ridge!r}".encode())
+    for tensor in (unembedding.weight, embedding.weight, _rows(embedding, 0, min(8, embedding.weight.shape[0]))):
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        for start in range(0, tensor.shape[0], CHUNK_ROWS):
+            digest.update(_bytes(tensor[start : start + CHUNK_ROWS]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+
+def _stored_or_solved(unembedding: nn.Module, embedding: nn.Module, ridge: float) -> tuple[Tensor, float]:
+    name = fingerprint(unembedding, embedding, ridge)
+    path = cache_folder() / "aligners" / f"{name}.safetensors"
+    shape = (embedding.weight.shape[1], unembedding.weight.shape[1])
+    if path.exists():
+        try:
+            return _load(path, name, shape)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"the stored alignment {path} is not used ({error}); it is built again", stacklevel=2)
+    weight, residual = solve_ridge(unembedding, embedding, ridge)
+    weight = weight.cpu()
+    try:
+        _save(path, name, weight, residual)
+    except OSError as error:
+        warnings.warn(
+            f"the alignment could not be stored in {path.parent} ({error}) and will be solved again next time; "
+            "set LATENTMAS_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+    return weight, residual
+
+
+def _save(path: Path, name: str, weight: Tensor, residual: float) -> None:
+    facts = {
+        "format": FORMAT,
+        "fingerprint": name,
+        "residual": residual,
+        "sha256": hashlib.sha256(_bytes(weight)).hexdigest(),
+    }
+    with whole_file(path) as temporary:
+        save_file({"weight": weight}, temporary, metadata={"latentmas": json.dumps(facts)})
+
+
+def _load(path: Path, name: str, shape: tuple[int, int]) -> tuple[Tensor, float]:
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {})["latentmas"])
+        weight = file.get_tensor("weight")
+    if facts["format"] != FORMAT or facts["fingerprint"] != name:
+        raise ValueError("it is of another format or model")
+    if weight.dtype != torch.float32 or tuple(weight.shape) != shape:
+        raise ValueError(f"it holds {weight.dtype} {list(weight.shape)} instead of float32 {list(shape)}")
+    if hashlib.sha256(_bytes(weight)).hexdigest() != facts["sha256"]:
+        raise ValueError("its content does not match its checksum")
+    return weight, float(facts["residual"])

@@ -1,0 +1,145 @@
+"""What this package needs to know of a Hugging Face decoder, read once; models that cannot run are refused by name."""
+
+import inspect
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+ATTENTIONS = {"sdpa", "eager"}  # the implementations that take the explicit mask which ragged rows need
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot run here; the message says what was got, what is supported and what to do."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes and limits of one decoder.
+
+    Attributes:
+        name: class of the model, for messages.
+        layers, kv_heads, head_dim: shape of the KV cache.
+        hidden_size, vocab_size: width of the hidden states; rows of the input embedding.
+        max_positions: positions that the model was made for (max_position_embeddings); None where it sets no limit.
+        windows: per layer, how many positions a query sees, itself included; None is all of them.
+        dtype, device: of the hidden states and the KV cache.
+    """
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    windows: tuple[int | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Architecture":
+        """Read a model, or raise UnsupportedModelError. Reads the configuration only, no weights."""
+        name = type(model).__name__
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(model, "get_input_embeddings"):
+            raise UnsupportedModelError(f"got a {name}, which is no transformers model; {SUPPORTED}")
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{name} is an encoder-decoder model; {SUPPORTED}")
+        if config.get_text_config(decoder=True) is not config:
+            raise UnsupportedModelError(f"{name} is multimodal; {SUPPORTED}. Load its text model by itself.")
+        types = getattr(config, "layer_types", None)
+        unknown = sorted(set(types or ()) - LAYER_TYPES)
+        if unknown:
+            raise UnsupportedModelError(f"{name} has layers of type {', '.join(unknown)}; {SUPPORTED}")
+        if getattr(model, "_is_stateful", False):
+            raise UnsupportedModelError(f"{name} keeps a recurrent state instead of keys and values; {SUPPORTED}")
+        if getattr(config, "kv_lora_rank", None) or getattr(config, "num_kv_shared_layers", None):
+            raise UnsupportedModelError(f"{name} compresses or shares its KV cache between layers; {SUPPORTED}")
+        if _output_embeddings(model) is None:
+            raise UnsupportedModelError(
+                f"{name} has no output embeddings (get_output_embeddings() gives None); {SUPPORTED}. "
+                "Load it with AutoModelForCausalLM."
+            )
+        decoder_takes = inspect.signature(decoder_of(model).forward).parameters
+        missing = {"position_ids", "inputs_embeds", "attention_mask", "past_key_values"} - set(decoder_takes)
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            missing.add("logits_to_keep")
+        if missing:
+            raise UnsupportedModelError(f"{name} does not take {', '.join(sorted(missing))} in forward(); {SUPPORTED}")
+        attention = getattr(config, "_attn_implementation", "eager")
+        if attention not in ATTENTIONS:
+            raise UnsupportedModelError(
+                f"{name} runs attention as {attention!r}, which cannot mask ragged rows; supported are "
+                f"{sorted(ATTENTIONS)}: load it with attn_implementation='sdpa'"
+            )
+        if model.training:
+            raise UnsupportedModelError(f"{name} is in training mode, where dropout is random; call model.eval() first")
+
+        heads = config.num_attention_heads
+        window = getattr(config, "sliding_window", None)
+        if types is None:  # no types: the window, if there is one, is that of every layer (Mistral)
+            types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+        embedding = model.get_input_embeddings()
+        return cls(
+            name=name,
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            hidden_size=config.hidden_size,
+            vocab_size=embedding.weight.shape[0],
+            max_positions=getattr(config, "max_position_embeddings", None),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+            dtype=model.dtype,
+            device=embedding.weight.device,
+        )
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """transformers' name of each layer's kind of attention."""
+        return tuple("full_attention" if window is None else "sliding_attention" for window in self.windows)
+
+
+def decoder_of(model: Any) -> Any:
+    """The module whose last_hidden_state is the state after the final norm: the model without its lm_head."""
+    decoder = model.get_decoder()
+    if decoder is model:
+        raise UnsupportedModelError(f"{type(model).__name__} has no decoder of its own below the lm_head; {SUPPORTED}")
+    return decoder
+
+
+def _output_embeddings(model: Any) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+_finite: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def check_finite_weights(model: nn.Module) -> None:
+    """Raise ValueError where a weight holds NaN or Inf.
+
+    Every weight is read once per model and again after it changed (seen by address and version), so that a call pays
+    for it only the first time: 0.2 s for 135M parameters in bfloat16 on two cores, 2 ms afterwards.
+    """
+    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    state = tuple((p.data_ptr(), p._version) for _, p in weights)
+    if not weights or _finite.get(model) == state:
+        return
+    # A sum needs no temporary as large as the weight. An overflow would also give Inf, so suspects are looked at.
+    sums = torch.stack([p.sum(dtype=torch.float32).to(weights[0][1].device) for _, p in weights])
+    suspects = [weights[i] for i in (~sums.isfinite()).nonzero().flatten().tolist()]
+    bad = [n for n, p in suspects if not p.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{type(model).__name__} holds NaN or Inf in {len(bad)} of its weights (first: {bad[0]}); "
+            "supported are finite weights. Load the checkpoint again, or in bfloat16 if it was cast to float16."
+        )
+    _finite[model] = state

@@ -1,0 +1,472 @@
+"""LatentCache: the KV memory that agents hand on. One preallocated buffer, ragged rows, explicit positions."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from latentmas_kernels.architecture import Architecture
+
+# Exact classes: their subclasses (quantized, indexed) keep part of what they know elsewhere.
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A named run of slots: row b holds it in the slots start[b] to stop[b] - 1."""
+
+    agent: str | None
+    kind: Literal["prompt", "latent", "text"]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+class Slots(NamedTuple):
+    """Where the new positions of one forward go. Inputs are left-padded to [B, T]; row b brings counts[b] of them.
+
+    rows, columns, slots: index of each real input, and the slot that it is written to. [N], on the cache's device.
+    positions: [B, T], position of each input; padding repeats the row's first.
+    width: slots that the longest row has after this forward.
+    stop: [B], each row's length after this forward, on the cache's device.
+    ragged: whether some row has fewer than `width` slots, or some input is padding.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    slots: Tensor
+    positions: Tensor
+    width: int
+    stop: Tensor
+    ragged: bool
+
+
+class LatentCache(Cache):
+    """Keys and values of all layers in one buffer of fixed capacity, with a length and a next position per row.
+
+    Row b uses the slots 0 to lengths[b] - 1; what lies behind is undefined and never read. Padding is never stored.
+    While all rows have the same length the object works as a transformers `Cache` in `model(...)` and
+    `model.generate(...)`, which then append to it in place; ragged rows go through `to_hf()` or this package's
+    `generate()`.
+
+    Attributes:
+        keys, values: [layers, B, kv_heads, capacity, head_dim], two views of one buffer.
+        lengths: int64 [B] on the CPU, slots in use.
+        next_position: int64 [B] on the CPU, position of the next token. Larger than the length where slots were cut out
+            and the rest kept its positions.
+        positions: int64 [B, capacity] on the cache's device, position of each slot in use.
+        segments: what the slots hold, in the order of writing.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if min(layers, batch, kv_heads, capacity, head_dim) < 1:
+            raise ValueError(
+                f"a LatentCache needs sizes of at least 1; got layers={layers}, batch={batch}, kv_heads={kv_heads}, "
+                f"capacity={capacity}, head_dim={head_dim}"
+            )
+        self._buffer = torch.empty(2, layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.next_position = torch.zeros(batch, dtype=torch.int64)
+        self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        self.segments: list[Segment] = []
+        self._donated = False
+        super().__init__(layers=[_UniformLayer(self, index) for index in range(layers)])
+
+    @classmethod
+    def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
+        """An empty cache of the shape, dtype and device that a model writes."""
+        return cls(
+            layers=architecture.layers,
+            batch=batch,
+            kv_heads=architecture.kv_heads,
+            capacity=capacity,
+            head_dim=architecture.head_dim,
+            dtype=architecture.dtype,
+            device=architecture.device,
+        )
+
+    @property
+    def keys(self) -> Tensor:
+        return self._buffer[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._buffer[1]
+
+    @property
+    def batch_size(self) -> int:
+        return self._buffer.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row."""
+        return self._buffer.shape[4]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values in use, over all rows."""
+        _, layers, _, heads, _, width = self._buffer.shape
+        return int(self.lengths.sum()) * 2 * layers * heads * width * self._buffer.element_size()
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentCache(layers={len(self)}, lengths={self.lengths.tolist()}, capacity={self.capacity}, "
+            f"dtype={self._buffer.dtype}, device={self._buffer.device}, segments={len(self.segments)})"
+        )
+
+    # ---- handing on -------------------------------------------------------------------------------------------------
+
+    def fork(self, capacity: int | None = None) -> "LatentCache":
+        """A copy that can be extended without touching this one; only slots in use are copied.
+
+        Args:
+            capacity: slots per row of the copy; this cache's own when None.
+        """
+        return self._copy(torch.arange(self.batch_size), self.capacity if capacity is None else capacity)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "LatentCache":
+        """A copy with the given rows, in the given order; a row may come more than once."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device="cpu").reshape(-1)
+        if index.numel() == 0 or not bool(((index >= 0) & (index < self.batch_size)).all()):
+            raise ValueError(f"select: got rows {index.tolist()}; this cache has rows 0 to {self.batch_size - 1}")
+        return self._copy(index, self.capacity)
+
+    def donate(self) -> "LatentCache":
+        """Let the next call that gets this cache extend it in place instead of working on a fork; returns it.
+
+        The buffer is then not grown: a call that needs more than `capacity` is refused. If the call fails, the cache is
+        as it was before.
+        """
+        self._donated = True
+        return self
+
+    def take(self, capacity: int) -> "LatentCache":
+        """The cache to extend to `capacity` slots per row: this one where it was donated, a fork otherwise."""
+        if not self._donated:
+            return self.fork(max(capacity, int(self.lengths.max())))
+        if capacity > self.capacity:
+            raise ValueError(
+                f"the donated cache has a capacity of {self.capacity} slots per row, this call needs {capacity}; "
+                f"build it with max_cache_len={capacity} or more, or pass it without donate() to work on a larger fork"
+            )
+        self._donated = False
+        return self
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """On any exception, Ctrl-C included, forget what was appended inside the block."""
+        before = self.lengths.clone(), self.next_position.clone(), list(self.segments)
+        try:
+            yield
+        except BaseException:
+            self.lengths, self.next_position, self.segments = before
+            raise
+
+    def _copy(self, rows: Tensor, capacity: int) -> "LatentCache":
+        _, layers, _, heads, _, width = self._buffer.shape
+        used = int(self.lengths[rows].max())
+        if capacity < used:
+            raise ValueError(f"a copy of {used} slots per row does not fit a capacity of {capacity}; ask for {used} or more")
+        copy = LatentCache(
+            layers=layers, batch=len(rows), kv_heads=heads, capacity=capacity, head_dim=width,
+            dtype=self._buffer.dtype, device=self._buffer.device,
+        )  # fmt: skip
+        index = rows.to(self._buffer.device)
+        source = self._buffer[..., :used, :]
+        whole = rows.tolist() == list(range(self.batch_size))  # spares the temporary that index_select makes
+        copy._buffer[..., :used, :] = source if whole else source.index_select(2, index)
+        copy.positions[:, :used] = self.positions[index, :used]
+        copy.lengths, copy.next_position = self.lengths[rows].clone(), self.next_position[rows].clone()
+        order = rows.tolist()
+        copy.segments = [
+            replace(s, start=tuple(s.start[r] for r in order), stop=tuple(s.stop[r] for r in order))
+            for s in self.segments
+        ]
+        return copy
+
+    # ---- writing (engines) ------------------------------------------------------------------------------------------
+
+    def reserve(self, counts: Tensor, columns: int) -> Slots:
+        """Plan one forward that appends counts[b] positions to row b from inputs left-padded to `columns`.
+
+        Writes the new positions into `positions`; lengths move with `advance()`, after the forward.
+        """
+        assert int((self.lengths + counts).max()) <= self.capacity, "callers check the capacity before any work"
+        padding = (columns - counts)[:, None]
+        column = torch.arange(columns)[None, :]
+        offset = (column - padding).clamp_min(0)
+        # A row that brings nothing repeats its last position, which is inside every table of positions.
+        positions = self.next_position[:, None] + torch.where(counts[:, None] > 0, offset, -1)
+        rows, cols = (column >= padding).nonzero(as_tuple=True)
+        slots = (self.lengths[:, None] + offset)[rows, cols]
+        stop = self.lengths + counts
+        width = int(stop.max())
+        ragged = bool((stop != width).any() or (counts != columns).any())
+        device = self._buffer.device
+        rows, cols, slots, positions, stop = (t.to(device) for t in (rows, cols, slots, positions, stop))
+        self.positions[rows, slots] = positions[rows, cols]
+        return Slots(rows, cols, slots, positions, width, stop, ragged)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> None:
+        """Store one layer's new keys and values, [B, kv_heads, T, head_dim] after RoPE, without the padding."""
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            store[slots.rows, :, slots.slots] = new[slots.rows, :, slots.columns].to(store.device)
+
+    def advance(self, counts: Tensor) -> None:
+        """Count the appended positions in, once all layers have written them."""
+        self.lengths = self.lengths + counts
+        self.next_position = self.next_position + counts
+
+    def add_segment(self, kind: Literal["prompt", "latent", "text"], start: Tensor) -> None:
+        """Record that the slots from start[b] to the present length of each row hold `kind`.
+
+        Goes on with the last segment where that has no agent yet, is of the same kind and ends there.
+        """
+        new = Segment(None, kind, tuple(start.tolist()), tuple(self.lengths.tolist()))
+        last = self.segments[-1] if self.segments else None
+        if last and (last.agent, last.kind, last.stop) == (None, kind, new.start):
+            self.segments[-1] = replace(last, stop=new.stop)
+        else:
+            self.segments.append(new)
+
+    def name_segments(self, agent: str) -> None:
+        """Give the segments that have no agent yet this one's name."""
+        self.segments = [s if s.agent is not None else replace(s, agent=agent) for s in self.segments]
+
+    # ---- to and from transformers -----------------------------------------------------------------------------------
+
+    def attention_mask(self, new: Tensor | None = None) -> Tensor:
+        """int64 [B, longest row (+ T)]: the mask of what `to_hf()` gives, followed by the mask [B, T] of new tokens."""
+        width = int(self.lengths.max())
+        mask = (torch.arange(width)[None, :] >= width - self.lengths[:, None]).long().to(self._buffer.device)
+        return mask if new is None else torch.cat([mask, new.to(mask)], dim=1)
+
+    def to_hf(self) -> DynamicCache:
+        """A transformers DynamicCache with the same keys and values, left-padded; `attention_mask()` is its mask.
+
+        Positions do not travel: transformers counts them from the mask. Every layer is kept in full, sliding windows
+        included, so the model's own masks are right.
+
+        Raises:
+            ValueError: where positions have gaps, which a transformers cache cannot express.
+        """
+        self._check_counted("to_hf")
+        width = int(self.lengths.max())
+        slot = torch.arange(width)[None, :] - (width - self.lengths[:, None])
+        index = slot.clamp_min(0).to(self._buffer.device)[None, :, None, :, None]
+        padding = (slot < 0).to(self._buffer.device)[None, :, None, :, None]
+
+        def padded(store: Tensor) -> Tensor:
+            used = store[:, :, :, :width]
+            return used.gather(3, index.expand_as(used)).masked_fill_(padding, 0)
+
+        return DynamicCache(ddp_cache_data=list(zip(padded(self.keys), padded(self.values), strict=True)))
+
+    @classmethod
+    def from_hf(cls, cache: Cache, attention_mask: Tensor | None = None, *, capacity: int | None = None) -> "LatentCache":
+        """Copy a transformers cache, without its padding.
+
+        Args:
+            cache: dynamic or static layers of keys and values. Layers that kept only their sliding window are fine:
+                what they dropped lies outside the window of every later query.
+            attention_mask: [B, cached tokens], 0 marks padding anywhere; None says that there is none.
+            capacity: slots per row; what is in use when None.
+
+        Raises:
+            ValueError: for other kinds of layers, an empty cache, or a mask of the wrong shape.
+        """
+        if isinstance(cache, LatentCache):
+            return cache.fork(capacity)
+        strange = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in PLAIN_LAYERS})
+        if strange:
+            raise ValueError(
+                f"got a {type(cache).__name__} with layers of type {', '.join(strange)}; "
+                f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))}"
+            )
+        length = int(cache.get_seq_length()) if cache.layers else 0
+        if length == 0:
+            raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
+        stores = [(_last(layer.keys, length), _last(layer.values, length)) for layer in cache.layers]
+        keys = stores[0][0]
+        shapes = {(k.shape[0], k.shape[1], k.shape[3], v.shape[3]) for k, v in stores}
+        if len(shapes) > 1 or keys.shape[3] != stores[0][1].shape[3]:
+            raise ValueError(
+                f"the layers of this {type(cache).__name__} differ in shape ([batch, heads, key width, value width]: "
+                f"{sorted(shapes)}); supported is one shape for all"
+            )
+        batch, heads, _, width = keys.shape
+        mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
+        if list(mask.shape) != [batch, length]:
+            raise ValueError(f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}")
+        counts = (mask != 0).sum(1)
+        capacity = int(counts.max()) if capacity is None else capacity
+        if capacity < int(counts.max()):
+            raise ValueError(f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small")
+        own = cls(
+            layers=len(stores), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
+            dtype=keys.dtype, device=keys.device,
+        )  # fmt: skip
+        rows, columns = (mask != 0).nonzero(as_tuple=True)
+        slots = ((mask != 0).cumsum(1) - 1)[rows, columns]
+        rows, columns, slots = (t.to(keys.device) for t in (rows, columns, slots))
+        for layer, pair in enumerate(stores):
+            for store, full in zip((own.keys[layer], own.values[layer]), pair, strict=True):
+                dropped = length - full.shape[2]
+                kept = columns >= dropped
+                store[rows[~kept], :, slots[~kept]] = 0
+                store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped].to(store.device)
+        own.positions[rows, slots] = slots
+        own.lengths, own.next_position = counts, counts.clone()
+        own.add_segment("prompt", torch.zeros_like(counts))
+        return own
+
+    def check_fits(self, architecture: Architecture, batch: int) -> None:
+        """Raise ValueError where this cannot be the past of `batch` rows of that model."""
+        _, layers, rows, heads, _, width = self._buffer.shape
+        got = {"layers": layers, "kv_heads": heads, "head_dim": width, "dtype": self._buffer.dtype}
+        want = {k: getattr(architecture, k) for k in got}
+        wrong = [f"{k} {got[k]} instead of {want[k]}" for k in got if got[k] != want[k]]
+        if wrong:
+            raise ValueError(
+                f"past_key_values is the cache of another model: {', '.join(wrong)} ({architecture.name}). "
+                "Pass a cache that this model wrote, or None."
+            )
+        if self._buffer.device != architecture.device:
+            raise ValueError(f"past_key_values is on {self._buffer.device}, {architecture.name} on {architecture.device}; move one")
+        if rows != batch:
+            raise ValueError(f"past_key_values has {rows} rows, the inputs have {batch}; use select(rows) to match them")
+
+    # ---- as a transformers Cache, while rows are uniform ------------------------------------------------------------
+
+    def uniform_length(self) -> int:
+        """The length of all rows; ValueError where they differ or where positions have gaps."""
+        self._check_counted("use inside a transformers model")
+        length = int(self.lengths[0])
+        if bool((self.lengths != length).any()):
+            raise ValueError(
+                f"this LatentCache has ragged rows (lengths {self.lengths.tolist()}), which a transformers model cannot "
+                "tell apart; pass to_hf() with attention_mask(), or use latentmas_kernels.generate()"
+            )
+        return length
+
+    def _check_counted(self, what: str) -> None:
+        if bool((self.next_position != self.lengths).any()):
+            raise ValueError(
+                f"{what}: the slots of this LatentCache do not have the positions 0, 1, 2, ... (lengths "
+                f"{self.lengths.tolist()}, next positions {self.next_position.tolist()}), which transformers would assume"
+            )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.uniform_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove slots of every row (transformers' sign)."""
+        count = -tokens_to_remove
+        if not 0 <= count <= int(self.lengths.min()):
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, at most {int(self.lengths.min())} here; got {tokens_to_remove}"
+            )
+        self.lengths, self.next_position = self.lengths - count, self.next_position - count
+        ends = self.lengths.tolist()
+        cut = [replace(s, stop=tuple(map(min, s.stop, ends)), start=tuple(map(min, s.start, ends))) for s in self.segments]
+        self.segments = [s for s in cut if s.start != s.stop]
+
+    def reset(self) -> None:
+        """Forget everything; the buffer stays."""
+        self.lengths, self.next_position = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
+        self.segments = []
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._become(self.select(indices))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._become(self.select(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._become(self.select(torch.arange(self.batch_size).repeat_interleave(repeats)))
+
+    def _become(self, other: "LatentCache") -> None:
+        for name in ("_buffer", "lengths", "next_position", "positions", "segments"):
+            setattr(self, name, getattr(other, name))
+
+
+class _UniformLayer(CacheLayerMixin):
+    """One layer as transformers sees it. The last layer to write counts the tokens of the forward in."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False  # True would make generate() compile the model on CUDA
+    supports_early_init = False
+    is_initialized = True
+
+    def __init__(self, cache: LatentCache, index: int) -> None:
+        self._cache, self._index = cache, index
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        return self._cache.keys[self._index, :, :, : self._cache.uniform_length()]
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self._cache.values[self._index, :, :, : self._cache.uniform_length()]
+
+    @property
+    def batch_size(self) -> int:
+        return self._cache.batch_size
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffer exists."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cache, new = self._cache, key_states.shape[2]
+        start = cache.uniform_length()
+        stop = start + new
+        if stop > cache.capacity:
+            raise ValueError(
+                f"this LatentCache has a capacity of {cache.capacity} slots per row, {stop} are needed; "
+                f"pass cache.fork(capacity={stop}) or more"
+            )
+        if key_states.shape[0] != cache.batch_size:
+            raise ValueError(f"this LatentCache has {cache.batch_size} rows, the inputs have {key_states.shape[0]}")
+        keys, values = cache.keys[self._index], cache.values[self._index]
+        keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
+        if self._index == len(cache) - 1:
+            before = cache.lengths
+            cache.positions[:, start:stop] = torch.arange(start, stop, device=cache.positions.device)
+            cache.advance(torch.full_like(before, new))
+            cache.add_segment("prompt" if new > 1 else "text", before)
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.uniform_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.uniform_length()
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity
+
+
+def _last(store: Tensor, length: int) -> Tensor:
+    """The filled part of a layer's [B, H, S, D]: the first `length` slots, or all of a window that has dropped some."""
+    return store[:, :, : min(length, store.shape[2])]

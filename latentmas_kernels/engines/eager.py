@@ -1,0 +1,105 @@
+"""The eager engine: transformers' own forward, with explicit positions and masks, on a ragged cache.
+
+Runs every model that `Architecture.of` accepts, and is what each faster engine is held against.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.architecture import Architecture, decoder_of
+from latentmas_kernels.cache import LatentCache, Slots
+from latentmas_kernels.prompt import Prompt
+
+
+class EagerEngine:
+    """See `latentmas_kernels.engines.Engine`."""
+
+    name = "eager"
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self.model, self.decoder, self.architecture = model, decoder_of(model), architecture
+
+    def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
+        slots = cache.reserve(prompt.counts, prompt.columns)
+        inputs: dict[str, Any] = {
+            "input_ids": prompt.input_ids,
+            "inputs_embeds": prompt.inputs_embeds,
+            "attention_mask": self._masks(cache, slots),
+            "position_ids": slots.positions,
+            "past_key_values": _RaggedForward(cache, slots),
+            "use_cache": True,
+        }
+        # Left-padding puts the last position of every row into the last column, which is where logits_to_keep=1 looks.
+        # The model's own forward is asked for logits, since some scale or cap them after the lm_head.
+        if logits:
+            result = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+        else:
+            result = self.decoder(**inputs).last_hidden_state[:, -1]
+        cache.advance(prompt.counts)
+        return result
+
+    def think(self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int) -> tuple[Tensor, Tensor]:
+        one_each = torch.ones(len(seed), dtype=torch.int64)
+        shape = (len(seed), steps, self.architecture.hidden_size)
+        latents = torch.empty(shape, dtype=self.architecture.dtype, device=seed.device)
+        for step in range(steps):
+            latents[:, step] = aligner(seed)
+            prompt = Prompt(one_each, inputs_embeds=latents[:, step : step + 1])
+            seed = self.extend(cache, prompt, logits=aligner.needs_logits and step + 1 < steps)
+        return latents, seed
+
+    def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
+        """The explicit mask [B, 1, T, width], one per layer type where the model mixes them.
+
+        Query q sees slot k of its row if k is in use, pos_k <= pos_q and, in a sliding layer, pos_q - pos_k < window.
+        """
+        stored = cache.positions[:, None, None, : slots.width]
+        query = slots.positions[:, None, :, None]
+        in_use = torch.arange(slots.width, device=stored.device) < slots.stop[:, None, None, None]
+        causal = in_use & (stored <= query)
+        masks = {}
+        for kind, window in zip(self.architecture.layer_types, self.architecture.windows, strict=True):
+            if kind not in masks:
+                masks[kind] = self._as_model_wants(causal if window is None else causal & (query - stored < window))
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_model_wants(self, mask: Tensor) -> Tensor:
+        if self.model.config._attn_implementation == "sdpa":
+            return mask
+        lowest = torch.finfo(self.architecture.dtype).min
+        return torch.zeros(mask.shape, dtype=self.architecture.dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+class _RaggedForward(Cache):
+    """The cache of one forward: stores the real positions in their slots, gives back all slots in use."""
+
+    def __init__(self, cache: LatentCache, slots: Slots) -> None:
+        super().__init__(layers=cache.layers)
+        self.cache, self.slots = cache, slots
+        # [B, 1, width, 1], true for slots behind a row's end: they are undefined, and 0 x NaN is NaN in attention.
+        stop, width = slots.stop, slots.width
+        self.unused = (torch.arange(width, device=stop.device) >= stop[:, None])[:, None, :, None] if slots.ragged else None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        expected = (self.cache.keys.shape[2], self.cache.keys.shape[4])
+        for states in (key_states, value_states):
+            if (states.shape[1], states.shape[3]) != expected:
+                raise ValueError(
+                    f"layer {layer_idx} writes {states.shape[1]} heads of width {states.shape[3]}, the configuration says "
+                    f"{expected[0]} of {expected[1]}; supported are models with one KV shape for all layers"
+                )
+        self.cache.write(layer_idx, key_states, value_states, self.slots)
+        return self._gather(self.cache.keys[layer_idx], key_states), self._gather(self.cache.values[layer_idx], key_states)
+
+    def _gather(self, store: Tensor, like: Tensor) -> Tensor:
+        used = store[:, :, : self.slots.width]
+        if self.unused is not None:
+            used = used.masked_fill(self.unused, 0)
+        return used.to(like.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.slots.width

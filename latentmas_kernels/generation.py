@@ -1,0 +1,348 @@
+"""latent_generate() and generate(): the two calls that an agent chain is made of."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from latentmas_kernels.alignment import Aligner, build_aligner
+from latentmas_kernels.architecture import Architecture, check_finite_weights
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines import open_engine
+from latentmas_kernels.prompt import Prompt, read_prompt
+
+
+@dataclass
+class Metrics:
+    """What a call did and how long it took. Tokens are summed over rows, without padding; seconds are wall clock.
+
+    Attributes:
+        engine: the engine that ran.
+        aligner: the kind of feedback, None for generate().
+        prefill_tokens, latent_tokens, decode_tokens: positions of the prompt, latent steps, new tokens.
+        setup_seconds: checks, aligner, the fork or allocation of the cache.
+        prefill_seconds, latent_seconds, decode_seconds: the phases; the first new token is counted as decoding.
+        kv_bytes: keys and values that the cache holds afterwards.
+    """
+
+    engine: str
+    aligner: str | None = None
+    prefill_tokens: int = 0
+    latent_tokens: int = 0
+    decode_tokens: int = 0
+    setup_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    latent_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    kv_bytes: int = 0
+
+
+@dataclass
+class LatentOutput:
+    """Result of latent_generate().
+
+    Attributes:
+        past_key_values: memory with the prompt and the latent steps.
+        latents: [B, latent_steps, D], the embeddings that were fed back, after W_a and the rescale.
+        last_hidden: [B, D], the state after the final norm at the last position.
+        metrics: counts and times.
+    """
+
+    past_key_values: LatentCache
+    latents: Tensor
+    last_hidden: Tensor
+    metrics: Metrics
+
+
+@dataclass
+class GenerateOutput:
+    """Result of generate().
+
+    Attributes:
+        sequences: int64 [B, T + new], the prompt left-padded, then the new tokens; behind a row's end the padding token.
+        past_key_values: memory with the prompt and all new tokens but each row's last, which was not fed in.
+        metrics: counts and times.
+    """
+
+    sequences: Tensor
+    past_key_values: LatentCache
+    metrics: Metrics
+
+
+class _Clock:
+    """Seconds since the last lap, with the device's queue drained first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+
+@torch.no_grad()
+def latent_generate(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    latent_steps: int = 10,
+    past_key_values: Cache | None = None,
+    aligner: str | Aligner = "auto",
+    engine: str = "auto",
+    max_cache_len: int | None = None,
+) -> LatentOutput:
+    """Read a prompt and think `latent_steps` steps in hidden states (LatentMAS, arXiv 2511.20639, section 3).
+
+    Each step maps the last hidden state to an input embedding (`build_aligner`) and feeds it in at the next position.
+    All latents are fed, so every row's memory grows by its prompt + latent_steps.
+
+    Args:
+        model: a decoder-only causal LM of transformers, in eval mode.
+        input_ids: int [B, T] on the model's device. Rows may be padded left or right.
+        attention_mask: [B, T], or [B, past + T]; 0 marks padding. None: no padding.
+        inputs_embeds: [B, T, D] in the model's dtype, instead of input_ids.
+        latent_steps: 0 or more; 0 only reads the prompt.
+        past_key_values: memory to go on from. It is not changed (a fork is extended), unless it was `donate()`d.
+        aligner: "auto", "ridge", "identity", "soft", or what `build_aligner` gave.
+        engine: "auto" or "eager".
+        max_cache_len: slots per row to allocate, for later calls to extend in place; what this call needs when None.
+
+    Returns:
+        LatentOutput.
+
+    Raises:
+        ValueError: where the model, an argument or the space does not fit, before any work is done; and where a hidden
+            state comes out as NaN or Inf.
+    """
+    architecture = Architecture.of(model)
+    clock = _Clock(architecture.device)
+    runner = open_engine(engine, model, architecture)
+    if isinstance(latent_steps, bool) or not isinstance(latent_steps, int) or latent_steps < 0:
+        raise ValueError(f"latent_steps must be an integer of 0 or more; got {latent_steps!r}")
+    prompt, past = read_prompt(architecture, input_ids, attention_mask, inputs_embeds, past_key_values)
+    capacity = _capacity(architecture, prompt, past, latent_steps, "latent steps", max_cache_len)
+    check_finite_weights(model)
+    if isinstance(aligner, str):
+        aligner = build_aligner(model, aligner)
+    _check_aligner(aligner, architecture)
+    cache = _cache(architecture, prompt, past, capacity)
+    metrics = Metrics(runner.name, aligner.kind, setup_seconds=clock.lap())
+
+    with cache.transaction():
+        start = cache.lengths
+        seed = runner.extend(cache, prompt, logits=aligner.needs_logits and latent_steps > 0)
+        cache.add_segment("prompt", start)
+        _check_finite(seed, "prompt")
+        metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
+
+        start = cache.lengths
+        latents, last_hidden = runner.think(cache, seed, aligner, latent_steps)
+        if latent_steps:
+            cache.add_segment("latent", start)
+        _check_finite(last_hidden, "latent steps")
+        metrics.latent_tokens, metrics.latent_seconds = latent_steps * len(seed), clock.lap()
+    metrics.kv_bytes = cache.kv_bytes
+    return LatentOutput(cache, latents, last_hidden, metrics)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    past_key_values: Cache | None = None,
+    max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None | Literal["auto"] = "auto",
+    pad_token_id: int | None = None,
+    streamer: Any = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    engine: str = "auto",
+) -> GenerateOutput:
+    """Decode text behind a memory. The parameters mean what they mean in transformers' `generate()`.
+
+    Args:
+        model, input_ids, attention_mask, past_key_values, engine: as in `latent_generate`. input_ids are the new tokens.
+        max_new_tokens, min_new_tokens: limits per row; min_new_tokens keeps the end-of-sequence tokens away.
+        do_sample: sample (torch's global generator, one draw per token) instead of taking the most likely token.
+        temperature, top_k, top_p: shape the distribution that is sampled; top_k of None or 0 is off.
+        eos_token_id: ends a row; "auto" takes the model's generation_config, None never stops.
+        pad_token_id: fills behind ended rows; None takes the model's, or its end-of-sequence token.
+        streamer: gets `put(ids)` for the prompt and then each step's tokens [B], and `end()`.
+        logits_processor, stopping_criteria: called with the sequences so far, prompt included (not the past).
+
+    Returns:
+        GenerateOutput.
+
+    Raises:
+        ValueError: as `latent_generate`.
+    """
+    architecture = Architecture.of(model)
+    clock = _Clock(architecture.device)
+    runner = open_engine(engine, model, architecture)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of 1 or more; got {max_new_tokens!r}")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens must be between 0 and max_new_tokens={max_new_tokens}; got {min_new_tokens}")
+    prompt, past = read_prompt(architecture, input_ids, attention_mask, None, past_key_values)
+    assert prompt.input_ids is not None
+    # The last new token is not fed in, so it needs no slot.
+    capacity = _capacity(architecture, prompt, past, max_new_tokens - 1, "new tokens but the last", None)
+    check_finite_weights(model)
+    ends = _end_tokens(model, eos_token_id)
+    if pad_token_id is None:
+        pad_token_id = model.generation_config.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = ends[0] if ends else 0
+    processors = _processors(prompt, ends, logits_processor, min_new_tokens, do_sample, temperature, top_k, top_p)
+    cache = _cache(architecture, prompt, past, capacity)
+    metrics = Metrics(runner.name, setup_seconds=clock.lap())
+
+    device = architecture.device
+    sequences = _padded(prompt, pad_token_id)
+    running = torch.ones(len(sequences), dtype=torch.bool, device=device)
+    end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
+    if streamer is not None:
+        streamer.put(sequences.cpu())
+    with cache.transaction():
+        start = cache.lengths
+        logits = runner.extend(cache, prompt, logits=True)
+        cache.add_segment("prompt", start)
+        _check_finite(logits, "prompt")
+        metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
+        start = cache.lengths
+        for step in range(max_new_tokens):
+            scores = processors(sequences, logits.float())
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
+            tokens = torch.where(running, tokens, pad_token_id)
+            metrics.decode_tokens += int(running.sum())
+            sequences = torch.cat([sequences, tokens[:, None]], dim=1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            running = running & ~torch.isin(tokens, end_ids)
+            if stopping_criteria:
+                running = running & ~stopping_criteria(sequences, scores)
+            if step + 1 == max_new_tokens or not running.any():
+                break
+            logits = runner.extend(cache, Prompt(running.long().cpu(), tokens[:, None]), logits=True)
+        if bool((cache.lengths > start).any()):
+            cache.add_segment("text", start)
+        metrics.decode_seconds = clock.lap()
+    if streamer is not None:
+        streamer.end()
+    metrics.kv_bytes = cache.kv_bytes
+    return GenerateOutput(sequences, cache, metrics)
+
+
+def _capacity(
+    architecture: Architecture, prompt: Prompt, past: LatentCache | None, more: int, what: str, max_cache_len: int | None
+) -> int:
+    """Slots per row to have, once all that the call will append is known to fit."""
+    zeros = torch.zeros_like(prompt.counts)
+    held, position = (zeros, zeros) if past is None else (past.lengths, past.next_position)
+    slots = held + prompt.counts + more
+    row = int(slots.argmax())
+    need = int(slots[row])
+    parts = f"past {int(held[row])} + prompt {int(prompt.counts[row])} + {what} {more}"
+    if max_cache_len is not None and need > max_cache_len:
+        raise ValueError(
+            f"row {row} needs {need} slots ({parts}), but max_cache_len is {max_cache_len}; "
+            f"pass max_cache_len={need} or more, or shorten the prompt"
+        )
+    last = int((position + prompt.counts + more).max())
+    if architecture.max_positions is not None and last > architecture.max_positions:
+        raise ValueError(
+            f"the call goes up to {last} positions ({parts}), but {architecture.name} was made for "
+            f"{architecture.max_positions} (max_position_embeddings); shorten the prompt or ask for fewer {what.split(' but')[0]}"
+        )
+    return need if max_cache_len is None else max_cache_len
+
+
+def _cache(architecture: Architecture, prompt: Prompt, past: LatentCache | None, capacity: int) -> LatentCache:
+    return LatentCache.for_model(architecture, len(prompt.counts), capacity) if past is None else past.take(capacity)
+
+
+def _check_aligner(aligner: Aligner, architecture: Architecture) -> None:
+    if not isinstance(aligner, Aligner):
+        raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
+    width = architecture.hidden_size
+    if aligner.weight is not None and (tuple(aligner.weight.shape) != (width, width) or aligner.weight.device != architecture.device):
+        raise ValueError(
+            f"the aligner maps to and from {list(aligner.weight.shape)} on {aligner.weight.device}; {architecture.name} "
+            f"needs {[width, width]} on {architecture.device}: build it for this model with build_aligner(model)"
+        )
+
+
+def _check_finite(result: Tensor, where: str) -> None:
+    """One read back per phase, not per step: what is NaN stays NaN in the steps behind it."""
+    finite = result.isfinite().all(dim=-1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the model's state holds NaN or Inf after the {where} in row {rows}; supported are finite states. "
+            f"In {result.dtype} that is mostly an overflow: load the model in bfloat16 or float32"
+        )
+
+
+def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> list[int]:
+    if eos_token_id == "auto":
+        eos_token_id = model.generation_config.eos_token_id
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else [int(token) for token in eos_token_id]
+
+
+def _processors(
+    prompt: Prompt,
+    ends: list[int],
+    own: LogitsProcessorList | None,
+    min_new_tokens: int,
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> LogitsProcessorList:
+    """transformers' processors in transformers' order."""
+    processors = LogitsProcessorList()
+    if min_new_tokens and ends:
+        assert prompt.input_ids is not None
+        device = prompt.input_ids.device
+        processors.append(MinNewTokensLengthLogitsProcessor(prompt.columns, min_new_tokens, ends, device=device))
+    processors.extend(own or [])
+    if do_sample:
+        if temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(temperature))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            processors.append(TopPLogitsWarper(top_p))
+    return processors
+
+
+def _padded(prompt: Prompt, pad_token_id: int) -> Tensor:
+    assert prompt.input_ids is not None
+    padding = torch.arange(prompt.columns)[None, :] < prompt.columns - prompt.counts[:, None]
+    return prompt.input_ids.long().masked_fill(padding.to(prompt.input_ids.device), pad_token_id)

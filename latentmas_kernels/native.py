@@ -1,0 +1,28 @@
+"""The C++ extension: loaded once, or the reason why it is missing."""
+
+import functools
+import importlib.util
+from types import ModuleType
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec("latentmas_kernels._C") is None:
+        return None, "not built: no C++ compiler was found at install time; install g++ or clang++, then install again"
+    try:
+        from latentmas_kernels import _C
+
+        _C.active_isa()  # raises where LATENTMAS_ISA names what this processor cannot run
+    except ImportError as error:
+        return None, f"built, but it does not load ({error}); install the package again on this machine"
+    return _C, f"{_C.active_isa()} (this processor runs: {_C.available_isas()}), OpenMP threads: {_C.openmp_threads()}"
+
+
+def extension() -> ModuleType | None:
+    """The C++ extension module, or None where it was not built."""
+    return _load()[0]
+
+
+def extension_state() -> str:
+    """One line: the instruction set in use, or why the extension is missing."""
+    return _load()[1]

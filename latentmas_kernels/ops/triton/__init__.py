@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op of latentmas_kernels.ops, under the same name."""

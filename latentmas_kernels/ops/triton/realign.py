@@ -1,0 +1,86 @@
+"""realign in Triton: formula, shapes and accumulation dtype in latentmas_kernels.ops.realign.
+
+Two launches where there is a product, since the norm needs all of its elements: the first computes W_a^T h and one
+partial sum of squares per block, the second adds the partial sums and rescales. No atomics: the same input gives the
+same bits. With the identity the second launch does all the work.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_OUT = 16  # weight rows per program: 128 programs from D_out = 2048 on, which is about what fills an H100
+BLOCK_IN = 256
+BLOCK_SCALE = 1024
+
+
+@triton.jit
+def product_kernel(
+    hidden, weight, product, squares,
+    hidden_stride, weight_stride, width_in, width_out, blocks,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """product[b, o] = sum_i weight[o, i] hidden[b, i]; squares[b, block] = sum of product[b, o]^2 over the block."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    outs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    partial = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
+    for start in range(0, width_in, BLOCK_IN):
+        ins = start + tl.arange(0, BLOCK_IN)
+        x = tl.load(hidden + row * hidden_stride + ins, mask=ins < width_in, other=0.0).to(tl.float32)
+        inside = (outs < width_out)[:, None] & (ins < width_in)[None, :]
+        w = tl.load(weight + outs[:, None].to(tl.int64) * weight_stride + ins[None, :], mask=inside, other=0.0)
+        partial += w * x[None, :]
+    y = tl.sum(partial, axis=1)
+    tl.store(product + row * width_out + outs, y, mask=outs < width_out)
+    tl.store(squares + row * blocks + block, tl.sum(y * y, axis=0))
+
+
+@triton.jit
+def rescale_kernel(
+    source, squares, out, target_norm,
+    source_stride, out_stride, width, blocks,
+    HAS_SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[b] = source[b] * target_norm / max(|source[b]|, 1e-12), the norm from the partial sums where there are any."""
+    row = tl.program_id(0)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    if HAS_SQUARES:
+        for start in range(0, blocks, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            total += tl.load(squares + row * blocks + cols, mask=cols < blocks, other=0.0)
+    else:
+        for start in range(0, width, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(source + row * source_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+            total += x * x
+    norm = tl.sqrt(tl.sum(total, axis=0))
+    # Not a maximum: that would turn a NaN norm into 1e-12 and hide it.
+    scale = target_norm / tl.where(norm < 1e-12, 1e-12, norm)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(source + row * source_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+        tl.store(out + row * out_stride + cols, (x * scale).to(out.dtype.element_ty), mask=cols < width)
+
+
+def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
+    """Launch the kernels on checked arguments; `out` is written."""
+    rows, width = out.shape
+    if rows == 0:
+        return
+    if weight is None:
+        source, squares, blocks = hidden, hidden, 0
+    else:
+        blocks = triton.cdiv(width, BLOCK_OUT)
+        source = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
+        squares = torch.empty(rows, blocks, dtype=torch.float32, device=hidden.device)
+        product_kernel[(blocks, rows)](
+            hidden, weight, source, squares,
+            hidden.stride(0), weight.stride(0), hidden.shape[1], width, blocks,
+            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN,
+        )  # fmt: skip
+    rescale_kernel[(rows,)](
+        source, squares, out, target_norm,
+        source.stride(0), out.stride(0), width, blocks,
+        HAS_SQUARES=weight is not None, BLOCK=BLOCK_SCALE,
+    )  # fmt: skip
