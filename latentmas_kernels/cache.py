@@ -265,7 +265,8 @@ class LatentCache(Cache):
         """A transformers DynamicCache with the same keys and values, left-padded; `attention_mask()` is its mask.
 
         Positions do not travel: transformers counts them from the mask. Every layer is kept in full, sliding windows
-        included, so the model's own masks are right.
+        included, so the model's own masks are right; but transformers counts a window in columns, so behind ragged rows
+        new tokens of a model with windows must not be padded (padding between past and new would use the window up).
 
         Raises:
             ValueError: where positions have gaps, which a transformers cache cannot express.

@@ -223,7 +223,7 @@ def generate(
 
     device = architecture.device
     sequences = _padded(prompt, pad_token_id)
-    running = torch.ones(len(sequences), dtype=torch.bool, device=device)
+    running = active = torch.ones(len(sequences), dtype=torch.bool, device=device)
     end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
     if streamer is not None:
         streamer.put(sequences.cpu())
@@ -237,8 +237,8 @@ def generate(
         for step in range(max_new_tokens):
             scores = processors(sequences, logits.float())
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
-            tokens = torch.where(running, tokens, pad_token_id)
-            metrics.decode_tokens += int(running.sum())
+            tokens = torch.where(active, tokens, pad_token_id)
+            metrics.decode_tokens += int(active.sum())
             sequences = torch.cat([sequences, tokens[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
@@ -247,7 +247,9 @@ def generate(
                 running = running & ~stopping_criteria(sequences, scores)
             if step + 1 == max_new_tokens or not running.any():
                 break
-            logits = runner.extend(cache, Prompt(running.long().cpu(), tokens[:, None]), logits=True)
+            if ends:  # as in transformers: without such tokens, rows that a criterion stopped go on with the batch
+                active = running
+            logits = runner.extend(cache, Prompt(active.long().cpu(), tokens[:, None]), logits=True)
         if bool((cache.lengths > start).any()):
             cache.add_segment("text", start)
         metrics.decode_seconds = clock.lap()
