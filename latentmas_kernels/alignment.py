@@ -58,7 +58,7 @@ class Aligner:
     kind: Literal["ridge", "identity", "soft"]
     target_norm: float
     weight: Tensor | None = None
-    embedding: nn.Module | None = None
+    embedding: nn.Embedding | None = None
     reason: str = "asked for"
     residual: float | None = None
     nats: dict[str, float] = field(default_factory=dict)
@@ -81,9 +81,7 @@ class Aligner:
 _built: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, Aligner]]" = weakref.WeakKeyDictionary()
 
 
-def build_aligner(
-    model: nn.Module, kind: str = "auto", *, ridge: float = 1e-5, target_model: nn.Module | None = None
-) -> Aligner:
+def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target_model: Any = None) -> Aligner:
     """Build the map from a model's hidden states to the input embeddings of `target_model` (default: its own).
 
     The solve is done once per pair of weight matrices: its result is kept in memory with the model, and on disk under a
@@ -121,7 +119,14 @@ def build_aligner(
 
 @torch.no_grad()
 def _build(
-    model: nn.Module, architecture: Architecture, kind: str, ridge: float, unembedding: nn.Module, embedding: nn.Module, *, own: bool
+    model: Any,
+    architecture: Architecture,
+    kind: str,
+    ridge: float,
+    unembedding: nn.Linear,
+    embedding: nn.Embedding,
+    *,
+    own: bool,
 ) -> Aligner:
     if kind == "auto":
         return _choose(model, architecture, ridge)
@@ -131,7 +136,9 @@ def _build(
     if kind == "identity":
         return Aligner("identity", target_norm)
     if own and unembedding.weight.data_ptr() == embedding.weight.data_ptr():
-        return Aligner("identity", target_norm, reason="input and output embeddings are tied, which makes W_a the identity")
+        return Aligner(
+            "identity", target_norm, reason="input and output embeddings are tied, which makes W_a the identity"
+        )
     weight, residual = _stored_or_solved(unembedding, embedding, ridge)
     return Aligner("ridge", target_norm, weight=weight.to(architecture.device), residual=residual)
 
@@ -139,17 +146,20 @@ def _build(
 # ---- which kind suits a model --------------------------------------------------------------------------------------
 
 
-def _choose(model: nn.Module, architecture: Architecture, ridge: float) -> Aligner:
+def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
     linear, soft = build_aligner(model, "ridge", ridge=ridge), build_aligner(model, "soft")
     nats = feedback_nats(model, [linear, soft])
     best = linear if nats[linear.kind] <= AUTO_NATS else soft
     seen = ", ".join(f"{kind} {value:.2f}" for kind, value in nats.items())
-    reason = f"chosen by auto: nats between a step with the feedback and one with the predicted token: {seen}; W_a up to {AUTO_NATS:g}"
+    apart = f"nats between a step with the feedback and one with the predicted token: {seen}"
+    reason = f"chosen by auto: {apart}; W_a up to {AUTO_NATS:g}"
     return replace(best, reason=reason, nats=nats)
 
 
 @torch.no_grad()
-def feedback_nats(model: Any, aligners: list[Aligner], *, rows: int = 4, tokens: int = 16, steps: int = 3) -> dict[str, float]:
+def feedback_nats(
+    model: Any, aligners: list[Aligner], *, rows: int = 4, tokens: int = 16, steps: int = 3
+) -> dict[str, float]:
     """How far a fed-back state acts on the model from the token that it predicts, per kind of aligner.
 
     The model writes `rows` samples of `tokens` tokens (temperature 1, fixed seed). From their ends it takes latent
@@ -175,7 +185,7 @@ def feedback_nats(model: Any, aligners: list[Aligner], *, rows: int = 4, tokens:
         probabilities = logits_of(sample, input_ids=ids).float().softmax(-1).cpu()
         ids = torch.multinomial(probabilities, 1, generator=draw).to(ids)
 
-    nats = {}
+    nats: dict[str, float] = {}
     for aligner in aligners:
         cache, inputs, total = copy.deepcopy(sample), {"input_ids": ids}, 0.0
         for _ in range(steps):
@@ -185,7 +195,9 @@ def feedback_nats(model: Any, aligners: list[Aligner], *, rows: int = 4, tokens:
                 seed = logits
             else:
                 seed = decoder(**inputs, past_key_values=before, use_cache=True).last_hidden_state[:, -1]
-            with_token = logits_of(copy.deepcopy(cache), input_ids=logits.argmax(-1, keepdim=True)).float().log_softmax(-1)
+            with_token = (
+                logits_of(copy.deepcopy(cache), input_ids=logits.argmax(-1, keepdim=True)).float().log_softmax(-1)
+            )
             inputs = {"inputs_embeds": aligner(seed)[:, None]}
             with_feedback = logits_of(copy.deepcopy(cache), **inputs).float().log_softmax(-1)
             total += (with_token.exp() * (with_token - with_feedback)).sum(-1).mean().item()
@@ -196,7 +208,7 @@ def feedback_nats(model: Any, aligners: list[Aligner], *, rows: int = 4, tokens:
 # ---- the solve -----------------------------------------------------------------------------------------------------
 
 
-def solve_ridge(unembedding: nn.Module, embedding: nn.Module, ridge: float, device: torch.device | None = None) -> tuple[Tensor, float]:
+def solve_ridge(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> tuple[Tensor, float]:
     """W_a transposed, float32 [D_out, D_in], and the relative residual of the normal equations.
 
     Solved in float32; again in float64 where the Cholesky factor shows a condition above 1e5, where it does not exist,
@@ -206,7 +218,7 @@ def solve_ridge(unembedding: nn.Module, embedding: nn.Module, ridge: float, devi
     Raises:
         ValueError: where the float64 solve fails as well, which means NaN, Inf or weights of no rank.
     """
-    device = device or embedding.weight.device
+    device = embedding.weight.device
     if device.type not in ("cpu", "cuda"):  # others have no float64
         device = torch.device("cpu")
     for dtype in (torch.float32, torch.float64):
@@ -228,7 +240,9 @@ def solve_ridge(unembedding: nn.Module, embedding: nn.Module, ridge: float, devi
     )
 
 
-def _chunks(unembedding: nn.Module, embedding: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(
+    unembedding: nn.Linear, embedding: nn.Embedding, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """U and E by blocks of vocabulary rows; of two vocabularies, the rows that both have."""
     weight = unembedding.weight
     if not weight.is_floating_point() or weight.dim() != 2:
@@ -242,19 +256,23 @@ def _chunks(unembedding: nn.Module, embedding: nn.Module, dtype: torch.dtype, de
         yield weight[start:stop].to(device, dtype), _rows(embedding, start, stop).to(device, dtype)
 
 
-def _rows(embedding: nn.Module, start: int, stop: int) -> Tensor:
+def _rows(embedding: nn.Embedding, start: int, stop: int) -> Tensor:
     return embedding(torch.arange(start, stop, device=embedding.weight.device))
 
 
-def _normal_equations(unembedding: nn.Module, embedding: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    gram = cross = None
+def _normal_equations(
+    unembedding: nn.Linear, embedding: nn.Embedding, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    widths = unembedding.weight.shape[1], embedding.weight.shape[1]
+    gram = torch.zeros(widths[0], widths[0], dtype=dtype, device=device)
+    cross = torch.zeros(widths, dtype=dtype, device=device)
     for u, e in _chunks(unembedding, embedding, dtype, device):
-        gram = u.T @ u if gram is None else gram.addmm_(u.T, u)
-        cross = u.T @ e if cross is None else cross.addmm_(u.T, e)
+        gram.addmm_(u.T, u)
+        cross.addmm_(u.T, e)
     return gram, cross
 
 
-def _residual(unembedding: nn.Module, embedding: nn.Module, ridge: float, solution: Tensor) -> float:
+def _residual(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float, solution: Tensor) -> float:
     draw = torch.Generator().manual_seed(0)
     probes = torch.randn(solution.shape[1], 4, generator=draw, dtype=torch.float64).to(solution.device)
     w = solution.double() @ probes
@@ -265,7 +283,7 @@ def _residual(unembedding: nn.Module, embedding: nn.Module, ridge: float, soluti
     return float((left - right).norm() / right.norm())
 
 
-def _mean_norm(embedding: nn.Module) -> float:
+def _mean_norm(embedding: nn.Embedding) -> float:
     """Mean row norm of E as the module gives it."""
     rows = embedding.weight.shape[0]
     total = sum(
@@ -280,12 +298,12 @@ def _mean_norm(embedding: nn.Module) -> float:
 # ---- kept on disk --------------------------------------------------------------------------------------------------
 
 
-def _state(module: nn.Module) -> tuple:
+def _state(module: nn.Linear | nn.Embedding) -> tuple:
     weight = module.weight
     return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape)
 
 
-def fingerprint(unembedding: nn.Module, embedding: nn.Module, ridge: float) -> str:
+def fingerprint(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> str:
     """sha256 over both weights, what the embedding module makes of its first rows, and the ridge."""
     digest = hashlib.sha256(f"{FORMAT} {ridge!r}".encode())
     for tensor in (unembedding.weight, embedding.weight, _rows(embedding, 0, min(8, embedding.weight.shape[0]))):
@@ -295,11 +313,12 @@ def fingerprint(unembedding: nn.Module, embedding: nn.Module, ridge: float) -> s
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's memory, for hashlib."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
-def _stored_or_solved(unembedding: nn.Module, embedding: nn.Module, ridge: float) -> tuple[Tensor, float]:
+def _stored_or_solved(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> tuple[Tensor, float]:
     name = fingerprint(unembedding, embedding, ridge)
     path = cache_folder() / "aligners" / f"{name}.safetensors"
     shape = (embedding.weight.shape[1], unembedding.weight.shape[1])

@@ -42,7 +42,7 @@ class Architecture:
     device: torch.device
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Architecture":
+    def of(cls, model: Any) -> "Architecture":
         """Read a model, or raise UnsupportedModelError. Reads the configuration only, no weights."""
         name = type(model).__name__
         config = getattr(model, "config", None)

@@ -186,7 +186,9 @@ class LatentCache(Cache):
         _, layers, _, heads, _, width = self._buffer.shape
         used = int(self.lengths[rows].max())
         if capacity < used:
-            raise ValueError(f"a copy of {used} slots per row does not fit a capacity of {capacity}; ask for {used} or more")
+            raise ValueError(
+                f"a copy of {used} slots per row does not fit a capacity of {capacity}; ask for {used} or more"
+            )
         copy = LatentCache(
             layers=layers, batch=len(rows), kv_heads=heads, capacity=capacity, head_dim=width,
             dtype=self._buffer.dtype, device=self._buffer.device,
@@ -284,7 +286,9 @@ class LatentCache(Cache):
         return DynamicCache(ddp_cache_data=list(zip(padded(self.keys), padded(self.values), strict=True)))
 
     @classmethod
-    def from_hf(cls, cache: Cache, attention_mask: Tensor | None = None, *, capacity: int | None = None) -> "LatentCache":
+    def from_hf(
+        cls, cache: Cache, attention_mask: Tensor | None = None, *, capacity: int | None = None
+    ) -> "LatentCache":
         """Copy a transformers cache, without its padding.
 
         Args:
@@ -307,7 +311,8 @@ class LatentCache(Cache):
         length = int(cache.get_seq_length()) if cache.layers else 0
         if length == 0:
             raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
-        stores = [(_last(layer.keys, length), _last(layer.values, length)) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        stores = [(_last(layer.keys, length), _last(layer.values, length)) for layer in layers]
         keys = stores[0][0]
         shapes = {(k.shape[0], k.shape[1], k.shape[3], v.shape[3]) for k, v in stores}
         if len(shapes) > 1 or keys.shape[3] != stores[0][1].shape[3]:
@@ -318,11 +323,15 @@ class LatentCache(Cache):
         batch, heads, _, width = keys.shape
         mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
         if list(mask.shape) != [batch, length]:
-            raise ValueError(f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}")
+            raise ValueError(
+                f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}"
+            )
         counts = (mask != 0).sum(1)
         capacity = int(counts.max()) if capacity is None else capacity
         if capacity < int(counts.max()):
-            raise ValueError(f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small")
+            raise ValueError(
+                f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
+            )
         own = cls(
             layers=len(stores), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
             dtype=keys.dtype, device=keys.device,
@@ -353,9 +362,13 @@ class LatentCache(Cache):
                 "Pass a cache that this model wrote, or None."
             )
         if self._buffer.device != architecture.device:
-            raise ValueError(f"past_key_values is on {self._buffer.device}, {architecture.name} on {architecture.device}; move one")
+            raise ValueError(
+                f"past_key_values is on {self._buffer.device}, {architecture.name} on {architecture.device}; move one"
+            )
         if rows != batch:
-            raise ValueError(f"past_key_values has {rows} rows, the inputs have {batch}; use select(rows) to match them")
+            raise ValueError(
+                f"past_key_values has {rows} rows, the inputs have {batch}; use select(rows) to match them"
+            )
 
     # ---- as a transformers Cache, while rows are uniform ------------------------------------------------------------
 
@@ -385,11 +398,14 @@ class LatentCache(Cache):
         count = -tokens_to_remove
         if not 0 <= count <= int(self.lengths.min()):
             raise ValueError(
-                f"crop takes minus the number of tokens to remove, at most {int(self.lengths.min())} here; got {tokens_to_remove}"
+                f"crop takes minus the number of tokens to remove, at most {int(self.lengths.min())} here; "
+                f"got {tokens_to_remove}"
             )
         self.lengths, self.next_position = self.lengths - count, self.next_position - count
         ends = self.lengths.tolist()
-        cut = [replace(s, stop=tuple(map(min, s.stop, ends)), start=tuple(map(min, s.start, ends))) for s in self.segments]
+        cut = [
+            replace(s, stop=tuple(map(min, s.stop, ends)), start=tuple(map(min, s.start, ends))) for s in self.segments
+        ]
         self.segments = [s for s in cut if s.start != s.stop]
 
     def reset(self) -> None:

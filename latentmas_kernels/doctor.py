@@ -23,7 +23,9 @@ class Report:
 
 def doctor() -> Report:
     """Look at versions, devices, the native extension and Triton."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     triton = _version("triton")
     if triton == "not installed":
         kernels = "off: triton is not installed"

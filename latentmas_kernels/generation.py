@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     Cache,
     LogitsProcessorList,
@@ -97,7 +97,7 @@ class _Clock:
 
 @torch.no_grad()
 def latent_generate(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
@@ -164,7 +164,7 @@ def latent_generate(
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -235,7 +235,7 @@ def generate(
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
         start = cache.lengths
         for step in range(max_new_tokens):
-            scores = processors(sequences, logits.float())
+            scores = processors(sequences, logits.float())  # type: ignore[arg-type]
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
             tokens = torch.where(active, tokens, pad_token_id)
             metrics.decode_tokens += int(active.sum())
@@ -260,7 +260,12 @@ def generate(
 
 
 def _capacity(
-    architecture: Architecture, prompt: Prompt, past: LatentCache | None, more: int, what: str, max_cache_len: int | None
+    architecture: Architecture,
+    prompt: Prompt,
+    past: LatentCache | None,
+    more: int,
+    what: str,
+    max_cache_len: int | None,
 ) -> int:
     """Slots per row to have, once all that the call will append is known to fit."""
     zeros = torch.zeros_like(prompt.counts)
@@ -278,7 +283,8 @@ def _capacity(
     if architecture.max_positions is not None and last > architecture.max_positions:
         raise ValueError(
             f"the call goes up to {last} positions ({parts}), but {architecture.name} was made for "
-            f"{architecture.max_positions} (max_position_embeddings); shorten the prompt or ask for fewer {what.split(' but')[0]}"
+            f"{architecture.max_positions} (max_position_embeddings); shorten the prompt, or ask for fewer "
+            f"{what.removesuffix(' but the last')}"
         )
     return need if max_cache_len is None else max_cache_len
 
@@ -291,7 +297,9 @@ def _check_aligner(aligner: Aligner, architecture: Architecture) -> None:
     if not isinstance(aligner, Aligner):
         raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
     width = architecture.hidden_size
-    if aligner.weight is not None and (tuple(aligner.weight.shape) != (width, width) or aligner.weight.device != architecture.device):
+    if aligner.weight is not None and (
+        tuple(aligner.weight.shape) != (width, width) or aligner.weight.device != architecture.device
+    ):
         raise ValueError(
             f"the aligner maps to and from {list(aligner.weight.shape)} on {aligner.weight.device}; {architecture.name} "
             f"needs {[width, width]} on {architecture.device}: build it for this model with build_aligner(model)"
@@ -332,7 +340,7 @@ def _processors(
     if min_new_tokens and ends:
         assert prompt.input_ids is not None
         device = prompt.input_ids.device
-        processors.append(MinNewTokensLengthLogitsProcessor(prompt.columns, min_new_tokens, ends, device=device))
+        processors.append(MinNewTokensLengthLogitsProcessor(prompt.columns, min_new_tokens, ends, device=str(device)))
     processors.extend(own or [])
     if do_sample:
         if temperature != 1.0:

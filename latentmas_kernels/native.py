@@ -1,8 +1,10 @@
 """The C++ extension: loaded once, or the reason why it is missing."""
 
 import functools
+import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 
 @functools.cache
@@ -10,7 +12,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("latentmas_kernels._C") is None:
         return None, "not built: no C++ compiler was found at install time; install g++ or clang++, then install again"
     try:
-        from latentmas_kernels import _C
+        _C = importlib.import_module("latentmas_kernels._C")
 
         _C.active_isa()  # raises where LATENTMAS_ISA names what this processor cannot run
     except ImportError as error:
@@ -18,7 +20,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, f"{_C.active_isa()} (this processor runs: {_C.available_isas()}), OpenMP threads: {_C.openmp_threads()}"
 
 
-def extension() -> ModuleType | None:
+def extension() -> Any:
     """The C++ extension module, or None where it was not built."""
     return _load()[0]
 

@@ -54,7 +54,9 @@ def read_prompt(
     past_columns = 0
     if past is not None:
         if not isinstance(past, Cache):
-            raise ValueError(f"past_key_values must be a LatentCache or another transformers Cache; got {type(past).__name__}")
+            raise ValueError(
+                f"past_key_values must be a LatentCache or another transformers Cache; got {type(past).__name__}"
+            )
         past_columns = int(past.lengths.max()) if isinstance(past, LatentCache) else int(past.get_seq_length())
     mask, past_mask = _masks(attention_mask, batch, columns, past_columns)
     if isinstance(past, LatentCache):
@@ -105,7 +107,9 @@ def _given(architecture: Architecture, input_ids: Tensor | None, inputs_embeds: 
     if given.shape[0] == 0 or given.shape[1] == 0:
         raise ValueError(f"{name} is empty ({list(given.shape)}); every row needs at least one token")
     if given.device != architecture.device:
-        raise ValueError(f"{name} is on {given.device}, {architecture.name} on {architecture.device}; move it with .to(model.device)")
+        raise ValueError(
+            f"{name} is on {given.device}, {architecture.name} on {architecture.device}; move it with .to(model.device)"
+        )
     return given
 
 

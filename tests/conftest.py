@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latentmas.default_model import default_model_folder
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-
-from latentmas.default_model import default_model_folder
 
 VOCAB = 97
 TINY = {
@@ -33,7 +32,11 @@ TINY = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-MIXED = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 # The four families that faster engines pack, windows of 8 and mixed layer types among them.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},

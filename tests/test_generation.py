@@ -52,7 +52,9 @@ def test_other_families_equal_plain_loop(name):
     ids, mask = ragged([3, 14, 1])
     for kind in ("ridge", "soft"):
         thought = latent_generate(model, ids, mask, latent_steps=4, aligner=kind)
-        spoken = generate(model, ids, mask, past_key_values=thought.past_key_values, max_new_tokens=6, eos_token_id=None)
+        spoken = generate(
+            model, ids, mask, past_key_values=thought.past_key_values, max_new_tokens=6, eos_token_id=None
+        )
         for row in range(3):
             alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
             latents, _ = alone.think(real(ids, mask, row), 4)
@@ -69,7 +71,9 @@ def test_row_alone_equals_row_in_batch(family_model):
         alone_ids = real(ids, mask, row)
         alone = latent_generate(family_model, alone_ids, latent_steps=5, aligner="ridge")
         assert_latents_close(batch.latents[row], alone.latents[0])
-        text = generate(family_model, alone_ids, past_key_values=alone.past_key_values, max_new_tokens=8, eos_token_id=None)
+        text = generate(
+            family_model, alone_ids, past_key_values=alone.past_key_values, max_new_tokens=8, eos_token_id=None
+        )
         assert said.sequences[row, -8:].tolist() == text.sequences[0, -8:].tolist()
 
 
@@ -129,7 +133,9 @@ def test_far_positions():
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @torch.no_grad()
 def test_head_shapes(heads, head_dim):
-    model = tiny_model("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim, num_hidden_layers=2)
+    model = tiny_model(
+        "llama", num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim, num_hidden_layers=2
+    )
     ids, mask = ragged([5, 2, 9])
     out = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge")
     for row in range(3):
@@ -144,7 +150,9 @@ def test_batch_of_nineteen():
     ids, mask = ragged(lengths)
     out = generate(model, ids, mask, max_new_tokens=5, eos_token_id=None)
     for row in range(19):
-        assert out.sequences[row, -5:].tolist() == PlainLoop(model, feed_back(model, "ridge")).speak(real(ids, mask, row), 5)
+        assert out.sequences[row, -5:].tolist() == PlainLoop(model, feed_back(model, "ridge")).speak(
+            real(ids, mask, row), 5
+        )
 
 
 @pytest.mark.parametrize("kind", ["ridge", "soft"])
@@ -170,15 +178,25 @@ def test_default_model_ragged_chain(default_model, default_tokenizer):
     float64 one after five soft steps and 6e-5 after ten, so there a multiple of that distance is the limit.
     """
     exact = copy.deepcopy(default_model).double()
-    texts = ["Hello", "What is the capital of France?", "2 + 2 =", "Name a colour, any colour you like, but only one.", "Why?"]
+    texts = [
+        "Hello",
+        "What is the capital of France?",
+        "2 + 2 =",
+        "Name a colour, any colour you like, but only one.",
+        "Why?",
+    ]
     rows = [default_tokenizer(t).input_ids for t in texts]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     for kind in ("identity", "soft"):
         first = latent_generate(default_model, ids, mask, latent_steps=5, aligner=kind)
-        second = latent_generate(default_model, ids, mask, latent_steps=5, aligner=kind, past_key_values=first.past_key_values)
-        said = generate(default_model, ids, mask, past_key_values=second.past_key_values, max_new_tokens=12, eos_token_id=None)
+        second = latent_generate(
+            default_model, ids, mask, latent_steps=5, aligner=kind, past_key_values=first.past_key_values
+        )
+        said = generate(
+            default_model, ids, mask, past_key_values=second.past_key_values, max_new_tokens=12, eos_token_id=None
+        )
         back, exact_back = feed_back(default_model, kind), feed_back(exact, kind)
         for row in range(5):
             alone, truth = PlainLoop(default_model, back), PlainLoop(exact, exact_back)
@@ -192,7 +210,9 @@ def test_default_model_ragged_chain(default_model, default_tokenizer):
 def count_lm_head(model, call):
     """Positions that went through the lm_head during a call."""
     seen = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1].numel()))
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda m, args, out: seen.append(args[0].shape[:-1].numel())
+    )
     try:
         call()
     finally:
@@ -203,11 +223,25 @@ def count_lm_head(model, call):
 def test_lm_head_runs_only_where_it_must(family_model):
     ids, mask = ragged(LENGTHS)
     for kind in ("ridge", "identity"):
-        assert count_lm_head(family_model, lambda k=kind: latent_generate(family_model, ids, mask, latent_steps=4, aligner=k)) == []
+        assert (
+            count_lm_head(
+                family_model, lambda k=kind: latent_generate(family_model, ids, mask, latent_steps=4, aligner=k)
+            )
+            == []
+        )
     # soft feedback: once behind the prompt and behind every step but the last, each time on one position per row
-    assert count_lm_head(family_model, lambda: latent_generate(family_model, ids, mask, latent_steps=4, aligner="soft")) == [5] * 4
-    assert count_lm_head(family_model, lambda: latent_generate(family_model, ids, mask, latent_steps=0, aligner="soft")) == []
-    assert count_lm_head(family_model, lambda: generate(family_model, ids, mask, max_new_tokens=3, eos_token_id=None)) == [5] * 3
+    assert (
+        count_lm_head(family_model, lambda: latent_generate(family_model, ids, mask, latent_steps=4, aligner="soft"))
+        == [5] * 4
+    )
+    assert (
+        count_lm_head(family_model, lambda: latent_generate(family_model, ids, mask, latent_steps=0, aligner="soft"))
+        == []
+    )
+    assert (
+        count_lm_head(family_model, lambda: generate(family_model, ids, mask, max_new_tokens=3, eos_token_id=None))
+        == [5] * 3
+    )
 
 
 def test_no_list_of_hidden_states_is_collected(model, monkeypatch):
@@ -260,7 +294,9 @@ def test_transformers_continues_from_our_cache(family_model):
 @pytest.mark.real_model
 @torch.no_grad()
 def test_transformers_continues_on_the_default_model(default_model, default_tokenizer):
-    tokenized = default_tokenizer(["Tell me about the sea.", "Why?"], padding=True, padding_side="left", return_tensors="pt")
+    tokenized = default_tokenizer(
+        ["Tell me about the sea.", "Why?"], padding=True, padding_side="left", return_tensors="pt"
+    )
     memory = latent_generate(default_model, **tokenized, latent_steps=5, aligner="soft").past_key_values
     ours = generate(default_model, **tokenized, past_key_values=memory, max_new_tokens=16, eos_token_id=None)
     theirs = default_model.generate(
@@ -280,9 +316,17 @@ def test_we_continue_from_a_transformers_cache(family_model):
     past = family_model(ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
     before = [layer.keys.clone() for layer in past.layers]
     ours = generate(family_model, new, both, past_key_values=past, max_new_tokens=7, eos_token_id=None)
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, past.layers, strict=True)), "the caller's cache changed"
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, past.layers, strict=True)), (
+        "the caller's cache changed"
+    )
     theirs = family_model.generate(
-        new, past_key_values=past, attention_mask=both, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0
+        new,
+        past_key_values=past,
+        attention_mask=both,
+        max_new_tokens=7,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     assert torch.equal(ours.sequences[:, -7:], theirs[:, -7:])
 
@@ -326,11 +370,15 @@ def test_generate_equals_transformers(lengths, new, minimum, ends, penalty, divi
     assert ours.tolist() == theirs.tolist()
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"temperature": 1.4, "top_k": 20, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"temperature": 1.4, "top_k": 20, "top_p": 0.9}]
+)
 def test_sampling_draws_what_transformers_draws(model, options):
     ids, mask = ragged([6, 6])
     torch.manual_seed(3)
-    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=True, eos_token_id=None, pad_token_id=0, **options)
+    theirs = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=True, eos_token_id=None, pad_token_id=0, **options
+    )
     torch.manual_seed(3)
     ours = generate(model, ids, mask, max_new_tokens=12, do_sample=True, eos_token_id=None, **options)
     assert ours.sequences.tolist() == theirs.tolist()
@@ -374,7 +422,13 @@ def test_metrics_count_real_tokens(model):
     ids, mask = ragged(LENGTHS)
     thought = latent_generate(model, ids, mask, latent_steps=3, aligner="identity")
     m = thought.metrics
-    assert (m.engine, m.aligner, m.prefill_tokens, m.latent_tokens, m.decode_tokens) == ("eager", "identity", sum(LENGTHS), 15, 0)
+    assert (m.engine, m.aligner, m.prefill_tokens, m.latent_tokens, m.decode_tokens) == (
+        "eager",
+        "identity",
+        sum(LENGTHS),
+        15,
+        0,
+    )
     assert min(m.setup_seconds, m.prefill_seconds, m.latent_seconds) > 0
     per_slot = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
     assert m.kv_bytes == (sum(LENGTHS) + 15) * per_slot
@@ -384,7 +438,12 @@ def test_metrics_count_real_tokens(model):
 
 
 def snapshot(cache):
-    return cache.lengths.clone(), cache.next_position.clone(), list(cache.segments), cache.keys[..., : int(cache.lengths.max()), :].clone()
+    return (
+        cache.lengths.clone(),
+        cache.next_position.clone(),
+        list(cache.segments),
+        cache.keys[..., : int(cache.lengths.max()), :].clone(),
+    )
 
 
 def assert_unchanged(cache, before):
@@ -475,7 +534,9 @@ def test_bad_input_is_refused_before_any_work(model, change, words):
     ids, mask = ragged([4, 6])
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are checked below)
-        latent_generate(model, **{"input_ids": ids, "attention_mask": mask, "latent_steps": 4, "aligner": "ridge", **change})
+        latent_generate(
+            model, **{"input_ids": ids, "attention_mask": mask, "latent_steps": 4, "aligner": "ridge", **change}
+        )
     for word in words:
         assert word in str(caught.value)
 

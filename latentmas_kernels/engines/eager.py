@@ -6,7 +6,7 @@ Runs every model that `Architecture.of` accepts, and is what each faster engine 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
@@ -20,7 +20,7 @@ class EagerEngine:
 
     name = "eager"
 
-    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.decoder, self.architecture = model, decoder_of(model), architecture
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
@@ -82,9 +82,13 @@ class _RaggedForward(Cache):
         self.cache, self.slots = cache, slots
         # [B, 1, width, 1], true for slots behind a row's end: they are undefined, and 0 x NaN is NaN in attention.
         stop, width = slots.stop, slots.width
-        self.unused = (torch.arange(width, device=stop.device) >= stop[:, None])[:, None, :, None] if slots.ragged else None
+        self.unused = (
+            (torch.arange(width, device=stop.device) >= stop[:, None])[:, None, :, None] if slots.ragged else None
+        )
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         expected = (self.cache.keys.shape[2], self.cache.keys.shape[4])
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3]) != expected:
@@ -93,7 +97,9 @@ class _RaggedForward(Cache):
                     f"{expected[0]} of {expected[1]}; supported are models with one KV shape for all layers"
                 )
         self.cache.write(layer_idx, key_states, value_states, self.slots)
-        return self._gather(self.cache.keys[layer_idx], key_states), self._gather(self.cache.values[layer_idx], key_states)
+        return self._gather(self.cache.keys[layer_idx], key_states), self._gather(
+            self.cache.values[layer_idx], key_states
+        )
 
     def _gather(self, store: Tensor, like: Tensor) -> Tensor:
         used = store[:, :, : self.slots.width]

@@ -73,7 +73,9 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
                 f"got {weight.dtype} {list(weight.shape)} with strides {weight.stride()}"
             )
         width = weight.shape[0]
-    if out is not None and (list(out.shape) != [hidden.shape[0], width] or out.dtype != hidden.dtype or out.stride(1) != 1):
+    if out is not None and (
+        list(out.shape) != [hidden.shape[0], width] or out.dtype != hidden.dtype or out.stride(1) != 1
+    ):
         raise ValueError(
             f"realign: out must be {hidden.dtype} {[hidden.shape[0], width]} with contiguous rows; "
             f"got {out.dtype} {list(out.shape)} with strides {out.stride()}"

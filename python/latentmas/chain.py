@@ -38,7 +38,9 @@ class Chain:
     def __init__(self, model: Any, tokenizer: Any, agents: Sequence[Agent], *, aligner: str | Aligner = "auto") -> None:
         thinkers, judger = list(agents[:-1]), agents[-1] if agents else None
         if judger is None or judger.max_new_tokens is None or any(a.latent_steps is None for a in thinkers):
-            raise ValueError("a chain needs agents that think (latent_steps) followed by one that answers (max_new_tokens)")
+            raise ValueError(
+                "a chain needs agents that think (latent_steps) followed by one that answers (max_new_tokens)"
+            )
         self.model, self.tokenizer, self.agents = model, tokenizer, [*thinkers, judger]
         self.aligner = build_aligner(model, aligner) if isinstance(aligner, str) else aligner
 
@@ -93,7 +95,9 @@ class Chain:
                 answers = [s.strip() for s in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
             memory.name_segments(agent.name)
             seconds = time.perf_counter() - began
-            turns.append(Turn(agent.name, metrics.prefill_tokens, metrics.latent_tokens, metrics.decode_tokens, seconds))
+            turns.append(
+                Turn(agent.name, metrics.prefill_tokens, metrics.latent_tokens, metrics.decode_tokens, seconds)
+            )
         assert memory is not None
         return ChainResult(answers, turns, self.aligner, memory)
 

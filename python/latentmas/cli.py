@@ -69,7 +69,9 @@ def run(
     for column in ("prompt tokens", "latent steps", "new tokens", "seconds"):
         table.add_column(column, justify="right")
     for turn in result.turns:
-        table.add_row(turn.agent, *map(str, (turn.prompt_tokens, turn.latent_steps, turn.new_tokens)), f"{turn.seconds:.2f}")
+        table.add_row(
+            turn.agent, *map(str, (turn.prompt_tokens, turn.latent_steps, turn.new_tokens)), f"{turn.seconds:.2f}"
+        )
     out.print(table)
     out.print(f"\n{seconds:.2f} s for the chain, {loading:.2f} s to load and set up", highlight=False)
     out.print(f"feedback: {result.aligner.kind} ({result.aligner.reason})", soft_wrap=True, highlight=False)

