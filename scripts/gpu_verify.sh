@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with a GPU, without a network:
+#
+#   scripts/gpu_verify.sh [build|tests|steps|realign ...]      (default: all of them, in this order)
+#
+# Needs a python3 that has torch, transformers, triton, numpy, rich, pybind11, setuptools, cmake, ninja, hypothesis, pytest,
+# pytest-xdist and pytest-benchmark. Numbers go to benchmarks/results/<name of the GPU>.json, where the stages that
+# passed are marked as well: a stage that has its mark is skipped, so a run that was cut off goes on with the next.
+#
+#   FORCE=1          run the stages again that are marked
+#   DEVICE=cpu       a dry run without a GPU, few rounds, into benchmarks/results/cpu.json
+#   PYTHON=...       another python than python3
+#   COMMIT=...       what the marks should say where there is no git repository
+#   OUT=folder       copy results and logs there
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3} LOGS=build/gpu_verify
+SECONDS_PER_STAGE=${SECONDS_PER_STAGE:-450}
+COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
+# pyproject's `-n auto` would take every core of a large machine, and each worker a CUDA context.
+export WORKERS=8 ROUNDS=7 STEPS=20
+if [ "$DEVICE" = cpu ]; then export WORKERS=2 ROUNDS=1 STEPS=2; fi
+# For a build in place (see stage_build); does no harm beside an installed package.
+export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$LOGS"
+
+name=$(PYTHONPATH=benchmarks:$PYTHONPATH "$PYTHON" - <<'EOF'
+import os, re, torch
+from bandwidth import device_name
+if os.environ["DEVICE"] == "cuda" and not torch.cuda.is_available():
+    raise SystemExit("no CUDA device here; DEVICE=cpu makes a dry run")
+print("cpu" if os.environ["DEVICE"] == "cpu" else re.sub("[^a-z0-9]+", "-", device_name("cuda").lower()).strip("-"))
+EOF
+)
+export RESULTS=benchmarks/results/$name.json
+
+is_built() { "$PYTHON" -c "import latentmas_kernels._C, latentmas" 2>/dev/null; }
+
+stage_build() {
+    # Editable, so that tests and benchmarks, which run in this folder, see the package that was built. Where the
+    # environment cannot be written, the extension alone is built next to its sources.
+    "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check -e . ||
+        "$PYTHON" setup.py build_ext --inplace
+    "$PYTHON" -c "import latentmas_kernels._C; from latentmas_kernels import doctor; print(doctor())"
+}
+
+stage_tests() {
+    # The op on the device; the cache and the generation on CPU tensors, with this machine's versions of everything.
+    "$PYTHON" -m pytest -n "$WORKERS" -m "not real_model" tests/test_realign.py tests/test_cache.py tests/test_generation.py
+}
+
+stage_steps() {
+    "$PYTHON" -u benchmarks/bench_steps.py --device "$DEVICE" --dtype bfloat16 --shape qwen3-0.6b smollm2-135m \
+        --batch 1 8 --kv 256 --steps "$STEPS" --rounds "$ROUNDS" --out "$RESULTS"
+}
+
+stage_realign() {
+    "$PYTHON" -m pytest benchmarks/bench_realign.py --device "$DEVICE" --results "$RESULTS"
+}
+
+# mark STAGE passed|failed SECONDS: into the results, with the commit, the date and the end of the stage's log.
+mark() {
+    PYTHONPATH=benchmarks:$PYTHONPATH "$PYTHON" - "$@" "$COMMIT" <<'EOF'
+import os, pathlib, sys
+from bandwidth import conditions, merge_json
+stage, state, seconds, commit = sys.argv[1:]
+log = pathlib.Path(os.environ["LOGS"], f"{stage}.log").read_text().splitlines()
+about = conditions(os.environ["DEVICE"])
+about.pop("load_average")
+tail = log[-7:] if stage == "build" else log[-1:]
+merge_json(os.environ["RESULTS"], "stages", {stage: {**about, "state": state, "commit": commit, "seconds": int(seconds), "said": tail}})
+EOF
+}
+
+is_marked() {
+    "$PYTHON" - "$1" <<'EOF'
+import json, os, pathlib, sys
+path = pathlib.Path(os.environ["RESULTS"])
+stages = json.loads(path.read_text()).get("stages", {}) if path.exists() else {}
+sys.exit(stages.get(sys.argv[1], {}).get("state") != "passed")
+EOF
+}
+
+failed=()
+run_stage() {
+    local stage=$1 begin=$SECONDS
+    echo "== $stage"
+    # In a shell of its own: timeout cannot run a function, and `set -e` does not reach into an `if`.
+    if timeout -k 10 "$SECONDS_PER_STAGE" bash -euo pipefail -c "stage_$stage" 2>&1 | tee "$LOGS/$stage.log"; then
+        mark "$stage" passed $((SECONDS - begin))
+    else
+        failed+=("$stage")
+        echo "== $stage FAILED after $((SECONDS - begin)) s (limit $SECONDS_PER_STAGE s), see $LOGS/$stage.log"
+        mark "$stage" failed $((SECONDS - begin))
+    fi
+    if [ -n "${OUT:-}" ]; then cp "$LOGS/$stage.log" "$RESULTS" "$OUT/"; fi  # at once: the next stage may be cut off
+}
+export -f stage_build stage_tests stage_steps stage_realign
+
+stages=("$@")
+if [ ${#stages[@]} -eq 0 ]; then stages=(build tests steps realign); fi
+for stage in "${stages[@]}"; do
+    case $stage in build | tests | steps | realign) ;; *) echo "unknown stage $stage; there are build, tests, steps, realign" && exit 2 ;; esac
+done
+# The marks may come from a machine that is gone: what cannot be imported here is built, whatever they say.
+if ! is_built && [ "${stages[0]}" != build ]; then stages=(build "${stages[@]}"); fi
+for stage in "${stages[@]}"; do
+    if [ "${FORCE:-0}" != 1 ] && is_marked "$stage" && { [ "$stage" != build ] || is_built; }; then
+        echo "== $stage: passed before, see $RESULTS (FORCE=1 runs it again)"
+    else
+        run_stage "$stage"
+    fi
+done
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+fi
+echo "all passed: $RESULTS"
