@@ -25,10 +25,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if cxx_compiler() is None:
             ext.optional = True  # setuptools must not look for a file that was never made
-            self.announce(
+            self.warn(
                 "latentmas-kernels: no C++ compiler found (looked at $CXX, c++, g++, clang++). Installing without the "
-                "native kernels; install g++ or clang++ and install again to get them.",
-                level=4,
+                "native kernels; install g++ or clang++ and install again to get them."
             )
             return
         import pybind11

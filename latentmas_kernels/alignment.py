@@ -11,6 +11,7 @@ its module gives it (some modules scale their weight).
 import copy
 import hashlib
 import json
+import os
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -72,13 +73,19 @@ class Aligner:
         """Embeddings [B, D_out] from hidden states [B, D_in], or from logits [B, V] where `needs_logits`."""
         if self.embedding is None:
             return realign(seed, self.weight, self.target_norm)
-        logits, tokens = seed.float().topk(min(TOP_K, seed.shape[-1]), dim=-1)
+        shared = seed[:, : self.embedding.weight.shape[0]].float()  # another model may have fewer rows
+        logits, tokens = shared.topk(min(TOP_K, shared.shape[-1]), dim=-1)
         rows = self.embedding(tokens)
         mean = (logits.softmax(-1)[..., None] * rows.float()).sum(-2)
         return realign(mean.to(rows.dtype), None, self.target_norm)
 
 
-_built: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, Aligner]]" = weakref.WeakKeyDictionary()
+# Per model and target embedding, by kind and ridge: the state of the weights that it was built from, and the map. Keyed by
+# the modules themselves: an address alone comes back when a target is freed and the next one is loaded.
+_Maps = dict[tuple[str, float], tuple[tuple, Aligner]]
+_built: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, _Maps]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target_model: Any = None) -> Aligner:
@@ -109,12 +116,13 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
         if kind == "identity":
             raise ValueError("aligner='identity' maps a model to itself; between two models use 'ridge' or 'soft'")
         kind = "ridge" if kind == "auto" else kind
-    memory = _built.setdefault(model, {})
     unembedding, embedding = model.get_output_embeddings(), target.get_input_embeddings()
-    key = (kind, ridge, _state(unembedding), _state(embedding))
-    if key not in memory:
-        memory[key] = _build(model, architecture, kind, ridge, unembedding, embedding, own=target is model)
-    return memory[key]
+    memory = _built.setdefault(model, weakref.WeakKeyDictionary()).setdefault(embedding, {})
+    state, known = (_state(unembedding), _state(embedding)), memory.get((kind, ridge))
+    if known is None or known[0] != state:
+        known = state, _build(model, architecture, kind, ridge, unembedding, embedding, own=target is model)
+        memory[kind, ridge] = known
+    return known[1]
 
 
 @torch.no_grad()
@@ -135,7 +143,7 @@ def _build(
         return Aligner("soft", target_norm, embedding=embedding)
     if kind == "identity":
         return Aligner("identity", target_norm)
-    if own and unembedding.weight.data_ptr() == embedding.weight.data_ptr():
+    if own and unembedding.weight is embedding.weight:
         return Aligner(
             "identity", target_norm, reason="input and output embeddings are tied, which makes W_a the identity"
         )
@@ -180,7 +188,7 @@ def feedback_nats(
     draw = torch.Generator().manual_seed(0)
     sample = DynamicCache(config=model.config)
     # Tiny models are made for few positions; the steps need room behind the sample.
-    tokens = min(tokens, (architecture.max_positions or tokens + steps) - steps)
+    tokens = max(1, min(tokens, (architecture.max_positions or tokens + steps) - steps))
     for _ in range(tokens - 1):
         probabilities = logits_of(sample, input_ids=ids).float().softmax(-1).cpu()
         ids = torch.multinomial(probabilities, 1, generator=draw).to(ids)
@@ -235,7 +243,7 @@ def solve_ridge(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -
         if residual <= RESIDUAL:
             return solution.T.float().contiguous(), residual
     raise ValueError(
-        "the alignment W_a cannot be solved from these embeddings even in float64 (NaN, Inf, or all rows alike); "
+        "the alignment W_a cannot be solved from these embeddings even in float64 (NaN, Inf, or nothing but zeros); "
         "check the weights, or use aligner='soft' or 'identity'"
     )
 
@@ -322,7 +330,7 @@ def _stored_or_solved(unembedding: nn.Linear, embedding: nn.Embedding, ridge: fl
     name = fingerprint(unembedding, embedding, ridge)
     path = cache_folder() / "aligners" / f"{name}.safetensors"
     shape = (embedding.weight.shape[1], unembedding.weight.shape[1])
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 (Path.exists() raises where the folder cannot be read)
         try:
             return _load(path, name, shape)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -331,7 +339,7 @@ def _stored_or_solved(unembedding: nn.Linear, embedding: nn.Embedding, ridge: fl
     weight = weight.cpu()
     try:
         _save(path, name, weight, residual)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warnings.warn(
             f"the alignment could not be stored in {path.parent} ({error}) and will be solved again next time; "
             "set LATENTMAS_CACHE to a folder that can be written",

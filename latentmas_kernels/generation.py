@@ -297,6 +297,11 @@ def _check_aligner(aligner: Aligner, architecture: Architecture) -> None:
     if not isinstance(aligner, Aligner):
         raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
     width = architecture.hidden_size
+    if aligner.embedding is not None and aligner.embedding.embedding_dim != width:
+        raise ValueError(
+            f"the aligner gives embeddings of width {aligner.embedding.embedding_dim}; {architecture.name} needs {width}: "
+            "build it for this model with build_aligner(model)"
+        )
     if aligner.weight is not None and (
         tuple(aligner.weight.shape) != (width, width) or aligner.weight.device != architecture.device
     ):

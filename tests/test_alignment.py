@@ -188,7 +188,9 @@ def test_soft_mixes_the_ten_likeliest_tokens_and_no_other():
     certain = torch.full((1, VOCAB), -1e4)
     certain[0, 23] = 1e4
     row = rows_of(model)[23]
-    torch.testing.assert_close(aligner(certain)[0].double(), row * aligner.target_norm / row.norm(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        aligner(certain)[0].double(), row * aligner.target_norm / row.norm(), rtol=1e-5, atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -197,7 +199,9 @@ def test_soft_of_a_vocabulary_below_ten_mixes_all_of_it():
     logits = draw(3, 6)
     got = build_aligner(model, "soft")(logits)
     rows, p = rows_of(model), logits.double().softmax(-1)
-    torch.testing.assert_close(nn.functional.normalize(got.double()), nn.functional.normalize(p @ rows), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        nn.functional.normalize(got.double()), nn.functional.normalize(p @ rows), rtol=0, atol=1e-6
+    )
 
 
 # ---- the solve -----------------------------------------------------------------------------------------------------
@@ -269,7 +273,9 @@ def test_output_rows_that_are_all_alike_are_solved_as_the_ridge_says():
 def test_input_embeddings_without_a_norm_are_refused(kind, value):
     model = tiny_model()
     with torch.no_grad():
-        model.model.embed_tokens.weight.fill_(value) if value == 0 else model.model.embed_tokens.weight[96, 47].fill_(value)
+        model.model.embed_tokens.weight.fill_(value) if value == 0 else model.model.embed_tokens.weight[96, 47].fill_(
+            value
+        )
     with pytest.raises(ValueError, match="input embedding holds NaN or Inf, or nothing but zeros"):
         build_aligner(model, kind)
 
@@ -582,7 +588,9 @@ def test_a_cache_folder_that_cannot_be_read_warns_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "linear"), [("llama", "ridge"), ("llama-tied", "identity")])
-@pytest.mark.parametrize(("measured", "keeps"), [(0.0, True), (alignment.AUTO_NATS, True), (alignment.AUTO_NATS + 0.01, False)])
+@pytest.mark.parametrize(
+    ("measured", "keeps"), [(0.0, True), (alignment.AUTO_NATS, True), (alignment.AUTO_NATS + 0.01, False)]
+)
 def test_auto_keeps_the_linear_map_up_to_the_threshold(monkeypatch, name, linear, measured, keeps):
     """And takes soft beyond it, even where soft measures worse; reason and nats say what was seen."""
     asked = []

@@ -89,12 +89,20 @@ def test_dtype_and_resized_vocabulary_are_those_of_the_weights():
 
 def causal(model_type, **options):
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**sizes, **heads, **options}))
 
 
 def encoder_decoder():
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    )
 
 
 def multimodal():
@@ -109,8 +117,18 @@ def recurrent():
 
 
 def hybrid_linear_attention():
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     return causal("qwen3_next", head_dim=8, layer_types=["linear_attention", "full_attention"], **experts, **linear)
 
 
@@ -119,8 +137,21 @@ def hybrid_mamba():
 
 
 def latent_kv():
-    heads = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
-    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    heads = {
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 8,
+    }
+    experts = {
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
     return causal("deepseek_v3", **heads, **experts)
 
 
@@ -135,7 +166,9 @@ def chunked_attention():
 
 
 def bloom():
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING["bloom"](vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+    return AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["bloom"](vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)
+    )
 
 
 def without_head():
@@ -179,14 +212,18 @@ def test_a_recurrent_state_is_noticed_without_layer_types():
     model = tiny_model()
     type(model)._is_stateful, before = True, type(model)._is_stateful
     try:
-        with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM keeps a recurrent state instead of keys and values"):
+        with pytest.raises(
+            UnsupportedModelError, match="LlamaForCausalLM keeps a recurrent state instead of keys and values"
+        ):
             Architecture.of(model)
     finally:
         type(model)._is_stateful = before
 
 
 def test_training_mode_is_refused():
-    with pytest.raises(UnsupportedModelError, match=r"training mode, where dropout is random; call model.eval\(\) first"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"training mode, where dropout is random; call model.eval\(\) first"
+    ):
         Architecture.of(tiny_model().train())
 
 
@@ -218,7 +255,9 @@ def test_a_weight_that_is_not_finite_is_named(dtype, value):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[79, 47] = value
         model.model.norm.weight[0] = value
-    with pytest.raises(ValueError, match=r"NaN or Inf in 2 of its weights \(first: model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(
+        ValueError, match=r"NaN or Inf in 2 of its weights \(first: model.layers.1.mlp.up_proj.weight\)"
+    ):
         check_finite_weights(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[79, 47] = model.model.norm.weight[0] = 1.0

