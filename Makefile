@@ -19,8 +19,8 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed-bench
-	$(BIN)/python -m pytest benchmarks -o addopts= -q
+bench: .venv/.installed-test .venv/.installed-bench
+	$(BIN)/python -m pytest benchmarks/bench_realign.py
 	$(BIN)/python benchmarks/bench_steps.py
 
 .venv/bin/python:

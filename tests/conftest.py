@@ -2,6 +2,10 @@
 
 import os
 
+# One test process per core, and the processes that tests start: more threads than cores spin against each other, which
+# made single tests twenty times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Before triton is imported anywhere: without a GPU its kernels run in the interpreter.
@@ -103,8 +107,7 @@ def default_tokenizer(default_folder: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)  # one test process per core
+def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "default_folder" in request.fixturenames:
         request.getfixturevalue("default_folder")  # looked up in the user's cache, before that is hidden
     monkeypatch.setenv("LATENTMAS_CACHE", str(tmp_path / "cache"))

@@ -277,11 +277,15 @@ def test_import_leaves_torch_alone():
 @pytest.mark.real_model
 def test_console_script_end_to_end(default_folder):
     """`latentmas run` on the default model from the user's cache, as installed."""
-    environment = {**os.environ, "LATENTMAS_CACHE": str(default_folder.parent.parent), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "LATENTMAS_CACHE": str(default_folder.parent.parent),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # one test process per core
+    }
     script = Path(sys.executable).parent / "latentmas"
-    done = subprocess.run(
-        [script, "run", "What is 2 + 2?", "--max-new-tokens", "12"], env=environment, capture_output=True, text=True
-    )
+    arguments = ["run", "What is 2 + 2?", "--max-new-tokens", "12", "--latent-steps", "3"]
+    done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Question What is 2 + 2?" in done.stdout
