@@ -73,7 +73,8 @@ log = pathlib.Path(os.environ["LOGS"], f"{stage}.log").read_text().splitlines()
 about = conditions(os.environ["DEVICE"])
 about.pop("load_average")
 tail = log[-9:] if stage == "build" else log[-1:]
-merge_json(os.environ["RESULTS"], "stages", {stage: {**about, "state": state, "commit": commit, "seconds": int(seconds), "said": tail}})
+about |= {"state": state, "commit": commit, "seconds": int(seconds), "said": tail}
+merge_json(os.environ["RESULTS"], "stages", {stage: about})
 EOF
 }
 
@@ -106,7 +107,10 @@ export -f stage_build stage_tests stage_steps stage_realign
 stages=("$@")
 if [ ${#stages[@]} -eq 0 ]; then stages=(build tests steps realign); fi
 for stage in "${stages[@]}"; do
-    case $stage in build | tests | steps | realign) ;; *) echo "unknown stage $stage; there are build, tests, steps, realign" && exit 2 ;; esac
+    case $stage in
+        build | tests | steps | realign) ;;
+        *) echo "unknown stage $stage; there are build, tests, steps, realign" && exit 2 ;;
+    esac
 done
 # The marks may come from a machine that is gone: what cannot be imported here is built, whatever they say.
 if ! is_built && [ "${stages[0]}" != build ]; then stages=(build "${stages[@]}"); fi

@@ -61,6 +61,11 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
+    def pip(command, **options):
+        raise AssertionError(f"asked the network: {command}")
+
+    monkeypatch.setattr("latentmas.default_model.subprocess.run", pip)
+
 
 def assert_one_line(said, *parts):
     """Exit code 2, nothing but one line on stderr, with all of the parts."""

@@ -32,6 +32,16 @@ class ChainResult:
     memory: LatentCache
 
 
+def check_request(questions: Sequence[str], temperature: float) -> None:
+    """Raise ValueError for what no chain can run; needs no model."""
+    if isinstance(questions, str):
+        raise ValueError("questions must be a list of strings; got one string: put it into a list")
+    if not questions or not all(q.strip() for q in questions):
+        raise ValueError("every question needs some text; got an empty one")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
+
+
 class Chain:
     """Agents in a row on one model; all but the last think in hidden states, the last answers in text."""
 
@@ -61,12 +71,7 @@ class Chain:
         Raises:
             ValueError: for an empty question, or where the chain does not fit the model's positions.
         """
-        if isinstance(questions, str):
-            raise ValueError("questions must be a list of strings; got one string: put it into a list")
-        if not questions or not all(q.strip() for q in questions):
-            raise ValueError("every question needs some text; got an empty one")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
+        check_request(questions, temperature)
         prompts = [
             [turn_ids(self.tokenizer, agent.prompt.replace("{question}", q), first=index == 0) for q in questions]
             for index, agent in enumerate(self.agents)

@@ -39,7 +39,7 @@ def run(
     import transformers
 
     from latentmas.agents import sequential
-    from latentmas.chain import Chain
+    from latentmas.chain import Chain, check_request
     from latentmas.loading import load_model
     from latentmas_kernels.alignment import KINDS
 
@@ -50,9 +50,10 @@ def run(
         Text("warning: ", "yellow").append(str(message), "none"), soft_wrap=True
     )
     agents = sequential(latent_steps, max_new_tokens)
-    if aligner not in KINDS:  # known before a model is loaded
+    # What is known to be wrong is said before a model is loaded.
+    check_request([question], temperature)
+    if aligner not in KINDS:
         raise ValueError(f"got --aligner {aligner}; supported are {', '.join(KINDS)}")
-    torch.manual_seed(seed)
     with err.status("loading the model (the default one is fetched and converted the first time)"):
         began = time.perf_counter()
         loaded, tokenizer = load_model(model)
@@ -61,6 +62,7 @@ def run(
     loading = time.perf_counter() - began
     with err.status("") as status:
         began = time.perf_counter()
+        torch.manual_seed(seed)
         result = chain.run(
             [question],
             temperature=temperature,
@@ -83,12 +85,9 @@ def run(
 
 
 def main() -> None:
-    """Entry point: what the user can mend is one line and exit code 2, Ctrl-C is 130."""
+    """Entry point: what the user can mend is one line and exit code 2, Ctrl-C is 130 (by typer)."""
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("stopped")
-        sys.exit(130)
     except (ValueError, OSError) as error:
         err.print(Text("error: ", "bold red").append(str(error), "not bold default"), soft_wrap=True)
         sys.exit(2)

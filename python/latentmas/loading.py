@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from latentmas.default_model import default_model_folder
 from latentmas_kernels.architecture import SUPPORTED, Architecture, UnsupportedModelError
@@ -34,7 +35,7 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
         tokenizer = AutoTokenizer.from_pretrained(source)
     except UnsupportedModelError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = "the folder" if Path(source).is_dir() else "it is no local folder, and the hub model"
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
