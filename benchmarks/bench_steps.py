@@ -76,7 +76,7 @@ class Ours:
         self.hidden = self.runner.extend(self.cache, Prompt(self.one_each * ids.shape[1], ids), logits=False)
 
     def latent(self, steps: int) -> Tensor:
-        latents, self.hidden = self.runner.think(self.cache, self.hidden, self.aligner, steps)
+        latents, self.hidden = self.runner.think(self.cache, self.hidden, self.aligner, steps, None)
         return latents
 
     def token(self, token: Tensor, steps: int) -> Tensor:

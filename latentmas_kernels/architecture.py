@@ -50,6 +50,11 @@ class Architecture:
             raise UnsupportedModelError(f"got a {name}, which is no transformers model; {SUPPORTED}")
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name} is an encoder-decoder model; {SUPPORTED}")
+        if not _is_causal(model):
+            raise UnsupportedModelError(
+                f"{name} ({config.model_type}) attends in both directions; {SUPPORTED}. Where its weights were trained as a "
+                "decoder's, load it with is_decoder=True in its configuration."
+            )
         if config.get_text_config(decoder=True) is not config:
             raise UnsupportedModelError(f"{name} is multimodal; {SUPPORTED}. Load its text model by itself.")
         types = getattr(config, "layer_types", None)
@@ -117,6 +122,12 @@ def _output_embeddings(model: Any) -> nn.Module | None:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+
+
+def _is_causal(model: Any) -> bool:
+    """Encoders load as causal LMs as well (AutoModelForCausalLM takes BERT), with a word in the log and no causal mask."""
+    of_attention = next((m.is_causal for m in model.modules() if hasattr(m, "is_causal")), None)
+    return getattr(model.config, "is_decoder", True) is not False if of_attention is None else bool(of_attention)
 
 
 _finite: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()

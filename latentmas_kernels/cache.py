@@ -1,10 +1,12 @@
 """LatentCache: the KV memory that agents hand on. One preallocated buffer, ragged rows, explicit positions."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -51,6 +53,26 @@ class Slots(NamedTuple):
     ragged: bool
 
 
+def _check_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError where a buffer does not fit what is free: a CPU would hand out the pages and kill us at the last."""
+    if device.type == "cpu":
+        free = psutil.virtual_memory().available
+    elif device.type == "cuda":
+        # What torch has reserved and not handed out is free for it as well.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        return
+    need = math.prod(shape) * dtype.itemsize
+    if need > free:
+        _, layers, batch, heads, capacity, width = shape
+        raise ValueError(
+            f"a cache of {batch} rows of {capacity} slots needs {need / 2**20:,.0f} MB ({layers} layers, {heads} heads of "
+            f"{width} in {dtype}); free on {device} are {free / 2**20:,.0f} MB: take fewer rows at a time (a smaller batch), "
+            "or shorter ones"
+        )
+
+
 class LatentCache(Cache):
     """Keys and values of all layers in one buffer of fixed capacity, with a length and a next position per row.
 
@@ -84,7 +106,9 @@ class LatentCache(Cache):
                 f"a LatentCache needs sizes of at least 1; got layers={layers}, batch={batch}, kv_heads={kv_heads}, "
                 f"capacity={capacity}, head_dim={head_dim}"
             )
-        self._buffer = torch.empty(2, layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        shape = (2, layers, batch, kv_heads, capacity, head_dim)
+        _check_memory(shape, dtype, torch.device(device))
+        self._buffer = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.next_position = torch.zeros(batch, dtype=torch.int64)
         self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=device)

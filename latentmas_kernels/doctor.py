@@ -1,49 +1,137 @@
-"""doctor(): which fast paths are on here, and why the others are not."""
+"""doctor(): which fast paths are on here, for a model where one is given, and why the others are not."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from latentmas_kernels import native
-from latentmas_kernels.engines import ENGINES
+from latentmas_kernels.architecture import Architecture, UnsupportedModelError
+
+PACKAGES = ("torch", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Path:
+    """A fast path: whether it is on, and with what, or why not."""
+
+    on: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'on' if self.on else 'off'}: {self.why}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One line of text per topic; `print(doctor())` shows them."""
+    """What was found; `print(doctor())` shows it, a line per topic.
 
-    lines: dict[str, str]
+    Attributes:
+        python: version and platform.
+        packages: versions by name, or "not installed".
+        devices: "cpu" and each accelerator by its name.
+        instruction_sets: of the C++ kernels, those that this processor runs; the one in use comes first.
+        threads: of torch on the CPU.
+        kernels, engines: the fast paths by name.
+        model: shape of the given model, None without one.
+    """
+
+    python: str
+    packages: dict[str, str]
+    devices: list[str]
+    instruction_sets: list[str]
+    threads: int
+    kernels: dict[str, Path]
+    engines: dict[str, Path]
+    model: str | None
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """One line of text per topic."""
+        lines = {
+            "python": self.python,
+            **self.packages,
+            "devices": ", ".join(self.devices),
+            "instruction sets": ", ".join(self.instruction_sets) or "none: there are no C++ kernels here",
+            "threads": str(self.threads),
+        }
+        lines |= {f"{name} kernels": str(path) for name, path in self.kernels.items()}
+        if self.model is not None:
+            lines["model"] = self.model
+        return lines | {f"{name} engine": str(path) for name, path in self.engines.items()}
 
     def __str__(self) -> str:
-        width = max(map(len, self.lines))
-        return "\n".join(f"{topic:<{width}}  {state}" for topic, state in self.lines.items())
+        lines = self.lines
+        width = max(map(len, lines))
+        return "\n".join(f"{topic:<{width}}  {state}" for topic, state in lines.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return asdict(self)
 
 
-def doctor() -> Report:
-    """Look at versions, devices, the native extension and Triton."""
+def doctor(model: Any = None) -> Report:
+    """Look at versions, devices, the native extension and Triton.
+
+    Args:
+        model: a causal LM of transformers, on any device ("meta" will do); None looks at the machine only.
+    """
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
-    triton = _version("triton")
-    if triton == "not installed":
-        kernels = "off: triton is not installed"
-    elif not gpus:
-        kernels = f"off: {triton} is installed, but there is no CUDA device"
-    else:
-        kernels = f"on ({triton}): realign"
+    extension = native.extension()
+    sets: list[str] = []
+    if extension is not None:
+        active = extension.active_isa()
+        sets = [active, *(isa for isa in extension.available_isas().split() if isa != active)]
     return Report(
-        {
-            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-            "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-            "transformers": _version("transformers"),
-            "devices": ", ".join(["cpu", *gpus]),
-            "native kernels": native.extension_state(),
-            "triton kernels": kernels,
-            "engines": ", ".join(ENGINES[1:]),
-        }
+        python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        packages={package: _version(package) for package in PACKAGES},
+        devices=["cpu", *gpus],
+        instruction_sets=sets,
+        threads=torch.get_num_threads(),
+        kernels={"native": Path(extension is not None, native.extension_state()), "triton": _triton(bool(gpus))},
+        engines={"eager": _eager(model)},
+        model=None if model is None else _shape(model),
     )
+
+
+def _triton(gpu: bool) -> Path:
+    found = _version("triton")
+    if found == "not installed":
+        return Path(False, "triton is not installed")
+    if not gpu:
+        return Path(False, f"triton {found} is installed, but there is no CUDA device")
+    return Path(True, f"realign (triton {found})")
+
+
+def _eager(model: Any) -> Path:
+    if model is not None:
+        try:
+            Architecture.of(model)
+        except UnsupportedModelError as error:
+            return Path(False, str(error))
+    return Path(True, "transformers' own forward on our cache")
+
+
+def _shape(model: Any) -> str:
+    name = type(model).__name__
+    try:
+        it = Architecture.of(model)
+    except UnsupportedModelError:
+        return name
+    windows = sorted({window for window in it.windows if window is not None})
+    per_token = 2 * it.layers * it.kv_heads * it.head_dim * it.dtype.itemsize
+    dtype = str(it.dtype).removeprefix("torch.")
+    parts = [
+        name,
+        f"{it.layers} layers of width {it.hidden_size}",
+        f"{it.kv_heads} KV heads of {it.head_dim}, {per_token / 1024:.1f} KB a token in {dtype}",
+        "no limit of positions" if it.max_positions is None else f"{it.max_positions} positions",
+    ]
+    return ", ".join(parts + [f"windows of {window}" for window in windows])
 
 
 def _version(package: str) -> str:

@@ -1,7 +1,7 @@
 """latent_generate() and generate(): the two calls that an agent chain is made of."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,11 +74,15 @@ class GenerateOutput:
         sequences: int64 [B, T + new], the prompt left-padded, then the new tokens; behind a row's end the padding token.
         past_key_values: memory with the prompt and all new tokens but each row's last, which was not fed in.
         metrics: counts and times.
+        new_tokens: per row, how many of the new tokens are its own, its end token included.
+        finish_reasons: per row, "stop" (an end token or a stopping criterion) or "length".
     """
 
     sequences: Tensor
     past_key_values: LatentCache
     metrics: Metrics
+    new_tokens: list[int]
+    finish_reasons: list[Literal["stop", "length"]]
 
 
 class _Clock:
@@ -107,6 +111,7 @@ def latent_generate(
     aligner: str | Aligner = "auto",
     engine: str = "auto",
     max_cache_len: int | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> LatentOutput:
     """Read a prompt and think `latent_steps` steps in hidden states (LatentMAS, arXiv 2511.20639, section 3).
 
@@ -123,6 +128,8 @@ def latent_generate(
         aligner: "auto", "ridge", "identity", "soft", or what `build_aligner` gave.
         engine: "auto" or "eager".
         max_cache_len: slots per row to allocate, for later calls to extend in place; what this call needs when None.
+        on_step: called with 0, 1, ... as the host issues each latent step, to show progress. A device may still be
+            working on steps before it: the call does not wait.
 
     Returns:
         LatentOutput.
@@ -153,7 +160,7 @@ def latent_generate(
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
 
         start = cache.lengths
-        latents, last_hidden = runner.think(cache, seed, aligner, latent_steps)
+        latents, last_hidden = runner.think(cache, seed, aligner, latent_steps, on_step)
         if latent_steps:
             cache.add_segment("latent", start)
         _check_finite(last_hidden, "latent steps")
@@ -224,6 +231,7 @@ def generate(
     device = architecture.device
     sequences = _padded(prompt, pad_token_id)
     running = active = torch.ones(len(sequences), dtype=torch.bool, device=device)
+    counts = torch.zeros(len(sequences), dtype=torch.int64, device=device)
     end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
     if streamer is not None:
         streamer.put(sequences.cpu())
@@ -238,7 +246,7 @@ def generate(
             scores = processors(sequences, logits.float())  # type: ignore[arg-type]
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
             tokens = torch.where(active, tokens, pad_token_id)
-            metrics.decode_tokens += int(active.sum())
+            counts += active
             sequences = torch.cat([sequences, tokens[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
@@ -252,11 +260,14 @@ def generate(
             logits = runner.extend(cache, Prompt(active.long().cpu(), tokens[:, None]), logits=True)
         if bool((cache.lengths > start).any()):
             cache.add_segment("text", start)
-        metrics.decode_seconds = clock.lap()
+        new_tokens = counts.tolist()
+        metrics.decode_tokens, metrics.decode_seconds = sum(new_tokens), clock.lap()
     if streamer is not None:
         streamer.end()
     metrics.kv_bytes = cache.kv_bytes
-    return GenerateOutput(sequences, cache, metrics)
+    return GenerateOutput(
+        sequences, cache, metrics, new_tokens, ["length" if going else "stop" for going in running.tolist()]
+    )
 
 
 def _capacity(

@@ -1,5 +1,6 @@
 """Who runs a step. `open_engine` chooses; every engine has the methods of `Engine`."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -27,11 +28,14 @@ class Engine(Protocol):
         """
         ...
 
-    def think(self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int) -> tuple[Tensor, Tensor]:
+    def think(
+        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
         """Run latent steps: embedding = aligner(seed), feed it, take the next seed; `steps` times.
 
         Args:
             seed: what the aligner reads, from `extend`: [B, V] where it needs logits, [B, D] otherwise.
+            on_step: called with the number of each step as it is issued; must not make the engine wait for a device.
 
         Returns:
             latents [B, steps, D], the embeddings fed; last_hidden [B, D], the state after the last of them.

@@ -3,6 +3,7 @@
 Runs every model that `Architecture.of` accepts, and is what each faster engine is held against.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,15 @@ class EagerEngine:
         cache.advance(prompt.counts)
         return result
 
-    def think(self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int) -> tuple[Tensor, Tensor]:
+    def think(
+        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
         one_each = torch.ones(len(seed), dtype=torch.int64)
         shape = (len(seed), steps, self.architecture.hidden_size)
         latents = torch.empty(shape, dtype=self.architecture.dtype, device=seed.device)
         for step in range(steps):
+            if on_step is not None:
+                on_step(step)
             latents[:, step] = aligner(seed)
             prompt = Prompt(one_each, inputs_embeds=latents[:, step : step + 1])
             seed = self.extend(cache, prompt, logits=aligner.needs_logits and step + 1 < steps)

@@ -4,20 +4,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentmas.agents import Agent, sequential
-    from latentmas.chain import Chain, ChainResult, Turn
+    from latentmas.agents import Agent
+    from latentmas.chain import Chain, Progress
     from latentmas.loading import load_model
+    from latentmas.methods import METHODS, latent_agents, single_agent, text_agents
+    from latentmas.results import AgentMetrics, Answer, ChainResult, Turn
 
 _HOME = {
     "Agent": "agents",
-    "sequential": "agents",
+    "AgentMetrics": "results",
+    "Answer": "results",
     "Chain": "chain",
-    "ChainResult": "chain",
-    "Turn": "chain",
+    "ChainResult": "results",
+    "METHODS": "methods",
+    "Progress": "chain",
+    "Turn": "results",
+    "latent_agents": "methods",
     "load_model": "loading",
+    "single_agent": "methods",
+    "text_agents": "methods",
 }
 
-__all__ = ["Agent", "Chain", "ChainResult", "Turn", "load_model", "sequential"]
+__all__ = [
+    "METHODS",
+    "Agent",
+    "AgentMetrics",
+    "Answer",
+    "Chain",
+    "ChainResult",
+    "Progress",
+    "Turn",
+    "latent_agents",
+    "load_model",
+    "single_agent",
+    "text_agents",
+]
 
 
 def __getattr__(name: str) -> Any:

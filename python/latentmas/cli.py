@@ -1,21 +1,27 @@
-"""The command line: latentmas run."""
+"""The command line: latentmas run, latentmas doctor."""
 
+import json
 import sys
 import time
 import warnings
-from typing import Annotated
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-SAMPLE_QUESTION = "A baker makes 4 trays of 6 rolls and sells 15 of them. How many rolls are left?"
+if TYPE_CHECKING:
+    from latentmas.questions import Question
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # Questions, answers and messages are shown as they are: brackets are no markup, colons no emoji.
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+ModelOption = Annotated[str | None, typer.Option(help="Local folder or hub name. Default: SmolLM2-135M-Instruct.")]
 
 
 @app.callback()
@@ -25,63 +31,143 @@ def latentmas() -> None:
 
 @app.command()
 def run(
-    question: Annotated[str, typer.Argument(help="The question to answer.")] = SAMPLE_QUESTION,
-    model: Annotated[str | None, typer.Option(help="Local folder or hub name. Default: SmolLM2-135M-Instruct.")] = None,
-    latent_steps: Annotated[int, typer.Option(help="Steps that each agent but the judger thinks.")] = 10,
-    aligner: Annotated[str, typer.Option(help="auto, ridge, identity or soft.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of the answer.")] = 256,
+    question: Annotated[
+        str | None, typer.Argument(help="The question to answer; - reads it from standard input.")
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            help='File of JSON lines with "question" and, optionally, "answer"; - for standard input, or: sample.'
+        ),
+    ] = None,
+    model: ModelOption = None,
+    method: Annotated[str, typer.Option(help="latent, text or single.")] = "latent",
+    latent_steps: Annotated[int, typer.Option(help="Steps that each agent but the judger thinks (latent).")] = 10,
+    aligner: Annotated[str, typer.Option(help="auto, ridge, identity or soft (latent).")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of each text.")] = 256,
+    handover_tokens: Annotated[int, typer.Option(help="Tokens of a text that later agents read (text).")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: the accelerator, if any.")] = None,
+    engine: Annotated[str, typer.Option(help="auto or eager.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens with this probability together.")
+    ] = 1.0,
+    think: Annotated[bool, typer.Option("--think", help="Turn the chat template's thinking switch on.")] = False,
+    output: Annotated[str | None, typer.Option(help="File to write results to, a line of JSON each.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on behind the results that are in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out questions that cannot be run.")] = False,
 ) -> None:
-    """Planner, critic and refiner think in hidden states; the judger answers in text."""
-    import huggingface_hub
-    import torch
-    import transformers
+    """Answer questions: one agent alone, agents that hand on text, or agents that think in hidden states.
 
-    from latentmas.agents import sequential
+    Without a question, the first one of the sample is asked.
+    """
+    from latentmas.batches import questions_that_fit, records, run_batches
     from latentmas.chain import Chain, check_request
-    from latentmas.loading import load_model
+    from latentmas.default_model import NAME
+    from latentmas.loading import check_placement, load_model
+    from latentmas.methods import METHODS
+    from latentmas.output import ResultsFile
+    from latentmas.report import print_answer, print_table
+    from latentmas.results import AgentMetrics
     from latentmas_kernels.alignment import KINDS
+    from latentmas_kernels.engines import ENGINES
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    warnings.showwarning = lambda message, *rest, **more: err.print(
-        Text("warning: ", "yellow").append(str(message), "none"), soft_wrap=True
-    )
-    agents = sequential(latent_steps, max_new_tokens)
+    _quiet()
     # What is known to be wrong is said before a model is loaded.
-    check_request([question], temperature)
-    if aligner not in KINDS:
-        raise ValueError(f"got --aligner {aligner}; supported are {', '.join(KINDS)}")
-    with err.status("loading the model (the default one is fetched and converted the first time)"):
-        began = time.perf_counter()
-        loaded, tokenizer = load_model(model)
-    with err.status("measuring how hidden states are best fed back"):
-        chain = Chain(loaded, tokenizer, agents, aligner=aligner)
-    loading = time.perf_counter() - began
-    with err.status("") as status:
-        began = time.perf_counter()
-        torch.manual_seed(seed)
-        result = chain.run(
-            [question],
-            temperature=temperature,
-            on_turn=lambda agent: status.update(f"{agent.name} {'answers' if agent.max_new_tokens else 'thinks'}"),
-        )
-        seconds = time.perf_counter() - began
+    _check_choice("--method", method, list(METHODS))
+    _check_choice("--aligner", aligner, KINDS)
+    _check_choice("--engine", engine, ENGINES)
+    _check_at_least_one("--batch-size", batch_size)
+    _check_at_least_one("--handover-tokens", handover_tokens)
+    check_placement(dtype, device)
+    agents = [replace(agent, enable_thinking=think) for agent in METHODS[method](latent_steps, max_new_tokens)]
+    if (resume or overwrite) and output is None:
+        raise ValueError("--resume and --overwrite say what to do with the file of --output; got no --output")
+    asked, left_out = _questions(question, questions)
+    _check_left_out(left_out, keep_going)
+    check_request([entry.text for entry in asked] or ["-"], temperature, top_p)
+    settings = {
+        "model": model or NAME, "method": method, "latent_steps": latent_steps, "aligner": aligner,
+        "max_new_tokens": max_new_tokens, "handover_tokens": handover_tokens, "dtype": dtype, "seed": seed,
+        "temperature": temperature, "top_p": top_p, "think": think,
+    }  # fmt: skip
 
-    out.print(Text("Question ", "bold").append(question, "not bold"), soft_wrap=True)
-    out.print(f"\n{result.answers[0]}\n", soft_wrap=True)
-    table = Table("agent", box=None, pad_edge=False)
-    for column in ("prompt tokens", "latent steps", "new tokens", "seconds"):
-        table.add_column(column, justify="right")
-    for turn in result.turns:
-        table.add_row(
-            turn.agent, *map(str, (turn.prompt_tokens, turn.latent_steps, turn.new_tokens)), f"{turn.seconds:.2f}"
-        )
-    out.print(table)
-    out.print(f"\n{seconds:.2f} s for the chain, {loading:.2f} s to load and set up")
-    out.print(f"feedback: {result.aligner.kind} ({result.aligner.reason})", soft_wrap=True)
+    with ExitStack() as stack:
+        results = None
+        if output is not None:
+            results = stack.enter_context(ResultsFile(output, asked, settings, resume=resume, overwrite=overwrite))
+        done = results.done if results else {}
+        asked = [entry for entry in asked if entry.number not in done]
+        began = time.perf_counter()
+        with err.status("loading the model (the default one is fetched and converted the first time)"):
+            loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        with err.status("setting up the chain, measuring how hidden states are best fed back"):
+            chain = Chain(
+                loaded, tokenizer, agents, aligner=aligner, engine=engine, handover_tokens=handover_tokens
+            )  # fmt: skip
+        setup = time.perf_counter() - began
+        asked, too_long = questions_that_fit(chain, asked)
+        _check_left_out(too_long, keep_going)
+        left_out += too_long
+
+        answers = [{name: value for name, value in record.items() if name != "settings"} for record in done.values()]
+        agent_metrics = [AgentMetrics(agent.name) for agent in agents]
+        seconds, finished = 0.0, 0
+        try:
+            for batch, result in run_batches(
+                chain, asked, batch_size=batch_size, seed=seed, temperature=temperature, top_p=top_p, console=err,
+                output=results,
+            ):  # fmt: skip
+                answers += records(batch, result)
+                agent_metrics = [total + new for total, new in zip(agent_metrics, result.agents, strict=True)]
+                seconds, finished = seconds + result.seconds, finished + len(batch)
+                if not as_json:
+                    for entry, answer in zip(batch, result.answers, strict=True):
+                        print_answer(out, entry, answer)
+        except KeyboardInterrupt:
+            err.print(f"stopped: {finished} of {len(asked)} questions answered{_kept(output)}", soft_wrap=True)
+            raise typer.Exit(130) from None
+        except ValueError as error:
+            raise ValueError(f"{error}. {finished} of {len(asked)} questions answered{_kept(output)}") from error
+
+    if as_json:
+        document = {
+            **settings,
+            "answers": sorted(answers, key=lambda record: record["number"]),
+            "agents": [agent.to_dict() for agent in agent_metrics],
+            "seconds": seconds,
+            "setup_seconds": setup,
+            "feedback": {"kind": chain.aligner.kind, "reason": chain.aligner.reason} if chain.aligner else None,
+            "left_out": left_out,
+        }
+        out.print(json.dumps(document, indent=2), soft_wrap=True)
+    elif finished:
+        print_table(out, agent_metrics, seconds, setup)
+        if chain.aligner is not None:
+            out.print(f"feedback: {chain.aligner.kind} ({chain.aligner.reason})", soft_wrap=True)
+    if done:
+        err.print(f"{len(done)} results were there before", soft_wrap=True)
+    if left_out:
+        raise typer.Exit(2)
+
+
+@app.command()
+def doctor(
+    model: ModelOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which fast paths are on here, for a model where one is named, and why the others are not."""
+    from latentmas.loading import load_skeleton
+    from latentmas_kernels import doctor as look
+
+    _quiet()
+    report = look(load_skeleton(model) if model is not None else None)
+    out.print(json.dumps(report.to_dict(), indent=2) if as_json else str(report), soft_wrap=True)
 
 
 def main() -> None:
@@ -91,3 +177,53 @@ def main() -> None:
     except (ValueError, OSError) as error:
         err.print(Text("error: ", "bold red").append(str(error), "not bold default"), soft_wrap=True)
         sys.exit(2)
+
+
+def _quiet() -> None:
+    """Only our own words: libraries log to their own files, warnings are one line each."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.showwarning = lambda message, *rest, **more: _warn(str(message))
+
+
+def _warn(message: str) -> None:
+    err.print(Text("warning: ", "yellow").append(message, "none"), soft_wrap=True)
+
+
+def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
+    if got not in choices:
+        raise ValueError(f"got {option} {got}; supported are {', '.join(choices)}")
+
+
+def _check_at_least_one(option: str, got: int) -> None:
+    if got < 1:
+        raise ValueError(f"{option} must be 1 or more; got {got}")
+
+
+def _check_left_out(faults: list[str], keep_going: bool) -> None:
+    """Each as a warning where the others shall run, all in one error otherwise."""
+    if faults and not keep_going:
+        raise ValueError("; ".join(faults) + ". Mend this, or run the other questions with --keep-going")
+    for fault in faults:
+        _warn(f"left out: {fault}")
+
+
+def _kept(output: str | None) -> str:
+    return f", kept in {output}; go on with --resume" if output else "; --output keeps them"
+
+
+def _questions(question: str | None, source: str | None) -> tuple[list["Question"], list[str]]:
+    """The questions to ask, and what is wrong with the lines that hold none."""
+    from latentmas.questions import SAMPLE, Question, read_questions
+
+    if question is not None and source is not None:
+        raise ValueError("got a question and --questions; give one of them")
+    if source is not None:
+        return read_questions(source)
+    if question is None:
+        return read_questions(SAMPLE)[0][:1], []
+    return [Question(1, sys.stdin.read().strip() if question == "-" else question)], []

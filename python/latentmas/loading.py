@@ -1,5 +1,7 @@
 """A model and its tokenizer by name: a local folder, a name on the Hugging Face hub, or the default model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,34 @@ from safetensors import SafetensorError
 from latentmas.default_model import default_model_folder
 from latentmas_kernels.architecture import SUPPORTED, Architecture, UnsupportedModelError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_placement(dtype: str, device: str | None) -> torch.device:
+    """The device to load to; ValueError for a dtype or device that is not there. Needs no model.
+
+    Args:
+        dtype: one of DTYPES.
+        device: "cpu", "cuda", "cuda:1" and the like; None takes the accelerator if there is one.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"got dtype {dtype!r}; supported are {', '.join(DTYPES)}")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = ["cpu"]
+    if accelerator is not None:
+        there += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if device is None:
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"got device {device!r}; here are {', '.join(there)}") from error
+    if asked.type == "cpu" and not asked.index:
+        return torch.device("cpu")
+    if f"{asked.type}:{asked.index or 0}" not in there:
+        raise ValueError(f"device {device!r} is not there; here are {', '.join(there)}")
+    return asked
+
 
 def load_model(name: str | None = None, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """Load a causal LM for inference.
@@ -16,7 +46,7 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
     Args:
         name: folder or hub name; None is the default model, SmolLM2-135M-Instruct.
         dtype: "auto" takes the checkpoint's; else "float32", "bfloat16" or "float16".
-        device: where to put it; None takes the GPU if there is one.
+        device: where to put it; None takes the accelerator if there is one.
 
     Returns:
         (model, tokenizer).
@@ -24,15 +54,46 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
     Raises:
         ValueError: where it cannot be found or loaded, or cannot run here.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    place = check_placement(dtype, device)
     source = str(default_model_folder()) if name is None else name
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.is_encoder_decoder:
-            raise UnsupportedModelError(f"{source} is an encoder-decoder model ({config.model_type}); {SUPPORTED}")
+    with _one_line(source):
+        _config(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    model.eval()
+    Architecture.of(model)
+    model.to(place)  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def load_skeleton(name: str) -> Any:
+    """A causal LM without its weights, on the meta device: enough to see how it would run.
+
+    Raises:
+        ValueError: as load_model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(name)).eval()
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{source} is an encoder-decoder model ({config.model_type}); {SUPPORTED}")
+    return config
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """What transformers raises, as a ValueError of one line."""
+    try:
+        yield
     except UnsupportedModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -42,6 +103,3 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
             f"cannot load {source!r}: {where} gave: {said[0]} Supported are a folder that save_pretrained() wrote, and the "
             "name of a causal LM on the hub (with a network, or once it is in the hub's cache)"
         ) from error
-    model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    Architecture.of(model)
-    return model, tokenizer
