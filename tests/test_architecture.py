@@ -207,6 +207,41 @@ def test_models_that_cannot_run_are_refused_by_name(what):
         Architecture.of(make().eval())
 
 
+def refusal(model):
+    """Why a model is refused; "" where it is not."""
+    try:
+        Architecture.of(model.eval())
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
+def test_encoders_that_load_as_causal_models_are_refused_with_the_way_out(model_type):
+    """AutoModelForCausalLM takes them, but every position sees those behind it. With is_decoder=True they are causal."""
+    encoder = causal(model_type, max_position_embeddings=32)
+    assert refusal(encoder) == (
+        f"{type(encoder).__name__} ({model_type}) attends in both directions; supported are decoder-only causal LMs of "
+        "transformers with full or sliding-window attention. Where its weights were trained as a decoder's, load it with "
+        "is_decoder=True in its configuration."
+    )
+    decoder = causal(model_type, max_position_embeddings=32, is_decoder=True)
+    assert "both directions" not in refusal(decoder)
+
+
+def test_a_causal_model_is_not_judged_by_is_decoder():
+    """GPT-NeoX has False there, and no position of it sees those behind it."""
+    model = causal("gpt_neox", max_position_embeddings=32).eval()
+    assert model.config.is_decoder is False
+    assert refusal(model) == ""
+    ids = torch.arange(3, 9)[None]
+    changed = ids.clone()
+    changed[0, -1] = 50
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[:, :-1], model(changed).logits[:, :-1])
+    assert latent_generate(model, ids, latent_steps=2, aligner="identity").past_key_values.lengths.tolist() == [8]
+
+
 def test_a_recurrent_state_is_noticed_without_layer_types():
     """By transformers' own mark: configurations of older versions name no layer types."""
     model = tiny_model()

@@ -1,7 +1,9 @@
 """LatentCache: ragged writes, copies, and both directions to transformers."""
 
 import copy
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ragged, tiny_model
@@ -243,3 +245,48 @@ def test_other_kinds_of_caches_are_refused_by_name():
         LatentCache.from_hf(DynamicCache(ddp_cache_data=[(keys, keys)]), torch.ones(2, 4))
     with pytest.raises(ValueError, match="sizes of at least 1"):
         LatentCache(batch=0, capacity=8, **SHAPE)
+
+
+# ---- memory of the machine -----------------------------------------------------------------------------------------
+
+MEGABYTES = {**SHAPE, "batch": 3, "capacity": 8192}  # 128 bytes a slot in float32: 3 MB
+
+
+def free(monkeypatch, size):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+
+
+def test_a_cache_takes_all_that_is_free_and_not_a_byte_more(monkeypatch):
+    """Otherwise the pages would be handed out, and the process killed as the last of them are written."""
+    free(monkeypatch, 3 * 2**20)
+    assert LatentCache(**MEGABYTES).capacity == 8192
+    free(monkeypatch, 3 * 2**20 - 1)
+    with pytest.raises(ValueError, match="needs 3 MB"):
+        LatentCache(**MEGABYTES)
+    assert LatentCache(**{**MEGABYTES, "dtype": torch.bfloat16}).capacity == 8192, "half of it"
+
+
+def test_a_cache_that_does_not_fit_says_both_numbers_and_what_to_do(monkeypatch):
+    free(monkeypatch, 20 * 2**20)
+    with pytest.raises(ValueError, match="cache") as caught:
+        LatentCache(**{**MEGABYTES, "capacity": 81920})
+    for words in (
+        "3 rows of 81920 slots needs 30 MB (2 layers, 2 heads of 4 in torch.float32)",
+        "free on cpu are 20 MB",
+        "take fewer rows at a time (a smaller batch), or shorter ones",
+    ):
+        assert words in str(caught.value)
+
+
+def test_no_machine_holds_a_cache_of_petabytes():
+    with pytest.raises(ValueError, match=r"needs 122,070,312 MB .* free on cpu are [\d,]+ MB"):
+        LatentCache(batch=1, capacity=10**12, **SHAPE)
+
+
+def test_a_copy_that_does_not_fit_leaves_the_cache_as_it_was(monkeypatch):
+    cache = LatentCache(batch=1, capacity=8, **SHAPE)
+    append(cache, [3], torch.Generator().manual_seed(0))
+    free(monkeypatch, 10 * 128 - 1)
+    with pytest.raises(ValueError, match="1 rows of 10 slots needs"):
+        cache.fork(10)
+    assert cache.fork().lengths.tolist() == cache.lengths.tolist() == [3]

@@ -1,11 +1,13 @@
 """latent_generate() and generate(): semantics 1 to 7 against the plain loop, and what transformers makes of our cache."""
 
 import copy
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import OTHERS, VOCAB, PlainLoop, feed_back, is_tied, ragged, real, tiny_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
@@ -399,6 +401,70 @@ def test_ended_rows_store_nothing_more(model):
     assert out.metrics.decode_tokens == int((out.past_key_values.lengths - 4).sum())
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    new=st.integers(1, 10),
+    ends=st.just([]) | st.lists(st.integers(0, VOCAB - 1), max_size=30, unique=True),
+    divisor=st.sampled_from([None, 3, 7]),
+)
+@example(lengths=[3, 5, 4], new=10, ends=[], divisor=7)
+@torch.no_grad()
+def test_rows_report_how_long_they_are_and_why_they_ended(lengths, new, ends, divisor):
+    """Their own tokens up to the end token or what a criterion stops, else all; metrics and memory count the same.
+
+    As in transformers, a row that a criterion stopped goes on with the batch where there are no end tokens.
+    """
+    ids, mask = ragged(lengths)
+    out = generate(
+        tiny_model("llama"), ids, mask, max_new_tokens=new, eos_token_id=ends or None, pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([LastTokenDivides(divisor)] if divisor else []),
+    )  # fmt: skip
+    steps = out.sequences.shape[1] - ids.shape[1]
+    for row, tokens in enumerate(out.sequences[:, ids.shape[1] :].tolist()):
+        stops = [i for i, token in enumerate(tokens) if token in ends or (divisor and token % divisor == 0)]
+        own = stops[0] + 1 if stops and ends else steps
+        assert out.new_tokens[row] == own
+        assert out.finish_reasons[row] == ("stop" if stops else "length")
+        assert tokens[own:] == [0] * (steps - own)
+        assert int(out.past_key_values.lengths[row]) == lengths[row] + own - 1
+    assert steps == (new if "length" in out.finish_reasons else max(out.new_tokens))
+    assert out.metrics.decode_tokens == sum(out.new_tokens)
+
+
+def test_an_end_token_at_the_limit_is_an_end(model):
+    """The text is whole, so it was not cut."""
+    ids, mask = ragged([5, 3])
+    said = generate(model, ids, mask, max_new_tokens=4, eos_token_id=None)
+    assert said.finish_reasons == ["length", "length"]
+    end = int(said.sequences[0, -1])
+    assert end not in said.sequences[0, 5:-1].tolist() + said.sequences[1, 5:].tolist()
+    out = generate(model, ids, mask, max_new_tokens=4, eos_token_id=end)
+    assert out.finish_reasons == ["stop", "length"]
+    assert out.new_tokens == [4, 4]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_steps_are_told_of_as_they_begin(model, steps):
+    """Each by its number from 0, after the forward of the step before it."""
+    forwards, told = [], []
+    model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    latent_generate(
+        model, *ragged(LENGTHS), latent_steps=steps, aligner="identity",
+        on_step=lambda step: told.append((step, len(forwards))),
+    )  # fmt: skip
+    assert told == [(step, step + 1) for step in range(steps)], "the first forward reads the prompt"
+    assert len(forwards) == steps + 1
+
+
+def test_telling_of_steps_changes_nothing(model):
+    ids, mask = ragged(LENGTHS)
+    quiet = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge")
+    told = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", on_step=lambda step: None)
+    assert torch.equal(told.latents, quiet.latents)
+    assert torch.equal(told.last_hidden, quiet.last_hidden)
+
+
 def test_streamer_gets_prompt_then_tokens(model):
     class Listener:
         def __init__(self):
@@ -503,6 +569,29 @@ def test_interruption_leaves_cache_and_model_as_they_were(model, error):
     assert torch.equal(out.latents, want.latents)
 
 
+@pytest.mark.parametrize("call", ["latent_generate", "generate"])
+@torch.no_grad()
+def test_whoever_is_told_of_steps_may_interrupt_them(model, call):
+    """The memory that was given away is then as it was."""
+    ids, mask = ragged(LENGTHS)
+    memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64).past_key_values
+    before, told = snapshot(memory), []
+
+    def tell(step):
+        told.append(step)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    run, options = {
+        "latent_generate": (latent_generate, {"latent_steps": 4, "aligner": "ridge", "on_step": tell}),
+        "generate": (generate, {"max_new_tokens": 9, "streamer": SimpleNamespace(put=tell, end=tell)}),
+    }[call]
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids, mask, past_key_values=memory.donate(), **options)
+    assert len(told) == 3
+    assert_unchanged(memory, before)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -593,6 +682,21 @@ def test_donated_cache_that_is_too_small_says_both_numbers(model):
     memory = latent_generate(model, ids, mask, latent_steps=1, aligner="identity").past_key_values
     with pytest.raises(ValueError, match=r"capacity of 7 slots per row, this call needs 23.*max_cache_len=23"):
         latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory.donate())
+
+
+@pytest.mark.parametrize("call", [latent_generate, generate])
+def test_memory_that_is_not_there_is_refused_before_any_work(model, monkeypatch, call):
+    """10 latent steps, or 11 new tokens of which the last is not fed in, behind 4 and 6: two rows of 16 slots."""
+    ids, mask = ragged([4, 6])
+    build_aligner(model, "identity")
+    need = 2 * 16 * 2 * 3 * 2 * 16 * 4  # rows, slots; keys and values, layers, heads, width, bytes
+    options = {"latent_steps": 10, "aligner": "identity"} if call is latent_generate else {"max_new_tokens": 11}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need))
+    call(model, ids, mask, **options)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need - 1))
+    model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="a cache of 2 rows of 16 slots needs .* free on cpu are"):
+        call(model, ids, mask, **options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

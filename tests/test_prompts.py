@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from latentmas.prompts import THOUGHT, padded, turn_ids
+from latentmas.prompts import THOUGHT, has_thinking_switch, padded, turn_ids
 from tokenizers_offline import character_tokenizer
 
 
@@ -186,6 +186,124 @@ def test_without_template_turns_are_paragraphs():
     assert tokenizer.decode(later) == f"\n\n{ANSWER}\n\n"
     assert first[0] == tokenizer.bos_token_id
     assert tokenizer.bos_token_id not in [*first[1:], *later]
+
+
+# ---- system messages -----------------------------------------------------------------------------------------------
+
+SYSTEM = "Answer in rhymes."
+DROPS = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ '<' + message['role'] + '>' + message['content'] + '|' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+TRIMS = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] | trim + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_system_message_goes_where_the_template_puts_it():
+    """In place of the template's own."""
+    tokenizer = character_tokenizer(SHAPES["chatml"].template)
+    assert tokenizer.decode(turn_ids(tokenizer, PLAN, first=True, system=SYSTEM)) == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{PLAN}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_system_message_that_the_template_trims_is_there():
+    tokenizer = character_tokenizer(TRIMS)
+    text = tokenizer.decode(turn_ids(tokenizer, PLAN, first=True, system=f"\n {SYSTEM}\n"))
+    assert text == f"<system>{SYSTEM}|<user>{PLAN}|<assistant>"
+
+
+@pytest.mark.parametrize("template", [SHAPES["no-system"].template, DROPS], ids=["refused", "dropped"])
+def test_system_message_that_the_template_does_not_take_comes_in_front_of_the_text(template):
+    tokenizer = character_tokenizer(template)
+    ids = turn_ids(tokenizer, PLAN, first=True, system=SYSTEM)
+    assert ids == turn_ids(tokenizer, f"{SYSTEM}\n\n{PLAN}", first=True)
+    assert tokenizer.decode(ids).count(SYSTEM) == 1
+
+
+def test_system_message_of_a_later_turn_comes_in_front_of_the_text(shape):
+    """No template has a place for one there."""
+    tokenizer = character_tokenizer(shape.template)
+    ids = turn_ids(tokenizer, ANSWER, first=False, system=SYSTEM)
+    assert ids == turn_ids(tokenizer, f"{SYSTEM}\n\n{ANSWER}", first=False)
+    assert tokenizer.decode(ids).count(SYSTEM) == 1
+
+
+def test_without_template_a_system_message_is_a_paragraph():
+    tokenizer = character_tokenizer()
+    first = turn_ids(tokenizer, PLAN, first=True, system=SYSTEM)
+    later = turn_ids(tokenizer, ANSWER, first=False, system=SYSTEM)
+    assert tokenizer.decode(first) == f"<bos>{SYSTEM}\n\n{PLAN}\n\n"
+    assert tokenizer.decode(later) == f"\n\n{SYSTEM}\n\n{ANSWER}\n\n"
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("system", [None, SYSTEM])
+def test_template_that_takes_no_conversation_is_refused_in_its_own_words(first, system):
+    tokenizer = character_tokenizer("{{ raise_exception('This model speaks to nobody') }}")
+    with pytest.raises(
+        ValueError, match=r"refuses a conversation .*: This model speaks to nobody; set tokenizer\.chat_template"
+    ):
+        turn_ids(tokenizer, PLAN, first=first, system=system)
+
+
+def test_template_that_takes_one_message_only_is_refused_in_later_turns():
+    tokenizer = character_tokenizer(
+        "{% if messages | length > 1 %}{{ raise_exception('One message only') }}{% endif %}"
+        "{{ messages[0]['content'] + ' A:' }}"
+    )
+    assert tokenizer.decode(turn_ids(tokenizer, PLAN, first=True, system=SYSTEM)) == f"{SYSTEM}\n\n{PLAN} A:"
+    with pytest.raises(ValueError, match="refuses a conversation of user and assistant: One message only"):
+        turn_ids(tokenizer, ANSWER, first=False)
+
+
+# ---- thinking switches ---------------------------------------------------------------------------------------------
+
+BARE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}assistant:"
+SWITCHES = {
+    "enable_thinking": "{% if not enable_thinking | default(true) %} <think></think>{% endif %}",
+    "thinking": "{% if thinking is defined and thinking %} <think>{% else %} </think>{% endif %}",
+}
+ON_OFF = {"enable_thinking": ("", " <think></think>"), "thinking": (" <think>", " </think>")}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_thinking_is_off_unless_it_is_turned_on(name, first):
+    """Under both names that templates give the switch, and whatever their own default is."""
+    tokenizer = character_tokenizer(BARE + SWITCHES[name])
+    on, off = ON_OFF[name]
+    assert tokenizer.decode(turn_ids(tokenizer, PLAN, first=first)).endswith(f"{PLAN}\nassistant:{off}")
+    assert tokenizer.decode(turn_ids(tokenizer, PLAN, first=first, think=False)).endswith(f"\nassistant:{off}")
+    assert tokenizer.decode(turn_ids(tokenizer, PLAN, first=first, think=True)).endswith(f"{PLAN}\nassistant:{on}")
+
+
+def test_switch_and_system_message_go_together():
+    tokenizer = character_tokenizer(BARE + SWITCHES["thinking"])
+    text = tokenizer.decode(turn_ids(tokenizer, PLAN, first=True, system=SYSTEM, think=True))
+    assert text == f"system: {SYSTEM}\nuser: {PLAN}\nassistant: <think>"
+
+
+@pytest.mark.parametrize(
+    ("template", "has"),
+    [
+        (BARE + SWITCHES["enable_thinking"], True),
+        (BARE + SWITCHES["thinking"], True),
+        (SHAPES["thinking"].template, True),
+        (BARE, False),
+        (SHAPES["no-system"].template, False),
+        (None, False),
+    ],
+    ids=["enable_thinking", "thinking", "empty thought", "none", "no-system", "no template"],
+)
+def test_a_switch_is_known_by_what_it_changes(template, has):
+    assert has_thinking_switch(character_tokenizer(template)) is has
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
 
 
 def test_padded_is_left_padded():

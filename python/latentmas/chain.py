@@ -70,7 +70,7 @@ class Chain:
             model: a decoder-only causal LM of transformers, in eval mode.
             tokenizer: the model's, with or without a chat template and a padding token.
             agents: the chain; the last one writes.
-            aligner, engine: as in `latent_generate`.
+            aligner, engine: as in `latent_generate`. Without an agent that thinks, there is no aligner.
             handover_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
 
         Raises:
@@ -127,7 +127,9 @@ class Chain:
         laps = _Laps()
         rows = [_Row(question) for question in questions]
         metrics: list[AgentMetrics] = []
+        memory: LatentCache | None = None
         for group in self._groups:
+            memory = None  # what the group before left is free before there is more
             prompts = [self._prompts(group, row.question, _notes(row.notes)) for row in rows]
             # The chain owns the memory, so each agent extends it in place; none of them has to make room.
             memory = LatentCache.for_model(self.architecture, len(rows), self._slots(group, prompts))
@@ -139,12 +141,13 @@ class Chain:
                 tell(0)
                 for row, prompt in zip(rows, prompts, strict=True):
                     row.ids, row.pending = row.pending + prompt[turn], []
-                ids, mask = padded([row.ids for row in rows], self.model.device)
+                ids, mask = padded([row.ids for row in rows], self.architecture.device)
                 other = laps()
                 if agent.latent_steps is not None:
+                    assert self.aligner is not None
                     thought = latent_generate(
                         self.model, ids, mask, latent_steps=agent.latent_steps, past_key_values=memory.donate(),
-                        aligner=self.aligner or "auto", engine=self.engine, on_step=tell.think,
+                        aligner=self.aligner, engine=self.engine, on_step=tell.think,
                     )  # fmt: skip
                     spent, steps = thought.metrics, agent.latent_steps
                     laps()  # the call has measured itself
@@ -162,6 +165,7 @@ class Chain:
                     self._read(progress, rows, text, ids.shape[1])
                 memory.name_segments(agent.name)
                 metrics.append(_metrics(agent, spent, steps, other + laps()))
+        assert memory is not None
         answers = [row.answer() for row in rows]
         return ChainResult(answers, metrics, time.perf_counter() - began, self.aligner, memory)
 

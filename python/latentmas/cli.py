@@ -66,14 +66,13 @@ def run(
 
     Without a question, the first one of the sample is asked.
     """
-    from latentmas.batches import questions_that_fit, records, run_batches
+    from latentmas.batches import questions_that_fit, run_batches
     from latentmas.chain import Chain, check_request
     from latentmas.default_model import NAME
     from latentmas.loading import check_placement, load_model
     from latentmas.methods import METHODS
     from latentmas.output import ResultsFile
-    from latentmas.report import print_answer, print_table
-    from latentmas.results import AgentMetrics
+    from latentmas.report import Report
     from latentmas_kernels.alignment import KINDS
     from latentmas_kernels.engines import ENGINES
 
@@ -103,6 +102,10 @@ def run(
             results = stack.enter_context(ResultsFile(output, asked, settings, resume=resume, overwrite=overwrite))
         done = results.done if results else {}
         asked = [entry for entry in asked if entry.number not in done]
+        if done:
+            err.print(f"{len(done)} results are in {output}, {len(asked)} questions are left", soft_wrap=True)
+        if done and not asked and not as_json:
+            raise typer.Exit(2 if left_out else 0)
         began = time.perf_counter()
         with err.status("loading the model (the default one is fetched and converted the first time)"):
             loaded, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -114,44 +117,19 @@ def run(
         asked, too_long = questions_that_fit(chain, asked)
         _check_left_out(too_long, keep_going)
         left_out += too_long
-
-        answers = [{name: value for name, value in record.items() if name != "settings"} for record in done.values()]
-        agent_metrics = [AgentMetrics(agent.name) for agent in agents]
-        seconds, finished = 0.0, 0
+        report = Report(out, agents, done.values(), as_json=as_json)
         try:
             for batch, result in run_batches(
                 chain, asked, batch_size=batch_size, seed=seed, temperature=temperature, top_p=top_p, console=err,
                 output=results,
             ):  # fmt: skip
-                answers += records(batch, result)
-                agent_metrics = [total + new for total, new in zip(agent_metrics, result.agents, strict=True)]
-                seconds, finished = seconds + result.seconds, finished + len(batch)
-                if not as_json:
-                    for entry, answer in zip(batch, result.answers, strict=True):
-                        print_answer(out, entry, answer)
+                report.add(batch, result)
         except KeyboardInterrupt:
-            err.print(f"stopped: {finished} of {len(asked)} questions answered{_kept(output)}", soft_wrap=True)
+            err.print(f"stopped: {_state(report.finished, len(asked), output)}", soft_wrap=True)
             raise typer.Exit(130) from None
         except ValueError as error:
-            raise ValueError(f"{error}. {finished} of {len(asked)} questions answered{_kept(output)}") from error
-
-    if as_json:
-        document = {
-            **settings,
-            "answers": sorted(answers, key=lambda record: record["number"]),
-            "agents": [agent.to_dict() for agent in agent_metrics],
-            "seconds": seconds,
-            "setup_seconds": setup,
-            "feedback": {"kind": chain.aligner.kind, "reason": chain.aligner.reason} if chain.aligner else None,
-            "left_out": left_out,
-        }
-        out.print(json.dumps(document, indent=2), soft_wrap=True)
-    elif finished:
-        print_table(out, agent_metrics, seconds, setup)
-        if chain.aligner is not None:
-            out.print(f"feedback: {chain.aligner.kind} ({chain.aligner.reason})", soft_wrap=True)
-    if done:
-        err.print(f"{len(done)} results were there before", soft_wrap=True)
+            raise ValueError(f"{error}. {_state(report.finished, len(asked), output)}") from error
+    report.close(settings, setup, chain.aligner, left_out)
     if left_out:
         raise typer.Exit(2)
 
@@ -212,8 +190,11 @@ def _check_left_out(faults: list[str], keep_going: bool) -> None:
         _warn(f"left out: {fault}")
 
 
-def _kept(output: str | None) -> str:
-    return f", kept in {output}; go on with --resume" if output else "; --output keeps them"
+def _state(finished: int, asked: int, output: str | None) -> str:
+    state = f"{finished} of {asked} questions are answered"
+    if not finished:
+        return state
+    return f"{state} and kept in {output}; go on with --resume" if output else f"{state}; --output would keep them"
 
 
 def _questions(question: str | None, source: str | None) -> tuple[list["Question"], list[str]]:
