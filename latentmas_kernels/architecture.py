@@ -50,13 +50,13 @@ class Architecture:
             raise UnsupportedModelError(f"got a {name}, which is no transformers model; {SUPPORTED}")
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name} is an encoder-decoder model; {SUPPORTED}")
+        if config.get_text_config(decoder=True) is not config:
+            raise UnsupportedModelError(f"{name} is multimodal; {SUPPORTED}. Load its text model by itself.")
         if not _is_causal(model):
             raise UnsupportedModelError(
                 f"{name} ({config.model_type}) attends in both directions; {SUPPORTED}. Where its weights were trained as a "
                 "decoder's, load it with is_decoder=True in its configuration."
             )
-        if config.get_text_config(decoder=True) is not config:
-            raise UnsupportedModelError(f"{name} is multimodal; {SUPPORTED}. Load its text model by itself.")
         types = getattr(config, "layer_types", None)
         unknown = sorted(set(types or ()) - LAYER_TYPES)
         if unknown:

@@ -65,13 +65,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_config(name: str = "llama", **overrides: Any) -> Any:
+    options = {**TINY, **{**FAMILIES, **OTHERS}[name], **overrides}
+    return CONFIG_MAPPING[options.pop("model_type")](**options)
+
+
 def tiny_model(name: str = "llama", **overrides: Any) -> Any:
     """A random float32 model of a family, the same one every time."""
-    options = {**TINY, **{**FAMILIES, **OTHERS}[name], **overrides}
-    attention = options.pop("attn_implementation", "sdpa")
-    config = CONFIG_MAPPING[options.pop("model_type")](**options)
+    config = tiny_config(name, **overrides)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     # Fresh weights (0.02) make every layer nearly the identity, which hides errors; at 0.15 the loop is chaotic and two
     # correct float32 computations part by 2e-4 within six steps.
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import latentmas_kernels
 from latentmas_kernels import doctor, native
@@ -64,14 +67,18 @@ def test_doctor_reports_every_topic_in_a_line_of_its_own():
         "python",
         "torch",
         "transformers",
+        "triton",
         "devices",
+        "instruction sets",
+        "threads",
         "native kernels",
         "triton kernels",
-        "engines",
+        *(f"{engine} engine" for engine in ENGINES[1:]),
     ]
     assert report.lines["torch"].startswith(torch.__version__)
     assert report.lines["devices"].startswith("cpu")
-    assert report.lines["engines"].split(", ") == list(ENGINES[1:])
+    assert report.lines["threads"] == str(torch.get_num_threads())
+    assert report.model is None
     lines = str(report).splitlines()
     assert len(lines) == len(report.lines)
     for line, (topic, state) in zip(lines, report.lines.items(), strict=True):
@@ -84,10 +91,12 @@ def test_doctor_reports_every_topic_in_a_line_of_its_own():
 def test_doctor_names_the_instruction_set_that_runs():
     from latentmas_kernels import _C
 
-    state = doctor().lines["native kernels"]
-    assert state.startswith(f"{_C.active_isa()} (this processor runs: {_C.available_isas()})")
-    assert _C.active_isa() in _C.available_isas().split()
-    assert "portable" in _C.available_isas().split()
+    report = doctor()
+    assert report.kernels["native"].on
+    assert report.lines["native kernels"].startswith(f"on: {_C.active_isa()}")
+    assert report.instruction_sets[0] == _C.active_isa()
+    assert sorted(report.instruction_sets) == sorted(_C.available_isas().split())
+    assert "portable" in report.instruction_sets
     assert native.extension() is _C
 
 
@@ -95,23 +104,52 @@ def test_doctor_names_the_instruction_set_that_runs():
 def test_doctor_says_why_triton_kernels_are_off(monkeypatch):
     module = sys.modules["latentmas_kernels.doctor"]
     monkeypatch.setattr(module, "_version", lambda package: "9.9")
-    assert doctor().lines["triton kernels"] == "off: 9.9 is installed, but there is no CUDA device"
+    assert doctor().lines["triton kernels"] == "off: triton 9.9 is installed, but there is no CUDA device"
     monkeypatch.setattr(module, "_version", lambda package: "not installed")
     assert doctor().lines["triton kernels"] == "off: triton is not installed"
 
 
 def test_doctor_says_that_the_extension_was_not_built(missing):
-    state = doctor().lines["native kernels"]
-    assert state.startswith("not built: no C++ compiler was found at install time")
+    report = doctor()
+    state = report.lines["native kernels"]
+    assert (report.kernels["native"].on, report.instruction_sets) == (False, [])
+    assert state.startswith("off: not built: no C++ compiler was found at install time")
     assert "install g++ or clang++, then install again" in state
     assert native.extension() is None
 
 
 def test_doctor_says_that_the_extension_does_not_load(broken):
     state = doctor().lines["native kernels"]
-    assert state.startswith("built, but it does not load (")
+    assert state.startswith("off: built, but it does not load (")
     assert state.endswith("install the package again on this machine")
     assert native.extension() is None
+
+
+def test_doctor_describes_the_model_that_it_is_given():
+    """On the meta device too: nothing but the configuration is read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("mistral-window")).eval()
+    report = doctor(model)
+    assert report.model == (
+        "MistralForCausalLM, 3 layers of width 48, 2 KV heads of 16, 0.8 KB a token in float32, 512 positions, windows of 8"
+    )
+    assert report.lines["model"] == report.model
+    assert report.engines["eager"].on
+
+
+def test_doctor_says_why_a_model_cannot_run():
+    config = T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, vocab_size=20)
+    report = doctor(T5ForConditionalGeneration(config))
+    assert report.model == "T5ForConditionalGeneration"
+    assert not report.engines["eager"].on
+    assert report.lines["eager engine"].startswith("off: T5ForConditionalGeneration is an encoder-decoder model")
+
+
+def test_doctor_is_json():
+    report = doctor()
+    document = json.loads(json.dumps(report.to_dict()))
+    assert document["packages"]["torch"] == torch.__version__
+    assert document["kernels"]["native"] == {"on": report.kernels["native"].on, "why": report.kernels["native"].why}
 
 
 def assert_realign_is_that_of_torch():
