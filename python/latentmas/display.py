@@ -65,7 +65,7 @@ class Display:
 
     def _begin(self, progress: Progress) -> None:
         if self.progress is not None:
-            self.finished.append(self._line(self.progress))
+            self.finished.append(self._line(self.progress, finished=True))
         if self.live is None:
             agent = progress.agent
             does = (
@@ -89,15 +89,15 @@ class Display:
         self.tokens += self.ended.count(False)
         self.ended = [ended or token in self.end_ids for ended, token in zip(self.ended, tokens, strict=True)]
 
-    def _line(self, progress: Progress) -> Text:
+    def _line(self, progress: Progress, *, finished: bool = False) -> Text:
         agent, seconds = progress.agent, time.perf_counter() - self.began if self.began else 0.0
         thinks = agent.latent_steps is not None
         line = Text(f"  {agent.name}", "bold").append(" thinks " if thinks else " writes ", "not bold")
         if not progress.step:
             return line.append("(reading its prompt)" if agent.steps else "", "not bold dim")
         line.append(f"{progress.step}/{agent.steps}", "not bold")
-        # Intervals, not steps: the clock begins with the first one.
-        done = progress.step - 1 if thinks else self.tokens - len(self.ended)
+        # The clock begins with the first step: a thinker tells as a step begins, a writer once its tokens are there.
+        done = progress.step - (not finished) if thinks else self.tokens - len(self.ended)
         if seconds > 0 and done > 0:
             line.append(f"  {done / seconds:.1f} {'steps' if thinks else 'tokens'}/s", "not bold dim")
         return line
