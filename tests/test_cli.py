@@ -1,24 +1,40 @@
 """The command line, mostly in this process: what it prints, and how it ends where the user can mend something."""
 
+import io
 import json
 import os
+import pty
+import re
+import select
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import latentmas.loading
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from latentmas import cli
-from latentmas.agents import sequential
 from latentmas.chain import Chain
+from latentmas.methods import METHODS, latent_agents
+from latentmas.questions import SAMPLE, read_questions
+from rich.console import Console
 from tokenizers_offline import character_tokenizer
 
 QUESTION = "How many rolls are left?"
 AGENTS = ["planner", "critic", "refiner", "judger"]
 FAST = ["--latent-steps", "2", "--max-new-tokens", "6", "--aligner", "ridge"]
+
+
+def model_and_tokenizer():
+    with torch.random.fork_rng():  # a seed that was set stays set, as with weights that are read from a file
+        model = tiny_model("llama", max_position_embeddings=4096)
+    model.generation_config.eos_token_id = None
+    return model, character_tokenizer()
 
 
 @pytest.fixture
@@ -41,15 +57,12 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The names that models were asked for by; each gives a tiny model that never stops."""
+    """The (name, dtype, device) that models were asked for by; each gives a tiny model that never stops."""
     asked = []
 
-    def load_model(name=None):
-        asked.append(name)
-        with torch.random.fork_rng():  # a seed that was set stays set, as with weights that are read from a file
-            model = tiny_model("llama", max_position_embeddings=4096)
-        model.generation_config.eos_token_id = None
-        return model, character_tokenizer()
+    def load_model(name=None, *, dtype="auto", device=None):
+        asked.append((name, dtype, device))
+        return model_and_tokenizer()
 
     monkeypatch.setattr(latentmas.loading, "load_model", load_model)
     return asked
@@ -78,47 +91,161 @@ def assert_one_line(said, *parts):
 
 
 def answer_of(out: str) -> str:
-    """What stands between the question and the table."""
-    return out.split(f"Question {QUESTION}\n\n")[1].split("\n\nagent")[0]
+    """What stands between the first question and what comes next: its mark, the next one or the table."""
+    text = out.split("Question 1 ", 1)[1].split("\n\n", 1)[1]
+    return re.split(r"\n\n(?:\(cut off by|expected: |Question \d|agent )", text)[0]
 
 
 def table_of(out: str) -> list[list[str]]:
     """The words of each line of the table, the heading included."""
     lines = (line.split() for line in out.splitlines())
-    return [words for words in lines if words and words[0] in ["agent", *AGENTS]]
+    return [words for words in lines if words and words[0] in ["agent", *AGENTS, "solver", "all"]]
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A file of three questions, the last one much longer."""
+    file = tmp_path / "questions.jsonl"
+    texts = [QUESTION, "And how many were there?", "Why is that? " * 12]
+    file.write_text("".join(json.dumps({"question": text, "answer": "x"}) + "\n" for text in texts))
+    return str(file)
+
+
+def document_of(said):
+    code, out, err = said
+    assert code == 0, err
+    return json.loads(out)
 
 
 # ---- what a run prints ---------------------------------------------------------------------------------------------
 
 
 def test_run_prints_the_answer_and_a_line_per_agent(command, tiny):
-    """Each line has the agent's prompt tokens, latent steps, new tokens and seconds, as the chain counts them."""
+    """Each line has the counts as the chain gives them, and the seconds and shares add up."""
     code, out, err = command("run", QUESTION, *FAST)
     assert code == 0, err
-    assert tiny == [None]
-    model, tokenizer = latentmas.loading.load_model()
-    want = Chain(model, tokenizer, sequential(latent_steps=2, max_new_tokens=6), aligner="ridge").run([QUESTION])
-    assert answer_of(out) == want.answers[0]
-    head, *lines = table_of(out)
-    assert " ".join(head) == "agent prompt tokens latent steps new tokens seconds"
-    for (name, *counts, seconds), turn in zip(lines, want.turns, strict=True):
-        assert name == turn.agent
-        assert [int(count) for count in counts] == [turn.prompt_tokens, turn.latent_steps, turn.new_tokens]
-        assert float(seconds) >= 0
+    assert tiny == [(None, "auto", None)]
+    want = Chain(*model_and_tokenizer(), latent_agents(2, 6), aligner="ridge").run([QUESTION])
+    assert answer_of(out) == want.answers[0].text
+    assert f"Question 1 {QUESTION}\n" in out
+    assert "(cut off by --max-new-tokens)" in out
+    head, *lines, last = table_of(out)
+    assert " ".join(head) == "agent prompt tokens latent steps new tokens seconds ms/step KV MB share"
+    counts = [[turn.prompt_tokens, turn.latent_steps, turn.new_tokens] for turn in want.answers[0].turns]
+    assert [[line[0], *map(int, line[1:4])] for line in lines] == [
+        [name, *count] for name, count in zip(AGENTS, counts, strict=True)
+    ]
+    assert last[:4] == ["all", *(str(sum(column)) for column in zip(*counts, strict=True))]
+    seconds = [float(line[4]) for line in lines]
+    assert sum(seconds) == pytest.approx(float(last[4]), abs=0.03)
+    assert sum(float(line[-1].rstrip("%")) for line in lines) == pytest.approx(100, abs=4)
+    total, *phases, _ = map(float, re.findall(r"([\d.]+) s\b", out))
+    assert sum(phases) == pytest.approx(total, abs=0.03)
     assert "feedback: ridge" in out
 
 
-def test_model_option_is_handed_on(command, tiny):
-    code, out, _ = command("run", QUESTION, *FAST, "--model", "some/model")
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(command, tiny, three, method):
+    """The same from the command line as from Python, a batch and a rest."""
+    options = ["--method", method, "--batch-size", "2", "--max-new-tokens", "6", "--latent-steps", "2", "--json"]
+    document = document_of(command("run", "--questions", three, *options, "--aligner", "identity"))
+    chain = Chain(*model_and_tokenizer(), METHODS[method](2, 6), aligner="identity")
+    questions = [question.text for question in read_questions(three)[0]]
+    want = [answer for part in (questions[:2], questions[2:]) for answer in chain.run(part).answers]
+    assert [answer["answer"] for answer in document["answers"]] == [answer.text for answer in want]
+    assert [answer["question"] for answer in document["answers"]] == questions
+    assert [agent["agent"] for agent in document["agents"]] == [agent.name for agent in chain.agents]
+    assert document["method"] == method
+    assert (document["feedback"] is None) == (method != "latent")
+
+
+def test_batches_change_no_answer(command, tiny, three):
+    def answers(size):
+        document = document_of(command("run", "--questions", three, *FAST, "--json", "--batch-size", size))
+        assert [answer["batch_size"] for answer in document["answers"]] == [min(int(size), 3)] * 3
+        return [answer["answer"] for answer in document["answers"]]
+
+    assert answers("1") == answers("3") == answers("8")
+
+
+def test_one_agent_needs_no_sum(command, tiny):
+    code, out, err = command("run", QUESTION, *FAST, "--method", "single")
+    assert code == 0, err
+    assert [line[0] for line in table_of(out)] == ["agent", "solver"]
+    assert "feedback" not in out
+
+
+def test_expected_answers_are_shown(command, tiny, three):
+    code, out, err = command("run", "--questions", three, *FAST, "--batch-size", "3")
+    assert code == 0, err
+    assert out.count("\nexpected: x\n") == 3
+    assert [int(n) for n in re.findall(r"^Question (\d)", out, re.M)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("stdin", "arguments"), [(QUESTION + "\n", ["-"]), ('{"question": "%s"}' % QUESTION, ["--questions", "-"])])
+def test_standard_input(command, tiny, monkeypatch, stdin, arguments):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    code, out, err = command("run", *arguments, *FAST)
+    assert code == 0, err
+    assert f"Question 1 {QUESTION}\n" in out
+
+
+def test_json_is_all_there_is_on_standard_output(command, tiny):
+    document = document_of(command("run", QUESTION, *FAST, "--json"))
+    assert document["answers"][0]["finish_reason"] == "length"
+    assert document["latent_steps"] == 2
+    phases = ["prefill_seconds", "latent_seconds", "decode_seconds", "other_seconds"]
+    assert sum(agent[phase] for agent in document["agents"] for phase in phases) == pytest.approx(
+        document["seconds"], rel=0.02
+    )
+
+
+def test_without_a_terminal_progress_is_plain_lines_on_stderr(command, tiny, three):
+    _, _, err = command("run", "--questions", three, *FAST, "--batch-size", "2", "--json")
+    assert [line for line in err.splitlines() if line.startswith("  ")][:2] == [
+        "  planner thinks 2 steps (1 of 4)",
+        "  critic thinks 2 steps (2 of 4)",
+    ]
+    assert "1-2 of 3: " + QUESTION in err.splitlines()
+    assert "\x1b" not in err
+
+
+def test_think_turns_the_switch_of_every_agent(command, tiny, monkeypatch):
+    seen = []
+    real = Chain.__init__
+
+    def init(self, model, tokenizer, agents, **options):
+        seen.append([agent.enable_thinking for agent in agents])
+        real(self, model, tokenizer, [replace(agent, enable_thinking=False) for agent in agents], **options)
+
+    monkeypatch.setattr(Chain, "__init__", init)
+    for arguments in ([], ["--think"]):
+        assert command("run", QUESTION, *FAST, *arguments)[0] == 0
+    assert seen == [[False] * 4, [True] * 4]
+
+
+def test_think_without_a_switch_is_a_warning(command, tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = command("run", QUESTION, *FAST, "--think")
     assert code == 0
-    assert tiny == ["some/model"]
+    assert "warning: the tokenizer's chat template has no thinking switch" in err
+
+
+def test_model_option_is_handed_on(command, tiny):
+    code, out, _ = command(
+        "run", QUESTION, *FAST, "--model", "some/model", "--dtype", "bfloat16", "--device", "cpu"
+    )
+    assert code == 0
+    assert tiny == [("some/model", "bfloat16", "cpu")]
     assert QUESTION in out
 
 
 def test_without_a_question_there_is_one(command, tiny):
     code, out, _ = command("run", *FAST)
     assert code == 0
-    assert cli.SAMPLE_QUESTION in out
+    assert f"Question 1 {read_questions(SAMPLE)[0][0].text}\n" in out
+    assert "Question 2" not in out
 
 
 def test_seed_repeats_a_sample(command, tiny):
@@ -139,7 +266,7 @@ def test_question_is_printed_as_it_is(command, tiny, question):
     """Brackets and colons of a question are text, not markup."""
     code, out, err = command("run", question, *FAST)
     assert code == 0, err
-    assert f"Question {question}" in out
+    assert f"Question 1 {question}\n" in out
 
 
 def test_answer_is_printed_as_it_is(command, tiny, monkeypatch):
@@ -149,7 +276,7 @@ def test_answer_is_printed_as_it_is(command, tiny, monkeypatch):
 
     def run(self, questions, **options):
         result = real(self, questions, **options)
-        result.answers[0] = answer
+        result.answers[0] = replace(result.answers[0], text=answer)
         return result
 
     monkeypatch.setattr(Chain, "run", run)
@@ -161,7 +288,8 @@ def test_answer_is_printed_as_it_is(command, tiny, monkeypatch):
 def test_help_says_what_there_is(command):
     code, out, _ = command("run", "--help")
     assert code == 0
-    options = ["--model", "--latent-steps", "--aligner", "--max-new-tokens", "--seed", "--temperature"]
+    options = "model method latent-steps aligner max-new-tokens batch-size dtype device engine seed temperature top-p think"
+    options = [f"--{option}" for option in (options + " questions output resume overwrite json keep-going").split()]
     assert [option for option in options if option not in out] == []
 
 
@@ -177,12 +305,25 @@ def test_help_says_what_there_is(command):
         ([QUESTION, "--latent-steps", "-1"], ["latent_steps must be 0 or more", "-1"]),
         ([QUESTION, "--max-new-tokens", "0"], ["max_new_tokens must be 1 or more", "got 0"]),
         ([QUESTION, *FAST, "--temperature", "-1"], ["temperature must be 0 (greedy) or more", "-1"]),
+        ([QUESTION, *FAST, "--temperature", "nan"], ["temperature must be 0 (greedy) or more", "nan"]),
+        ([QUESTION, *FAST, "--top-p", "0"], ["top_p must be more than 0 and at most 1 (off)", "0"]),
+        ([QUESTION, "--method", "magic"], ["--method magic", "single, text, latent"]),
+        ([QUESTION, "--engine", "magic"], ["--engine magic", "auto, eager"]),
+        ([QUESTION, "--batch-size", "0"], ["--batch-size must be 1 or more", "got 0"]),
+        ([QUESTION, "--handover-tokens", "0"], ["--handover-tokens must be 1 or more", "got 0"]),
+        ([QUESTION, "--dtype", "int8"], ["dtype 'int8'", "auto, float32, bfloat16, float16"]),
+        ([QUESTION, "--device", "gpu"], ["device 'gpu'", "here are cpu"]),
+        ([QUESTION, "--questions", "sample"], ["got a question and --questions; give one of them"]),
+        (["--questions", "no/such/file"], ["no/such/file", "No such file"]),
+        (["--questions", "tests"], ["tests", "Is a directory"]),
+        ([QUESTION, "--resume"], ["--resume and --overwrite", "got no --output"]),
+        ([QUESTION, "--output", "no/such/folder/x"], ["no/such/folder/x", "No such file"]),
         (
             [QUESTION, "--latent-steps", "2000", "--aligner", "ridge"],
-            ["positions", "4096", "shorten the question or lower latent_steps"],
+            ["question 1: ", "positions", "4096", "shorten the question or lower latent_steps"],
         ),
     ],
-    ids=["empty", "blank", "aligner", "latent steps", "new tokens", "temperature", "too long"],
+    ids=lambda it: " ".join(it[:3]) if it and it[0] in (QUESTION, "", "--questions") else "",
 )
 def test_user_errors_are_one_line(command, tiny, arguments, parts):
     assert_one_line(command("run", *arguments), *parts)
@@ -293,5 +434,5 @@ def test_console_script_end_to_end(default_folder):
     done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "Question What is 2 + 2?" in done.stdout
-    assert [words[0] for words in table_of(done.stdout)] == ["agent", *AGENTS]
+    assert "Question 1 What is 2 + 2?\n" in done.stdout
+    assert [words[0] for words in table_of(done.stdout)] == ["agent", *AGENTS, "all"]

@@ -142,7 +142,6 @@ class Chain:
                 for row, prompt in zip(rows, prompts, strict=True):
                     row.ids, row.pending = row.pending + prompt[turn], []
                 ids, mask = padded([row.ids for row in rows], self.architecture.device)
-                other = laps()
                 if agent.latent_steps is not None:
                     assert self.aligner is not None
                     thought = latent_generate(
@@ -150,7 +149,6 @@ class Chain:
                         aligner=self.aligner, engine=self.engine, on_step=tell.think,
                     )  # fmt: skip
                     spent, steps = thought.metrics, agent.latent_steps
-                    laps()  # the call has measured itself
                     for row in rows:
                         row.turns.append(Turn(agent.name, len(row.ids), latent_steps=agent.latent_steps))
                 else:
@@ -161,10 +159,9 @@ class Chain:
                         streamer=tell, engine=self.engine,
                     )  # fmt: skip
                     spent, steps = text.metrics, max(text.new_tokens)
-                    laps()
                     self._read(progress, rows, text, ids.shape[1])
                 memory.name_segments(agent.name)
-                metrics.append(_metrics(agent, spent, steps, other + laps()))
+                metrics.append(_metrics(agent, spent, steps, laps()))
         assert memory is not None
         answers = [row.answer() for row in rows]
         return ChainResult(answers, metrics, time.perf_counter() - began, self.aligner, memory)
@@ -282,7 +279,9 @@ class _Laps:
         return self.last - before
 
 
-def _metrics(agent: Agent, spent: Metrics, steps: int, other_seconds: float) -> AgentMetrics:
+def _metrics(agent: Agent, spent: Metrics, steps: int, seconds: float) -> AgentMetrics:
+    """What is none of the phases is other, so that they add up to the seconds of the agent's turn."""
+    phases = spent.prefill_seconds + spent.latent_seconds + spent.decode_seconds
     return AgentMetrics(
         agent.name,
         prompt_tokens=spent.prefill_tokens,
@@ -292,7 +291,7 @@ def _metrics(agent: Agent, spent: Metrics, steps: int, other_seconds: float) -> 
         prefill_seconds=spent.prefill_seconds,
         latent_seconds=spent.latent_seconds,
         decode_seconds=spent.decode_seconds,
-        other_seconds=other_seconds + spent.setup_seconds,
+        other_seconds=seconds - phases,
         kv_bytes=spent.kv_bytes,
     )
 
