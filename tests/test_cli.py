@@ -22,7 +22,6 @@ from latentmas import cli
 from latentmas.chain import Chain
 from latentmas.methods import METHODS, latent_agents
 from latentmas.questions import SAMPLE, read_questions
-from rich.console import Console
 from tokenizers_offline import character_tokenizer
 
 QUESTION = "How many rolls are left?"
@@ -182,7 +181,9 @@ def test_expected_answers_are_shown(command, tiny, three):
     assert [int(n) for n in re.findall(r"^Question (\d)", out, re.M)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("stdin", "arguments"), [(QUESTION + "\n", ["-"]), ('{"question": "%s"}' % QUESTION, ["--questions", "-"])])
+@pytest.mark.parametrize(
+    ("stdin", "arguments"), [(QUESTION + "\n", ["-"]), (json.dumps({"question": QUESTION}), ["--questions", "-"])]
+)
 def test_standard_input(command, tiny, monkeypatch, stdin, arguments):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
     code, out, err = command("run", *arguments, *FAST)
@@ -233,9 +234,7 @@ def test_think_without_a_switch_is_a_warning(command, tiny):
 
 
 def test_model_option_is_handed_on(command, tiny):
-    code, out, _ = command(
-        "run", QUESTION, *FAST, "--model", "some/model", "--dtype", "bfloat16", "--device", "cpu"
-    )
+    code, out, _ = command("run", QUESTION, *FAST, "--model", "some/model", "--dtype", "bfloat16", "--device", "cpu")
     assert code == 0
     assert tiny == [("some/model", "bfloat16", "cpu")]
     assert QUESTION in out
@@ -288,7 +287,9 @@ def test_answer_is_printed_as_it_is(command, tiny, monkeypatch):
 def test_help_says_what_there_is(command):
     code, out, _ = command("run", "--help")
     assert code == 0
-    options = "model method latent-steps aligner max-new-tokens batch-size dtype device engine seed temperature top-p think"
+    options = (
+        "model method latent-steps aligner max-new-tokens batch-size dtype device engine seed temperature top-p think"
+    )
     options = [f"--{option}" for option in (options + " questions output resume overwrite json keep-going").split()]
     assert [option for option in options if option not in out] == []
 
@@ -408,6 +409,289 @@ def test_ctrl_c_exits_130(command, tiny, monkeypatch):
     assert code == 130
     assert out == ""
     assert "Traceback" not in err
+
+
+# ---- files of questions and results --------------------------------------------------------------------------------
+
+
+def numbers(path):
+    return [json.loads(line)["number"] for line in path.read_text().splitlines()]
+
+
+def test_results_are_lines_with_everything(command, tiny, three, tmp_path):
+    output = tmp_path / "results.jsonl"
+    document = document_of(command("run", "--questions", three, *FAST, "--output", str(output), "--json"))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    settings = lines[0]["settings"]
+    assert [{**answer, "settings": settings} for answer in document["answers"]] == lines
+    assert {name: document[name] for name in settings} == settings
+    assert (settings["method"], settings["latent_steps"], settings["model"]) == ("latent", 2, "SmolLM2-135M-Instruct")
+    assert [line["expected"] for line in lines] == ["x"] * 3
+    assert [turn["agent"] for turn in lines[0]["turns"]] == AGENTS
+
+
+def test_resume_goes_on_as_if_never_stopped(command, tiny, three, tmp_path):
+    """With sampling too; and once all is there, no model is loaded."""
+    arguments = ["run", "--questions", three, *FAST, "--temperature", "1.5"]
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    assert command(*arguments, "--output", str(whole))[0] == 0
+    lines = whole.read_text().splitlines(keepends=True)
+    parts.write_text(lines[0])
+    code, out, err = command(*arguments, "--output", str(parts), "--resume")
+    assert code == 0, err
+    assert "Question 1" not in out
+    assert f"1 results are in {parts}, 2 questions are left" in err
+
+    def answers(path):
+        return [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+
+    assert answers(parts) == answers(whole)
+    tiny.clear()
+    code, out, _ = command(*arguments, "--output", str(parts), "--resume")
+    assert (code, out, tiny) == (0, "", [])
+
+
+def test_resumed_results_are_in_the_document(command, tiny, three, tmp_path):
+    arguments = ["run", "--questions", three, *FAST, "--output", str(tmp_path / "r.jsonl"), "--json"]
+    whole = document_of(command(*arguments))
+    again = document_of(command(*arguments, "--resume"))
+    assert again["answers"] == whole["answers"]
+    assert again["seconds"] == 0
+
+
+def test_output_that_exists_is_refused_before_a_model_is_loaded(command, tiny, tmp_path):
+    output = tmp_path / "results.jsonl"
+    output.write_text("my thesis\n")
+    assert_one_line(command("run", QUESTION, *FAST, "--output", str(output)), "exists", "--resume", "--overwrite")
+    assert output.read_text() == "my thesis\n"
+    assert tiny == []
+    assert command("run", QUESTION, *FAST, "--output", str(output), "--overwrite")[0] == 0
+    assert numbers(output) == [1]
+
+
+@pytest.fixture
+def broken_lines(tmp_path):
+    file = tmp_path / "broken.jsonl"
+    lines = ['{"question": "First?"}', '{"question": ', '{"question": "Third?"}', '{"question": ""}']
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+def test_broken_lines_are_all_named(command, tiny, broken_lines):
+    said = command("run", "--questions", broken_lines, *FAST)
+    assert_one_line(said, "line 2 is not JSON", "line 4 has an empty question", "--keep-going")
+    assert tiny == []
+
+
+def test_keep_going_runs_the_others_and_ends_with_2(command, tiny, broken_lines, tmp_path):
+    output = tmp_path / "results.jsonl"
+    code, out, err = command("run", "--questions", broken_lines, *FAST, "--keep-going", "--output", str(output))
+    assert code == 2
+    assert numbers(output) == [1, 3]
+    assert [int(n) for n in re.findall(r"^Question (\d)", out, re.M)] == [1, 3]
+    assert [line for line in err.splitlines() if line.startswith("warning: left out: line ")][1:] == [
+        "warning: left out: line 4 has an empty question"
+    ]
+
+
+def test_a_question_that_is_too_long_is_named_before_any_is_answered(command, tiny, tmp_path):
+    """Of a file whose other questions fit; with --keep-going those run."""
+    file, output = tmp_path / "long.jsonl", tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps({"question": text}) + "\n" for text in (QUESTION, "long " * 900)))
+    arguments = ["run", "--questions", str(file), *FAST, "--output", str(output)]
+    assert_one_line(command(*arguments), "question 2: the chain goes up to", "4096", "--keep-going")
+    assert not output.exists()
+    code, out, err = command(*arguments, "--keep-going", "--json")
+    assert code == 2
+    assert numbers(output) == [1]
+    assert json.loads(out)["left_out"][0].startswith("question 2: the chain goes up to")
+    assert "warning: left out: question 2: " in err
+
+
+def fail_at(monkeypatch, question, error):
+    """Chain.run() raises where it comes to this question."""
+    real = Chain.run
+
+    def run(self, questions, **options):
+        if question in questions:
+            raise error
+        return real(self, questions, **options)
+
+    monkeypatch.setattr(Chain, "run", run)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 12 bytes\nframes ..."
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError("Unable to allocate 8 GiB"),
+    ],
+)
+def test_out_of_memory_in_the_middle_keeps_what_is_finished(command, tiny, three, tmp_path, monkeypatch, error):
+    fail_at(monkeypatch, read_questions(three)[0][2].text, error)
+    output = tmp_path / "results.jsonl"
+    code, _, err = command("run", "--questions", three, *FAST, "--output", str(output))
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(
+        f"error: out of memory with 1 questions at a time ({str(error).splitlines()[0]}); take a smaller"
+    )
+    assert last.endswith(f"2 of 3 questions are answered and kept in {output}; go on with --resume")
+    assert numbers(output) == [1, 2]
+
+
+def test_rows_that_do_not_fit_the_memory_together(command, tiny, three, tmp_path, monkeypatch):
+    """Short and long questions in one batch need slots for the longest of them in each row."""
+    import psutil
+
+    output = tmp_path / "results.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 200_000})())
+        code, out, err = command("run", "--questions", three, *FAST, "--batch-size", "3", "--output", str(output))
+    assert code == 2
+    assert out == ""
+    assert re.match(
+        "error: a cache of 3 rows of 923 slots needs 2 MB .*a smaller batch", err.strip().splitlines()[-1]
+    ), err
+    assert not output.exists()
+
+
+def test_other_faults_are_not_taken_for_a_lack_of_memory(command, tiny, monkeypatch):
+    """What the user cannot mend is a traceback."""
+    fail_at(monkeypatch, QUESTION, RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        command("run", QUESTION, *FAST)
+
+
+def test_a_full_disk(command, tiny, three, tmp_path, monkeypatch):
+    output, write = tmp_path / "results.jsonl", os.write
+
+    def full(handle, data):
+        if output.stat().st_size:
+            raise OSError(28, "No space left on device")
+        return write(handle, data)
+
+    monkeypatch.setattr("latentmas.output.os.write", full)
+    code, out, err = command("run", "--questions", three, *FAST, "--output", str(output))
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(
+        f"error: cannot write to {output}: No space left on device; 1 finished results are kept in it"
+    )
+    assert numbers(output) == [1]
+    assert "Question 2" not in out, "an answer that is not kept is not printed as if it were"
+
+
+# ---- templates and padding -----------------------------------------------------------------------------------------
+
+REFUSES_SYSTEM = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('no system role') }}{% endif %}"
+    "{{ '[' + message['role'] + ']' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("template", [None, REFUSES_SYSTEM], ids=["no template", "no system role"])
+@pytest.mark.parametrize("pad", [True, False], ids=["pad", "no pad"])
+def test_any_tokenizer_runs_and_batches_change_nothing(command, monkeypatch, three, method, template, pad):
+    def load_model(name=None, **placement):
+        return model_and_tokenizer()[0], character_tokenizer(template, pad=pad)
+
+    monkeypatch.setattr(latentmas.loading, "load_model", load_model)
+
+    def answers(size):
+        document = document_of(
+            command("run", "--questions", three, *FAST, "--json", "--method", method, "--batch-size", size)
+        )
+        return [[turn["text"] for turn in answer["turns"]] for answer in document["answers"]]
+
+    assert answers("1") == answers("3")
+
+
+# ---- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_looks_at_a_model_without_its_weights(command, tmp_path):
+    tiny_config("qwen3").save_pretrained(tmp_path)
+    code, out, err = command("doctor", "--model", str(tmp_path))
+    assert code == 0, err
+    assert re.search(r"^model +Qwen3ForCausalLM, 3 layers of width 48", out, re.M)
+    assert re.search(r"^eager engine +on: ", out, re.M)
+
+
+def test_doctor_without_a_model(command):
+    code, out, err = command("doctor")
+    assert code == 0, err
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.M)
+    assert not re.search(r"^model", out, re.M)
+
+
+def test_doctor_in_json(command):
+    document = document_of(command("doctor", "--json"))
+    assert document["packages"]["torch"] == torch.__version__
+    assert document["model"] is None
+
+
+def test_doctor_with_a_model_that_is_not_there(command, offline):
+    assert_one_line(command("doctor", "--model", "./nowhere"), "cannot load './nowhere'")
+
+
+# ---- stopped -------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_and_counts_what_is_finished(command, tiny, three, tmp_path, monkeypatch):
+    fail_at(monkeypatch, read_questions(three)[0][2].text, KeyboardInterrupt())
+    output = tmp_path / "results.jsonl"
+    code, _, err = command("run", "--questions", three, *FAST, "--output", str(output))
+    assert code == 130
+    assert f"stopped: 2 of 3 questions are answered and kept in {output}; go on with --resume" in err.splitlines()
+    assert "Traceback" not in err
+    assert numbers(output) == [1, 2]
+    code, _, err = command("run", "--questions", three, *FAST)
+    assert "stopped: 2 of 3 questions are answered; --output would keep them" in err.splitlines()
+
+
+def test_ctrl_c_on_a_terminal(tmp_path):
+    """The command as installed, on a terminal of its own, interrupted by a key while the second question is answered."""
+    folder, output, questions = tmp_path / "model", tmp_path / "results.jsonl", tmp_path / "questions.jsonl"
+    model, tokenizer = model_and_tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    questions.write_text("".join(json.dumps({"question": text}) + "\n" for text in ("short", "next")))
+    script = str(Path(sys.executable).parent / "latentmas")
+    arguments = [
+        "run", "--questions", str(questions), "--model", str(folder), "--output", str(output), "--aligner", "identity",
+        "--latent-steps", "500", "--max-new-tokens", "500", "--device", "cpu",
+    ]  # fmt: skip
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(script, [script, *arguments], {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1"})
+    seen, pressed, deadline = b"", False, time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                seen += os.read(terminal, 65536)
+            except OSError:  # the other end is closed
+                break
+        if not pressed and b"2 of 2: next" in seen:
+            pressed = os.write(terminal, b"\x03") == 1
+    else:
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(terminal)
+    screen = seen.decode(errors="replace")
+    assert pressed, screen
+    assert code == 130, screen
+    assert numbers(output) == [1]
+    assert "Traceback" not in screen
+    assert "stopped: 1 of 2 questions are answered and kept in" in screen
+    assert "/500" in screen, "steps were shown"
+    assert screen.rfind("\x1b[?25l") < screen.rfind("\x1b[?25h"), "the cursor is back"
 
 
 # ---- in a process of its own ---------------------------------------------------------------------------------------

@@ -121,9 +121,12 @@ def test_the_prompt_is_being_read(terminal, clock):
 
 
 def test_the_cursor_comes_back_whatever_ends_the_run(terminal, clock):
-    with pytest.raises(KeyboardInterrupt), showing(terminal) as view:
-        play(view, WRITER, 1, [[A]], clock)
-        raise KeyboardInterrupt
+    def stopped():
+        with showing(terminal) as view:
+            play(view, WRITER, 1, [[A]], clock)
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, stopped)
     hidden, shown = written(terminal).rfind("\x1b[?25l"), written(terminal).rfind("\x1b[?25h")
     assert 0 <= hidden < shown
 

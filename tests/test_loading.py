@@ -61,7 +61,9 @@ def test_an_encoder_is_refused(tmp_path):
     )  # fmt: skip
     BertLMHeadModel(config).save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"BertLMHeadModel \(bert\) attends in both directions; .*is_decoder=True"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"BertLMHeadModel \(bert\) attends in both directions; .*is_decoder=True"
+    ):
         load_model(str(tmp_path))
 
 

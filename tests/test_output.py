@@ -147,9 +147,12 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_a_file_that_was_made_for_nothing_is_removed(path):
-    with pytest.raises(KeyboardInterrupt), opened(path):
-        assert path.exists()
-        raise KeyboardInterrupt
+    def stopped():
+        with opened(path):
+            assert path.exists()
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, stopped)
     assert not path.exists()
 
 

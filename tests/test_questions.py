@@ -60,7 +60,9 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, line, fault):
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_a_file_without_a_line_is_refused(tmp_path, data):
-    with pytest.raises(ValueError, match=r'questions\.jsonl holds no questions; supported are JSON lines with "question"'):
+    with pytest.raises(
+        ValueError, match=r'questions\.jsonl holds no questions; supported are JSON lines with "question"'
+    ):
         read(tmp_path, data)
 
 
