@@ -126,7 +126,8 @@ def test_the_cursor_comes_back_whatever_ends_the_run(terminal, clock):
             play(view, WRITER, 1, [[A]], clock)
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     hidden, shown = written(terminal).rfind("\x1b[?25l"), written(terminal).rfind("\x1b[?25h")
     assert 0 <= hidden < shown
 

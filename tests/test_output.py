@@ -152,7 +152,8 @@ def test_a_file_that_was_made_for_nothing_is_removed(path):
             assert path.exists()
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert not path.exists()
 
 
