@@ -3,8 +3,8 @@
 #
 #   scripts/gpu_verify.sh [build|tests|steps|realign ...]      (default: all of them, in this order)
 #
-# Needs a python3 that has torch, transformers, triton, numpy, rich, pybind11, setuptools, cmake, ninja, hypothesis, pytest,
-# pytest-xdist and pytest-benchmark. Numbers go to benchmarks/results/<name of the GPU>.json, where the stages that
+# Needs a python3 that has torch, transformers, triton, numpy, psutil, rich, pybind11, setuptools, cmake, ninja, hypothesis,
+# pytest, pytest-xdist and pytest-benchmark. Numbers go to benchmarks/results/<name of the GPU>.json, where the stages that
 # passed are marked as well: a stage that has its mark is skipped, so a run that was cut off goes on with the next.
 #
 #   FORCE=1          run the stages again that are marked

@@ -268,6 +268,14 @@ def test_question_is_printed_as_it_is(command, tiny, question):
     assert f"Question 1 {question}\n" in out
 
 
+def test_letters_that_the_terminal_does_not_have(command, tiny, monkeypatch):
+    paper = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(paper, encoding="ascii", write_through=True))
+    code, _, err = command("run", "Wie spät ist es?", *FAST)
+    assert code == 0, err
+    assert b"Question 1 Wie sp\\xe4t ist es?\n" in paper.getvalue()
+
+
 def test_answer_is_printed_as_it_is(command, tiny, monkeypatch):
     """The same for an answer, however long."""
     answer = "[bold]x[/bold] :smile: " + "word " * 60 + "end [/INST]"
@@ -342,10 +350,11 @@ def test_wrong_options_are_seen_before_a_model_is_loaded(command, tiny, argument
     [
         (["run", QUESTION, "--nonsense"], "--nonsense"),
         (["run", QUESTION, "--latent-steps", "many"], "--latent-steps"),
+        (["run", QUESTION, "--seed", str(2**63)], "--seed"),
         (["run", "How", "many?"], "many?"),
         (["think"], "think"),
     ],
-    ids=["option", "number", "argument", "command"],
+    ids=["option", "number", "seed", "argument", "command"],
 )
 def test_wrong_usage_names_what_is_wrong(command, tiny, arguments, named):
     """Exit code 2 with the culprit's name and no traceback; nothing is loaded."""

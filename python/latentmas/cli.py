@@ -1,5 +1,6 @@
 """The command line: latentmas run, latentmas doctor."""
 
+import io
 import json
 import sys
 import time
@@ -50,7 +51,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: the accelerator, if any.")] = None,
     engine: Annotated[str, typer.Option(help="auto or eager.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**62)] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(help="Sample from the likeliest tokens with this probability together.")
@@ -158,10 +159,13 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """Only our own words: libraries log to their own files, warnings are one line each."""
+    """Only our own words, as far as the terminal has their letters: libraries are silent, warnings are one line each."""
     import huggingface_hub
     import transformers
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
