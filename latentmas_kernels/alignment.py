@@ -73,11 +73,15 @@ class Aligner:
         """Embeddings [B, D_out] from hidden states [B, D_in], or from logits [B, V] where `needs_logits`."""
         if self.embedding is None:
             return realign(seed, self.weight, self.target_norm)
-        shared = seed[:, : self.embedding.weight.shape[0]].float()  # another model may have fewer rows
-        logits, tokens = shared.topk(min(TOP_K, shared.shape[-1]), dim=-1)
+        return realign(self.mix(seed), None, self.target_norm)
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Soft feedback before the rescale: the probability-weighted mean [B, D] of the top-k input embeddings."""
+        assert self.embedding is not None
+        shared = logits[:, : self.embedding.weight.shape[0]].float()  # another model may have fewer rows
+        top, tokens = shared.topk(min(TOP_K, shared.shape[-1]), dim=-1)
         rows = self.embedding(tokens)
-        mean = (logits.softmax(-1)[..., None] * rows.float()).sum(-2)
-        return realign(mean.to(rows.dtype), None, self.target_norm)
+        return (top.softmax(-1)[..., None] * rows.float()).sum(-2).to(rows.dtype)
 
 
 # Per model and target embedding, by kind and ridge: the state of the weights that it was built from, and the map. Keyed by

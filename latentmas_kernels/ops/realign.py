@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels import native
+from latentmas_kernels.ops.triton.target import target_of
 
 MIN_NORM = 1e-12
 """Smallest divisor of the rescale: a zero vector stays zero. csrc/cpu/realign.cpp and ops/triton hold the same."""
@@ -47,7 +48,7 @@ def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: T
     """
     width = check(hidden, weight, out)
     if hidden.device.type == "cuda":
-        from latentmas_kernels.ops.triton.realign import realign as kernel
+        kernel = _realign_cuda
     elif hidden.device.type == "cpu" and native.extension() and hidden.dtype in (torch.float32, torch.bfloat16):
         kernel = _realign_cpu
     else:
@@ -84,6 +85,12 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
     if len(devices) > 1:
         raise ValueError(f"realign: all tensors must be on one device; got {sorted(map(str, devices))}")
     return width
+
+
+def _realign_cuda(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
+    from latentmas_kernels.ops.triton.realign import realign as kernel
+
+    kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
 
 
 def _realign_cpu(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:

@@ -2,13 +2,21 @@
 
 Two launches where there is a product, since the norm needs all of its elements: the first computes W_a^T h and one
 partial sum of squares per block, the second adds the partial sums and rescales. No atomics: the same input gives the
-same bits. With the identity the second launch does all the work.
+same bits. With the identity the second launch does all the work; inside a step it also advances the row and writes the
+embedding down in the trace.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from latentmas_kernels.ops.triton.memory import trace_pointer
+from latentmas_kernels.ops.triton.product import wait_for_inputs
+from latentmas_kernels.ops.triton.rows import advance, next_step
+from latentmas_kernels.ops.triton.target import Target
 
 BLOCK_OUT = 16  # weight rows per program: 128 programs from D_out = 2048 on, which is about what fills an H100
 BLOCK_IN = 256
@@ -19,12 +27,13 @@ BLOCK_SCALE = 1024
 def product_kernel(
     hidden, weight, product, squares,
     hidden_stride, weight_stride, width_in, width_out, blocks,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """product[b, o] = sum_i weight[o, i] hidden[b, i]; squares[b, block] = sum of product[b, o]^2 over the block."""
     block, row = tl.program_id(0), tl.program_id(1)
     outs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     partial = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
+    wait_for_inputs(OVERLAP)
     for start in range(0, width_in, BLOCK_IN):
         ins = start + tl.arange(0, BLOCK_IN)
         x = tl.load(hidden + row * hidden_stride + ins, mask=ins < width_in, other=0.0).to(tl.float32)
@@ -38,13 +47,14 @@ def product_kernel(
 
 @triton.jit
 def rescale_kernel(
-    source, squares, out, target_norm,
-    source_stride, out_stride, width, blocks,
-    HAS_SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+    source, squares, out, target_norm, rows, memory,
+    source_stride, out_stride, rows_stride, width, blocks,
+    HAS_SQUARES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[b] = source[b] * target_norm / max(|source[b]|, 1e-12), the norm from the partial sums where there are any."""
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    wait_for_inputs(OVERLAP)
     if HAS_SQUARES:
         for start in range(0, blocks, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -57,30 +67,59 @@ def rescale_kernel(
     norm = tl.sqrt(tl.sum(total, axis=0))
     # Not a maximum: that would turn a NaN norm into 1e-12 and hide it.
     scale = target_norm / tl.where(norm < 1e-12, 1e-12, norm)
+    trace = out
+    traced = False
+    if STEP:
+        traced = tl.load(rows + row) > 0
+        trace = trace_pointer(memory, row, out.dtype.element_ty) + next_step(rows, rows_stride, row).to(tl.int64) * width
+        advance(rows, rows_stride, row, memory)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(source + row * source_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + cols, (x * scale).to(out.dtype.element_ty), mask=cols < width)
+        e = (x * scale).to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + cols, e, mask=cols < width)
+        if STEP and traced:
+            tl.store(trace + cols, e, mask=cols < width)
 
 
-def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
-    """Launch the kernels on checked arguments; `out` is written."""
+class Step(NamedTuple):
+    """What `realign` needs inside a step: the table of rows (rows.py), the KV buffer (memory.py), and room for a product."""
+
+    rows: Tensor
+    memory: Tensor
+    product: Tensor
+    squares: Tensor
+
+
+def squares_per_row(width: int) -> int:
+    """Partial sums that the product leaves for each row."""
+    return triton.cdiv(width, BLOCK_OUT)
+
+
+def realign(
+    hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor, *, target: Target, step: Step | None = None
+) -> None:
+    """Launch the kernels on checked arguments; `out` is written, with `step` also its rows and the trace."""
     rows, width = out.shape
     if rows == 0:
         return
     if weight is None:
         source, squares, blocks = hidden, hidden, 0
     else:
-        blocks = triton.cdiv(width, BLOCK_OUT)
-        source = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
-        squares = torch.empty(rows, blocks, dtype=torch.float32, device=hidden.device)
+        blocks = squares_per_row(width)
+        if step is None:
+            source = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
+            squares = torch.empty(rows, blocks, dtype=torch.float32, device=hidden.device)
+        else:
+            source, squares = step.product, step.squares
         product_kernel[(blocks, rows)](
             hidden, weight, source, squares,
             hidden.stride(0), weight.stride(0), hidden.shape[1], width, blocks,
-            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN,
+            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, OVERLAP=target.overlap, **target.options,
         )  # fmt: skip
     rescale_kernel[(rows,)](
-        source, squares, out, target_norm,
-        source.stride(0), out.stride(0), width, blocks,
-        HAS_SQUARES=weight is not None, BLOCK=BLOCK_SCALE,
+        source, squares, out, target_norm, None if step is None else step.rows, None if step is None else step.memory,
+        source.stride(0), out.stride(0), 0 if step is None else step.rows.stride(0), width, blocks,
+        HAS_SQUARES=weight is not None, STEP=step is not None, BLOCK=BLOCK_SCALE, OVERLAP=target.overlap,
+        **target.options,
     )  # fmt: skip

@@ -1,0 +1,179 @@
+"""One decode step as a sequence of launches over tensors that never move: what the CUDA engine captures in graphs.
+
+    latent step     realign(hidden) -> x                        token step     embed(token) -> x
+                    advance the rows                                           advance the rows
+                    layers(x), final norm -> hidden                            layers(x), final norm, lm_head -> logits
+                                                                               sample(logits) -> token
+
+A layer is six ops: rmsnorm_linear (QKV), rope_append, decode_attention, linear_residual, gate_up_swiglu and
+linear_residual. Nothing here allocates, copies from the host or waits for the device; positions, lengths and the addresses
+of the cache are read from device memory, so the same launches serve every call.
+"""
+
+import torch
+from torch import Tensor
+
+from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.ops.triton import rows as fields
+from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, splits_for
+from latentmas_kernels.ops.triton.embed import embed
+from latentmas_kernels.ops.triton.memory import FIELDS, describe
+from latentmas_kernels.ops.triton.product import Scratch, product
+from latentmas_kernels.ops.triton.realign import Step as RealignStep
+from latentmas_kernels.ops.triton.realign import realign, squares_per_row
+from latentmas_kernels.ops.triton.rmsnorm import rmsnorm
+from latentmas_kernels.ops.triton.rope_append import rope_append
+from latentmas_kernels.ops.triton.sample import Candidates, Settings, sample
+from latentmas_kernels.ops.triton.target import Target, tile_for
+from latentmas_kernels.weights import Weights
+
+
+class Step:
+    """The static tensors of one batch size, and the launches over them.
+
+    Attributes:
+        batch: rows.
+        rows: int32 [5, batch], see ops/triton/rows.py.
+        memory: int64 [9], see ops/triton/memory.py.
+        hidden: [batch, D], the state after the final norm.
+        logits: float32 [batch, V], of the last token step (or latent step with soft feedback).
+        tokens: int64 [batch], chosen last.
+    """
+
+    def __init__(self, weights: Weights, architecture: Architecture, batch: int, target: Target) -> None:
+        w, device = weights, architecture.device
+        self.weights, self.batch, self.target, self.width = w, batch, target, architecture.hidden_size
+
+        def empty(*shape: int, dtype: torch.dtype = architecture.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.rows = torch.zeros(5, batch, dtype=torch.int32, device=device)
+        self.memory = torch.zeros(FIELDS, dtype=torch.int64, device=device)
+        self.x = empty(batch, self.width)
+        self.hidden = empty(batch, self.width)
+        self.qkv = empty(batch, (w.query_heads + 2 * w.kv_heads) * w.head_dim)
+        self.queries = empty(batch, w.query_heads, w.head_dim)
+        self.mixed = empty(batch, w.query_heads * w.head_dim)
+        self.activated = empty(batch, w.intermediate)
+        self.logits = empty(batch, w.lm_head.shape[0], dtype=torch.float32)
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.settings = Settings(device)
+        self.candidates: dict[bool, Candidates] = {}
+        self.partials = Partials(self.queries, splits_for(target, batch, w.kv_heads, self.x.element_size()))
+        self.realign = RealignStep(
+            self.rows,
+            self.memory,
+            empty(batch, self.width, dtype=torch.float32),
+            empty(batch, squares_per_row(self.width), dtype=torch.float32),
+        )
+        self.scratch = Scratch(self.x)
+        for matrix, pair in [(w.layers[0].qkv, False), (w.layers[0].output, False), (w.layers[0].down, False),
+                             (w.lm_head, False), (w.layers[0].gate_up, True)]:  # fmt: skip
+            n, k = matrix.shape[0] // (2 if pair else 1), matrix.shape[1]
+            tile = tile_for(target, batch, n, k, self.x.element_size(), pair=pair)
+            self.scratch.reserve(tile, batch, n, pair=pair)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the static tensors."""
+        own = [t for t in vars(self).values() if isinstance(t, Tensor)]
+        nested = [self.partials, self.scratch, self.settings, *self.candidates.values()]
+        own += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
+        return sum(t.nbytes for t in own)
+
+    def prepare(self, *, do_sample: bool) -> None:
+        """Make room for `token(do_sample)`; outside of captures."""
+        if do_sample not in self.candidates:
+            vocabulary = self.logits.shape[1]
+            self.candidates[do_sample] = Candidates(self.batch, vocabulary, self.x.device, sampling=do_sample)
+
+    def aim(self, cache: LatentCache, rows: slice, active: Tensor, trace: Tensor | None) -> None:
+        """Point the launches at rows of a cache that go on from where they are.
+
+        Args:
+            rows: of the cache, at most `batch`.
+            active: bool on the CPU, which of these take part.
+            trace: [batch, steps, D] or int64 [batch, steps], written by the steps. Kept by the caller.
+        """
+        count = len(active)
+        state = torch.zeros(5, self.batch, dtype=torch.int32)
+        state[fields.ACTIVE, :count] = active.int()
+        state[fields.LENGTH, :count] = cache.lengths[rows].int()
+        state[fields.POSITION, :count] = cache.next_position[rows].int() - 1
+        self.rows.copy_(state)
+        keys, values, positions = cache.keys[:, rows], cache.values[:, rows], cache.positions[rows]
+        self.memory.copy_(torch.tensor(describe(keys, values, positions, trace)))
+
+    def idle(self, trace: Tensor) -> None:
+        """Let the launches run without reading or storing anything: for warming up."""
+        self.rows.zero_()
+        self.memory.zero_()
+        self.memory[7:] = torch.tensor([trace.data_ptr(), trace.stride(0)])
+        self.hidden.zero_()
+        self.logits.zero_()
+        self.tokens.zero_()
+
+    def latent(self, aligner: Aligner) -> None:
+        """hidden (or logits, for soft feedback) -> x -> hidden (and logits)."""
+        if aligner.needs_logits:
+            realign(aligner.mix(self.logits), None, aligner.target_norm, self.x, target=self.target, step=self.realign)
+        else:
+            realign(self.hidden, aligner.weight, aligner.target_norm, self.x, target=self.target, step=self.realign)
+        self._layers()
+        rmsnorm(self.x, self.weights.final_gain, self.weights.eps, self.hidden, target=self.target)
+        if aligner.needs_logits:
+            self._lm_head()
+
+    def logits_of_token(self) -> None:
+        """tokens -> x -> logits."""
+        embed(self.tokens, self.weights.embedding, self.x, self.rows, self.memory, target=self.target)
+        self._layers()
+        self._lm_head()
+
+    def choose(self, *, do_sample: bool) -> None:
+        """logits -> tokens."""
+        sample(
+            self.logits, self.tokens, self.settings, self.candidates[do_sample], self.rows, self.memory,
+            do_sample=do_sample, target=self.target,
+        )  # fmt: skip
+
+    def token(self, *, do_sample: bool) -> None:
+        """tokens -> x -> logits -> tokens."""
+        self.logits_of_token()
+        self.choose(do_sample=do_sample)
+
+    def _layers(self) -> None:
+        w, target, scratch = self.weights, self.target, self.scratch
+        lengths, positions, slots = (self.rows[field] for field in (fields.LENGTH, fields.POSITION, fields.SLOT))
+        for index, layer in enumerate(w.layers):
+            product(
+                self.x, layer.qkv, self.qkv, gain=layer.input_gain, eps=w.eps, bias=layer.qkv_bias, target=target,
+                scratch=scratch,
+            )  # fmt: skip
+            rope_append(
+                self.qkv, self.queries, layer.query_gain, layer.key_gain, w.eps, w.inv_freq, w.attention_scaling,
+                self.memory, index, slots, positions, target=target,
+            )  # fmt: skip
+            decode_attention(
+                self.queries, self.memory, index, w.kv_heads, lengths, positions, layer.window, w.scale, self.partials,
+                self.mixed, target=target,
+            )  # fmt: skip
+            product(
+                self.mixed, layer.output, self.x, bias=layer.output_bias, residual=self.x, target=target, scratch=scratch
+            )
+            product(
+                self.x, layer.gate_up, self.activated, gain=layer.mlp_gain, eps=w.eps, bias=layer.gate_up_bias, pair=True,
+                target=target, scratch=scratch,
+            )  # fmt: skip
+            product(
+                self.activated, layer.down, self.x, bias=layer.down_bias, residual=self.x, target=target, scratch=scratch
+            )
+
+    def _lm_head(self) -> None:
+        w = self.weights
+        product(
+            self.x, w.lm_head, self.logits, gain=w.final_gain, eps=w.eps, bias=w.lm_head_bias, target=self.target,
+            scratch=self.scratch,
+        )  # fmt: skip

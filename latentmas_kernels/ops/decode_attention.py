@@ -1,0 +1,137 @@
+"""decode_attention: attention of one new position per row over that row's own slots.
+
+    o[b, h] = sum over slots j of softmax_j(scale q[b, h] . k[b, g, j]) v[b, g, j]          g = h // (Hq / Hkv)
+
+over the slots j < lengths[b] and, with a window, those with p_b - positions[b, j] < window. q [B, Hq, hd], keys and
+values [B, Hkv, S, hd], o [B, Hq hd]. Scores, softmax and sums are float32; the probabilities are rounded to the dtype of
+the values before the product with them, as in torch's fused attention. A row of length 0 gives zeros.
+"""
+
+import torch
+from torch import Tensor
+
+from latentmas_kernels.ops.rope_append import check_buffers
+from latentmas_kernels.ops.triton.target import runs_on, target_of
+
+
+def decode_attention_reference(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+) -> Tensor:
+    slots = keys.shape[2]
+    seen = torch.arange(slots, device=keys.device) < lengths[:, None]
+    if window is not None:
+        assert positions is not None and query_positions is not None
+        seen = seen & (query_positions[:, None] - positions < window)
+    unseen = ~seen[:, None, :, None]
+    group = queries.shape[1] // keys.shape[1]
+    k, v = (t.masked_fill(unseen, 0).repeat_interleave(group, dim=1) for t in (keys, values))
+    scores = torch.einsum("bhd,bhsd->bhs", queries, k).float() * scale
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    shares = scores.softmax(-1).masked_fill(~seen.any(1)[:, None, None], 0)
+    return torch.einsum("bhs,bhsd->bhd", shares.to(v.dtype), v).flatten(1)
+
+
+@torch.library.custom_op("latentmas::decode_attention", mutates_args=())
+def _decode_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+) -> Tensor:
+    if not runs_on(queries):
+        return decode_attention_reference(
+            queries, keys, values, lengths, scale, window, positions, query_positions
+        ).contiguous()
+    from latentmas_kernels.ops.triton.decode_attention import Partials, splits_for
+    from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
+    from latentmas_kernels.ops.triton.memory import memory_of
+
+    target = target_of(queries.device)
+    out = torch.empty_like(queries).flatten(1)
+    splits = splits_for(target, len(queries), keys.shape[1], queries.element_size())
+    kernel(
+        queries, memory_of(keys, values, positions), 0, keys.shape[1], lengths,
+        lengths if query_positions is None else query_positions, window, scale, Partials(queries, splits), out,
+        target=target,
+    )  # fmt: skip
+    return out
+
+
+@_decode_attention.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    positions: Tensor | None,
+    query_positions: Tensor | None,
+) -> Tensor:
+    return queries.new_empty(queries.shape[0], queries.shape[1] * queries.shape[2])
+
+
+def decode_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+) -> Tensor:
+    """Attend from one position per row.
+
+    Args:
+        queries: [B, Hq, hd], after RoPE.
+        keys, values: [B, Hkv, S, hd] in queries' dtype, of equal strides, slots contiguous. Slots behind a row's length are
+            never used, whatever they hold.
+        lengths: int32 [B], slots in use.
+        scale: of the scores; hd ** -0.5 when None.
+        window: positions that a query sees, its own included; needs the two below.
+        positions: int64 [B, S], of the slots, rising along each row.
+        query_positions: int32 [B].
+
+    Returns:
+        [B, Hq hd].
+
+    Raises:
+        ValueError: where shapes, dtypes or strides do not fit together.
+    """
+    check_buffers("decode_attention", keys, values, queries.dtype)
+    batch, kv_heads, slots, width = keys.shape
+    if queries.dim() != 3 or len(queries) != batch or queries.shape[2] != width or queries.shape[1] % kv_heads:
+        raise ValueError(
+            f"decode_attention: queries must be [{batch}, a multiple of {kv_heads} heads, {width}]; got {list(queries.shape)}"
+        )
+    if list(lengths.shape) != [batch] or lengths.dtype != torch.int32:
+        raise ValueError(f"decode_attention: lengths must be int32 [{batch}]; got {lengths.dtype} {list(lengths.shape)}")
+    if window is not None:
+        if positions is None or query_positions is None:
+            raise ValueError("decode_attention: a window needs positions and query_positions")
+        if list(positions.shape) != [batch, slots] or positions.dtype != torch.int64 or positions.stride(1) != 1:
+            raise ValueError(
+                f"decode_attention: positions must be int64 {[batch, slots]}; got {positions.dtype} {list(positions.shape)}"
+            )
+        if list(query_positions.shape) != [batch] or query_positions.dtype != torch.int32:
+            raise ValueError(
+                f"decode_attention: query_positions must be int32 [{batch}]; got {query_positions.dtype} "
+                f"{list(query_positions.shape)}"
+            )
+    return _decode_attention(
+        queries.contiguous(), keys, values, lengths, width**-0.5 if scale is None else scale, window, positions,
+        query_positions,
+    )  # fmt: skip

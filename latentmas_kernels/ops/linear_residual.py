@@ -1,0 +1,54 @@
+"""linear_residual: the product that closes a sublayer (attention's output, the MLP's down projection) and its residual.
+
+    y = residual + x W^T + bias                   x [B, K], W [N, K], bias [N], residual and y [B, N]
+
+Accumulation is float32; the sum with the residual is rounded once, where plain torch rounds twice.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from latentmas_kernels.ops.rmsnorm_linear import check_linear
+from latentmas_kernels.ops.triton.target import runs_on, target_of
+
+
+def linear_residual_reference(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    return residual + linear(x, weight, bias)
+
+
+@torch.library.custom_op("latentmas::linear_residual", mutates_args=())
+def _linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    if not runs_on(x):
+        return linear_residual_reference(x, weight, residual, bias)
+    from latentmas_kernels.ops.triton.product import product
+
+    out = torch.empty_like(residual)
+    product(x, weight, out, bias=bias, residual=residual, target=target_of(x.device))
+    return out
+
+
+@_linear_residual.register_fake
+def _(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(residual)
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows with a weight and add the residual.
+
+    Args:
+        x: [B, K].
+        weight: [N, K] with contiguous rows, in x's dtype.
+        residual: [B, N] in x's dtype.
+        bias: [N].
+
+    Raises:
+        ValueError: where shapes, dtypes or devices do not fit together.
+    """
+    if x.dim() != 2 or residual.dim() != 2 or len(residual) != len(x) or residual.dtype != x.dtype:
+        raise ValueError(
+            f"linear_residual: x must be [B, K] and residual [B, N] of one dtype; got {x.dtype} {list(x.shape)} and "
+            f"{residual.dtype} {list(residual.shape)}"
+        )
+    check_linear("linear_residual", x, weight, bias, residual.shape[1])
+    return _linear_residual(x.contiguous(), weight, residual.contiguous(), bias)

@@ -1,0 +1,65 @@
+"""rerotate_keys: move keys that are already rotated to other positions (cuts and merges of a cache).
+
+    k[l, b, h, j] <- rope(k[l, b, h, j], shift[b, j])             keys [L, B, Hkv, S, hd], in place; shift [B, n], n <= S
+
+Rotations add up, so RoPE at p followed by RoPE at d is RoPE at p + d; the scaling of cosine and sine is in the keys
+already and is not applied again. float32 inside. Slots with a shift of 0 are not touched, bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+from latentmas_kernels.ops.rope_append import rotate
+from latentmas_kernels.ops.triton.target import runs_on
+
+
+def rerotate_keys_reference(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
+    slots = shifts.shape[1]
+    moved = shifts != 0
+    angle = shifts.float()[:, :, None] * inv_freq
+    used = keys[:, :, :, :slots]
+    rotated = rotate(used, angle[None, :, None]).to(keys.dtype)
+    used.copy_(torch.where(moved[None, :, None, :, None], rotated, used))
+
+
+@torch.library.custom_op("latentmas::rerotate_keys", mutates_args=("keys",))
+def _rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
+    if not runs_on(keys):
+        rerotate_keys_reference(keys, shifts, inv_freq)
+        return
+    from latentmas_kernels.ops.triton.rerotate_keys import rerotate_keys as kernel
+
+    kernel(keys, shifts, inv_freq)
+
+
+@_rerotate_keys.register_fake
+def _(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
+    return None
+
+
+def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
+    """Rotate cached keys on by a shift of their positions, in place.
+
+    Args:
+        keys: [L, B, Hkv, S, hd], slots contiguous. Written.
+        shifts: int64 [B, n], how far each of the first n slots moves; negative is towards the start.
+        inv_freq: float32 [hd / 2], of the model's rotary module.
+
+    Raises:
+        ValueError: where shapes or dtypes do not fit together.
+    """
+    if keys.dim() != 5 or keys.stride()[3:] != (keys.shape[4], 1) or keys.shape[4] % 2:
+        raise ValueError(
+            f"rerotate_keys: keys must be [L, B, Hkv, S, hd] with contiguous slots; got {list(keys.shape)} with strides "
+            f"{keys.stride()}"
+        )
+    if shifts.dim() != 2 or len(shifts) != keys.shape[1] or shifts.shape[1] > keys.shape[3] or shifts.dtype != torch.int64:
+        raise ValueError(
+            f"rerotate_keys: shifts must be int64 [{keys.shape[1]}, up to {keys.shape[3]}]; got {shifts.dtype} "
+            f"{list(shifts.shape)}"
+        )
+    if list(inv_freq.shape) != [keys.shape[4] // 2] or inv_freq.dtype != torch.float32:
+        raise ValueError(
+            f"rerotate_keys: inv_freq must be float32 [{keys.shape[4] // 2}]; got {inv_freq.dtype} {list(inv_freq.shape)}"
+        )
+    _rerotate_keys(keys, shifts.contiguous(), inv_freq)

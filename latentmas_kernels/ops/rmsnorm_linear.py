@@ -1,0 +1,75 @@
+"""rmsnorm_linear: a norm and the product behind it (QKV, lm_head) in one pass over the weights.
+
+    y = rmsnorm(x, g, eps) W^T + bias             x [B, K], g [K], W [N, K], bias [N], y [B, N]
+
+Accumulation is float32. In the kernel the norm is a factor per row, applied to the sums: x g is not rounded but where
+tensor cores want the dtype of W (two-byte dtypes from 8 rows on).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from latentmas_kernels.ops.rmsnorm import check_norm, rmsnorm_reference
+from latentmas_kernels.ops.triton.target import runs_on, target_of
+
+
+def rmsnorm_linear_reference(
+    x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return linear(rmsnorm_reference(x, gain, eps), weight, bias).to(out_dtype or x.dtype)
+
+
+@torch.library.custom_op("latentmas::rmsnorm_linear", mutates_args=())
+def _rmsnorm_linear(
+    x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    if not runs_on(x):
+        return rmsnorm_linear_reference(x, gain, eps, weight, bias, out_dtype)
+    from latentmas_kernels.ops.triton.product import product
+
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+    product(x, weight, out, gain=gain, eps=eps, bias=bias, target=target_of(x.device))
+    return out
+
+
+@_rmsnorm_linear.register_fake
+def _(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+
+
+def rmsnorm_linear(
+    x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normalise rows and multiply them with a weight.
+
+    Args:
+        x: [B, K].
+        gain: [K], the weight of the norm.
+        eps: added to the mean square.
+        weight: [N, K] with contiguous rows, as in `torch.nn.Linear`, in x's dtype.
+        bias: [N].
+        out_dtype: x's dtype when None; logits are taken in float32.
+
+    Raises:
+        ValueError: where shapes, dtypes or devices do not fit together.
+    """
+    check_norm("rmsnorm_linear", x, gain)
+    check_linear("rmsnorm_linear", x, weight, bias, weight.shape[0])
+    return _rmsnorm_linear(x.contiguous(), gain.contiguous(), eps, weight, bias, out_dtype or x.dtype)
+
+
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, width: int) -> None:
+    if (
+        weight.dim() != 2
+        or list(weight.shape) != [width, x.shape[-1]]
+        or weight.dtype != x.dtype
+        or weight.device != x.device
+        or weight.stride(1) != 1
+    ):
+        raise ValueError(
+            f"{op}: the weight must be {x.dtype} {[width, x.shape[-1]]} on {x.device} with contiguous rows; got "
+            f"{weight.dtype} {list(weight.shape)} on {weight.device} with strides {weight.stride()}"
+        )
+    if bias is not None and (list(bias.shape) != [width] or bias.device != x.device or not bias.is_contiguous()):
+        raise ValueError(f"{op}: the bias must be [{width}] on {x.device}; got {list(bias.shape)} on {bias.device}")

@@ -1,0 +1,235 @@
+"""The weights of a Llama-like decoder as the fast engines read them: live views of the model's own modules.
+
+Queries, keys and values are one matrix, and so are gate and up: one launch each reads them. There is no second copy.
+Where they do not lie one behind the other yet, they are moved there, and the model's parameters become views of the merged
+tensor; saving, loading and tying work as before, and `unmerge` gives every parameter its own storage again.
+
+Nothing of this is kept between calls: `read_weights` looks at the modules each time. `.to()`, `.bfloat16()`, `deepcopy`,
+a LoRA or quantised layers change what it finds, and `Weights.addresses` tells whether graphs captured before still hold.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentmas_kernels.architecture import Architecture
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
+DTYPES = (torch.float32, torch.bfloat16)
+# transformers puts hooks of its own on every layer, once output_hidden_states was asked for; they only look.
+PASSIVE_HOOKS = "transformers.utils.output_capturing"
+
+
+class NotPackable(Exception):
+    """The model is outside of what `read_weights` knows; the message says why, in a clause."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. Products are [out, in] as in `torch.nn.Linear`; what the model does not have is None.
+
+    Attributes:
+        input_gain, mlp_gain: [D], weights of the norms before attention and before the MLP.
+        qkv, qkv_bias: [(Hq + 2 Hkv) hd, D], queries first, then keys, then values.
+        query_gain, key_gain: [hd], weights of the norms per head (Qwen3).
+        output, output_bias: [D, Hq hd].
+        gate_up, gate_up_bias: [2 I, D], the gate first.
+        down, down_bias: [D, I].
+        window: positions that a query sees, its own included; None is all.
+    """
+
+    input_gain: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    query_gain: Tensor | None
+    key_gain: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    mlp_gain: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A decoder and its lm_head.
+
+    Attributes:
+        layers: in order.
+        embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None.
+        final_gain: [D].
+        eps: of all norms.
+        inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
+        scale: of the attention scores.
+        query_heads, kv_heads, head_dim, intermediate: sizes.
+        addresses: of every tensor that a captured step reads, with its dtype.
+    """
+
+    layers: tuple[Layer, ...]
+    embedding: Tensor
+    lm_head: Tensor
+    lm_head_bias: Tensor | None
+    final_gain: Tensor
+    eps: float
+    inv_freq: Tensor
+    attention_scaling: float
+    scale: float
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    addresses: tuple[tuple[int, torch.dtype], ...]
+
+    @property
+    def decoder_bytes(self) -> int:
+        """What a latent step reads of the weights: all but the embedding and the lm_head."""
+        tensors = [t for layer in self.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+        return sum(t.nbytes for t in [*tensors, self.final_gain])
+
+
+def why_not(model: Any, architecture: Architecture) -> str | None:
+    """Why `read_weights` would refuse the model, as a clause; None where it would not. Moves nothing."""
+    try:
+        _check(model, architecture)
+    except NotPackable as reason:
+        return str(reason)
+    return None
+
+
+@torch.no_grad()
+def read_weights(model: Any, architecture: Architecture) -> Weights:
+    """Read a model, merging what is not merged yet.
+
+    The peak of memory is that of one layer's products above the model. The parameters stay the same objects; their
+    storage changes where it is merged.
+
+    Raises:
+        NotPackable: for a model that the fast engines do not cover.
+    """
+    _check(model, architecture)
+    config, decoder = model.config, model.model
+    layers = []
+    for module, window in zip(decoder.layers, architecture.windows, strict=True):
+        attention, mlp = module.self_attn, module.mlp
+        qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+        gate_up, gate_up_bias = _merged(mlp.gate_proj, mlp.up_proj)
+        normed = hasattr(attention, "q_norm")
+        layers.append(
+            Layer(
+                input_gain=module.input_layernorm.weight.detach(),
+                qkv=qkv,
+                qkv_bias=qkv_bias,
+                query_gain=attention.q_norm.weight.detach() if normed else None,
+                key_gain=attention.k_norm.weight.detach() if normed else None,
+                output=attention.o_proj.weight.detach(),
+                output_bias=_bias(attention.o_proj),
+                mlp_gain=module.post_attention_layernorm.weight.detach(),
+                gate_up=gate_up,
+                gate_up_bias=gate_up_bias,
+                down=mlp.down_proj.weight.detach(),
+                down_bias=_bias(mlp.down_proj),
+                window=window,
+            )
+        )
+    tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    embedding, lm_head, rotary = model.get_input_embeddings().weight, model.get_output_embeddings(), decoder.rotary_emb
+    ends = [embedding.detach(), lm_head.weight.detach(), decoder.norm.weight.detach()]
+    scaling = float(rotary.attention_scaling)
+    # Values, not an address: float() below copies where the model was cast.
+    rope = tuple((hash(f), torch.float32) for f in [*rotary.inv_freq.tolist(), scaling])
+    return Weights(
+        layers=tuple(layers),
+        embedding=ends[0],
+        lm_head=ends[1],
+        lm_head_bias=_bias(lm_head),
+        final_gain=ends[2],
+        eps=float(decoder.norm.variance_epsilon),
+        inv_freq=rotary.inv_freq.float(),
+        attention_scaling=scaling,
+        scale=float(decoder.layers[0].self_attn.scaling),
+        query_heads=config.num_attention_heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        intermediate=layers[0].down.shape[1],
+        addresses=tuple((t.data_ptr(), t.dtype) for t in tensors + ends) + rope,
+    )
+
+
+@torch.no_grad()
+def unmerge(model: Any) -> None:
+    """Give every parameter that is a view of a merged tensor a storage of its own again."""
+    for parameter in model.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone()
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()
+
+
+def _merged(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The products as one matrix (and one bias), the modules' own parameters being views of it."""
+    biases = [linear.bias for linear in linears]
+    return _joined([linear.weight for linear in linears]), None if biases[0] is None else _joined(biases)
+
+
+def _joined(parameters: list[nn.Parameter]) -> Tensor:
+    first = parameters[0]
+    rows = sum(len(p) for p in parameters)
+    expected = first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != expected or parameter.untyped_storage().data_ptr() != storage:
+            break
+        expected += parameter.nbytes
+    else:
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    merged = torch.cat([p.data for p in parameters])
+    start = 0
+    for parameter in parameters:
+        parameter.data = merged[start : start + len(parameter)]
+        start += len(parameter)
+    return merged
+
+
+def _check(model: Any, architecture: Architecture) -> None:
+    """Raise NotPackable where a module is not what the kernels compute."""
+    name = type(model).__name__
+    if name not in FAMILIES or not type(model).__module__.startswith("transformers."):
+        raise NotPackable(f"{name} is none of {', '.join(FAMILIES)}")
+    config = model.config
+    rope = config.rope_parameters["rope_type"]
+    if rope not in ROPE_TYPES:
+        raise NotPackable(f"its RoPE is of type {rope!r}; covered are {', '.join(ROPE_TYPES)}")
+    if config.hidden_act != "silu":
+        raise NotPackable(f"its MLP uses {config.hidden_act!r}; covered is 'silu'")
+    width = architecture.head_dim
+    if tuple(model.model.rotary_emb.inv_freq.shape) != (width // 2,) or width % 8 or width > 256:
+        raise NotPackable(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
+    if architecture.dtype not in DTYPES:
+        raise NotPackable(f"its dtype is {architecture.dtype}; covered are bfloat16 and float32")
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "forward" in vars(module) or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
+            raise NotPackable(f"{path or name} has hooks or a forward of its own, which the kernels would pass by")
+        if type(module) in (nn.Linear, nn.Embedding):
+            _check_weight(path, module.weight, architecture)
+        elif next(module.children(), None) is None and not type(module).__module__.startswith("transformers."):
+            raise NotPackable(f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain layer")
+        elif type(module).__module__.split(".")[0] == "peft":
+            raise NotPackable(f"{path} carries an adapter")
+
+
+def _check_weight(path: str, weight: Any, architecture: Architecture) -> None:
+    if type(weight) is not nn.Parameter or weight.dtype != architecture.dtype:
+        raise NotPackable(f"{path} holds a {type(weight).__name__} of {weight.dtype}, not a parameter of {architecture.dtype}")
+    if weight.device != architecture.device:
+        raise NotPackable(f"{path} is on {weight.device}, the embedding on {architecture.device}")
+    if weight.stride(1) != 1 or weight.stride(0) != weight.shape[1]:
+        raise NotPackable(f"{path} is not contiguous")
