@@ -20,7 +20,7 @@ from transformers import (
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.architecture import Architecture, check_finite_weights
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines import open_engine
+from latentmas_kernels.engines import Decoding, Engine, Speaker, open_engine
 from latentmas_kernels.prompt import Prompt, read_prompt
 
 
@@ -126,7 +126,7 @@ def latent_generate(
         latent_steps: 0 or more; 0 only reads the prompt.
         past_key_values: memory to go on from. It is not changed (a fork is extended), unless it was `donate()`d.
         aligner: "auto", "ridge", "identity", "soft", or what `build_aligner` gave.
-        engine: "auto" or "eager".
+        engine: "auto", "eager" or "cuda".
         max_cache_len: slots per row to allocate, for later calls to extend in place; what this call needs when None.
         on_step: called with 0, 1, ... as the host issues each latent step, to show progress. A device may still be
             working on steps before it: the call does not wait.
@@ -194,7 +194,9 @@ def generate(
     Args:
         model, input_ids, attention_mask, past_key_values, engine: as in `latent_generate`. input_ids are the new tokens.
         max_new_tokens, min_new_tokens: limits per row; min_new_tokens keeps the end-of-sequence tokens away.
-        do_sample: sample (torch's global generator, one draw per token) instead of taking the most likely token.
+        do_sample: sample instead of taking the most likely token. The eager engine draws from torch's global generator,
+            one draw per token; the CUDA engine draws a seed from it, once per call, and samples on the device. Either
+            way `torch.manual_seed` repeats a call on the same engine.
         temperature, top_k, top_p: shape the distribution that is sampled; top_k of None or 0 is off.
         eos_token_id: ends a row; "auto" takes the model's generation_config, None never stops.
         pad_token_id: fills behind ended rows; None takes the model's, or its end-of-sequence token.
@@ -224,15 +226,11 @@ def generate(
         pad_token_id = model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = ends[0] if ends else 0
-    processors = _processors(prompt, ends, logits_processor, min_new_tokens, do_sample, temperature, top_k, top_p)
+    decoding = Decoding(max_new_tokens, min_new_tokens, do_sample, temperature, top_k or 0, top_p, ends, pad_token_id)
     cache = _cache(architecture, prompt, past, capacity)
     metrics = Metrics(runner.name, setup_seconds=clock.lap())
 
-    device = architecture.device
     sequences = _padded(prompt, pad_token_id)
-    running = active = torch.ones(len(sequences), dtype=torch.bool, device=device)
-    counts = torch.zeros(len(sequences), dtype=torch.int64, device=device)
-    end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
     if streamer is not None:
         streamer.put(sequences.cpu())
     with cache.transaction():
@@ -242,32 +240,63 @@ def generate(
         _check_finite(logits, "prompt")
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
         start = cache.lengths
-        for step in range(max_new_tokens):
-            scores = processors(sequences, logits.float())  # type: ignore[arg-type]
-            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
-            tokens = torch.where(active, tokens, pad_token_id)
-            counts += active
-            sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            running = running & ~torch.isin(tokens, end_ids)
-            if stopping_criteria:
-                running = running & ~stopping_criteria(sequences, scores)
-            if step + 1 == max_new_tokens or not running.any():
-                break
-            if ends:  # as in transformers: without such tokens, rows that a criterion stopped go on with the batch
-                active = running
-            logits = runner.extend(cache, Prompt(active.long().cpu(), tokens[:, None]), logits=True)
+        alone = not (logits_processor or stopping_criteria)
+        if alone and isinstance(runner, Speaker) and runner.can_speak(decoding, len(logits), streaming=streamer is not None):
+            tokens = runner.speak(cache, logits, decoding, None if streamer is None else streamer.put)
+            sequences = torch.cat([sequences, tokens], dim=1)
+            new = decoding.lengths(tokens)
+            stopped = torch.isin(tokens.cpu()[torch.arange(len(new)), new - 1], torch.tensor(ends, dtype=torch.int64))
+        else:
+            processors = _processors(prompt, decoding, logits_processor)
+            sequences, new, stopped = _speak_on_host(
+                runner, cache, sequences, logits, decoding, processors, stopping_criteria, streamer
+            )
         if bool((cache.lengths > start).any()):
             cache.add_segment("text", start)
-        new_tokens = counts.tolist()
-        metrics.decode_tokens, metrics.decode_seconds = sum(new_tokens), clock.lap()
+        metrics.decode_tokens, metrics.decode_seconds = int(new.sum()), clock.lap()
     if streamer is not None:
         streamer.end()
     metrics.kv_bytes = cache.kv_bytes
     return GenerateOutput(
-        sequences, cache, metrics, new_tokens, ["length" if going else "stop" for going in running.tolist()]
+        sequences, cache, metrics, new.tolist(), ["stop" if done else "length" for done in stopped.tolist()]
     )
+
+
+def _speak_on_host(
+    runner: Engine,
+    cache: LatentCache,
+    sequences: Tensor,
+    logits: Tensor,
+    decoding: Decoding,
+    processors: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList | None,
+    streamer: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One `extend` per token, with transformers' processors and criteria in between.
+
+    Returns:
+        The sequences with the new tokens, each row's number of them, and whether the row stopped by itself.
+    """
+    running = active = torch.ones(len(sequences), dtype=torch.bool, device=sequences.device)
+    counts = torch.zeros(len(sequences), dtype=torch.int64, device=sequences.device)
+    end_ids = torch.tensor(decoding.ends, dtype=torch.int64, device=sequences.device)
+    for step in range(decoding.max_new_tokens):
+        scores = processors(sequences, logits.float())  # type: ignore[arg-type]
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if decoding.do_sample else scores.argmax(-1)
+        tokens = torch.where(active, tokens, decoding.padding)
+        counts += active
+        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        running = running & ~torch.isin(tokens, end_ids)
+        if stopping_criteria:
+            running = running & ~stopping_criteria(sequences, scores)
+        if step + 1 == decoding.max_new_tokens or not running.any():
+            break
+        if decoding.ends:  # as in transformers: without such tokens, rows that a criterion stopped go on with the batch
+            active = running
+        logits = runner.extend(cache, Prompt(active.long().cpu(), tokens[:, None]), logits=True)
+    return sequences, counts.cpu(), ~running.cpu()
 
 
 def _capacity(
@@ -341,30 +370,23 @@ def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> l
     return [eos_token_id] if isinstance(eos_token_id, int) else [int(token) for token in eos_token_id]
 
 
-def _processors(
-    prompt: Prompt,
-    ends: list[int],
-    own: LogitsProcessorList | None,
-    min_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> LogitsProcessorList:
+def _processors(prompt: Prompt, decoding: Decoding, own: LogitsProcessorList | None) -> LogitsProcessorList:
     """transformers' processors in transformers' order."""
     processors = LogitsProcessorList()
-    if min_new_tokens and ends:
+    if decoding.min_new_tokens and decoding.ends:
         assert prompt.input_ids is not None
-        device = prompt.input_ids.device
-        processors.append(MinNewTokensLengthLogitsProcessor(prompt.columns, min_new_tokens, ends, device=str(device)))
+        device = str(prompt.input_ids.device)
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(prompt.columns, decoding.min_new_tokens, decoding.ends, device=device)
+        )
     processors.extend(own or [])
-    if do_sample:
-        if temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(temperature))
-        if top_k:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
-            processors.append(TopPLogitsWarper(top_p))
+    if decoding.do_sample:
+        if decoding.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(decoding.temperature))
+        if decoding.top_k:
+            processors.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p < 1.0:
+            processors.append(TopPLogitsWarper(decoding.top_p))
     return processors
 
 

@@ -31,7 +31,7 @@ from latentmas_kernels.weights import Weights
 
 
 class Step:
-    """The static tensors of one batch size, and the launches over them.
+    """The static tensors of one batch size, and the launches over them. Holds no weights: those are the model's.
 
     Attributes:
         batch: rows.
@@ -44,12 +44,13 @@ class Step:
 
     def __init__(self, weights: Weights, architecture: Architecture, batch: int, target: Target) -> None:
         w, device = weights, architecture.device
-        self.weights, self.batch, self.target, self.width = w, batch, target, architecture.hidden_size
+        self.batch, self.target, self.width = batch, target, architecture.hidden_size
 
         def empty(*shape: int, dtype: torch.dtype = architecture.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.rows = torch.zeros(5, batch, dtype=torch.int32, device=device)
+        _, self.lengths, self.positions, self.slots, _ = self.rows
         self.memory = torch.zeros(FIELDS, dtype=torch.int64, device=device)
         self.x = empty(batch, self.width)
         self.hidden = empty(batch, self.width)
@@ -78,7 +79,8 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Bytes of the static tensors."""
-        own = [t for t in vars(self).values() if isinstance(t, Tensor)]
+        views = (self.lengths, self.positions, self.slots)
+        own = [t for t in vars(self).values() if isinstance(t, Tensor) and not any(t is view for view in views)]
         nested = [self.partials, self.scratch, self.settings, *self.candidates.values()]
         own += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
         return sum(t.nbytes for t in own)
@@ -115,22 +117,22 @@ class Step:
         self.logits.zero_()
         self.tokens.zero_()
 
-    def latent(self, aligner: Aligner) -> None:
+    def latent(self, weights: Weights, aligner: Aligner) -> None:
         """hidden (or logits, for soft feedback) -> x -> hidden (and logits)."""
         if aligner.needs_logits:
             realign(aligner.mix(self.logits), None, aligner.target_norm, self.x, target=self.target, step=self.realign)
         else:
             realign(self.hidden, aligner.weight, aligner.target_norm, self.x, target=self.target, step=self.realign)
-        self._layers()
-        rmsnorm(self.x, self.weights.final_gain, self.weights.eps, self.hidden, target=self.target)
+        self._layers(weights)
+        rmsnorm(self.x, weights.final_gain, weights.eps, self.hidden, target=self.target)
         if aligner.needs_logits:
-            self._lm_head()
+            self._lm_head(weights)
 
-    def logits_of_token(self) -> None:
+    def read(self, weights: Weights) -> None:
         """tokens -> x -> logits."""
-        embed(self.tokens, self.weights.embedding, self.x, self.rows, self.memory, target=self.target)
-        self._layers()
-        self._lm_head()
+        embed(self.tokens, weights.embedding, self.x, self.rows, self.memory, target=self.target)
+        self._layers(weights)
+        self._lm_head(weights)
 
     def choose(self, *, do_sample: bool) -> None:
         """logits -> tokens."""
@@ -139,14 +141,13 @@ class Step:
             do_sample=do_sample, target=self.target,
         )  # fmt: skip
 
-    def token(self, *, do_sample: bool) -> None:
+    def token(self, weights: Weights, *, do_sample: bool) -> None:
         """tokens -> x -> logits -> tokens."""
-        self.logits_of_token()
+        self.read(weights)
         self.choose(do_sample=do_sample)
 
-    def _layers(self) -> None:
-        w, target, scratch = self.weights, self.target, self.scratch
-        lengths, positions, slots = (self.rows[field] for field in (fields.LENGTH, fields.POSITION, fields.SLOT))
+    def _layers(self, w: Weights) -> None:
+        target, scratch = self.target, self.scratch
         for index, layer in enumerate(w.layers):
             product(
                 self.x, layer.qkv, self.qkv, gain=layer.input_gain, eps=w.eps, bias=layer.qkv_bias, target=target,
@@ -154,11 +155,11 @@ class Step:
             )  # fmt: skip
             rope_append(
                 self.qkv, self.queries, layer.query_gain, layer.key_gain, w.eps, w.inv_freq, w.attention_scaling,
-                self.memory, index, slots, positions, target=target,
+                self.memory, index, self.slots, self.positions, target=target,
             )  # fmt: skip
             decode_attention(
-                self.queries, self.memory, index, w.kv_heads, lengths, positions, layer.window, w.scale, self.partials,
-                self.mixed, target=target,
+                self.queries, self.memory, index, w.kv_heads, self.lengths, self.positions, layer.window, w.scale,
+                self.partials, self.mixed, target=target,
             )  # fmt: skip
             product(
                 self.mixed, layer.output, self.x, bias=layer.output_bias, residual=self.x, target=target, scratch=scratch
@@ -171,8 +172,7 @@ class Step:
                 self.activated, layer.down, self.x, bias=layer.down_bias, residual=self.x, target=target, scratch=scratch
             )
 
-    def _lm_head(self) -> None:
-        w = self.weights
+    def _lm_head(self, w: Weights) -> None:
         product(
             self.x, w.lm_head, self.logits, gain=w.final_gain, eps=w.eps, bias=w.lm_head_bias, target=self.target,
             scratch=self.scratch,

@@ -1,0 +1,241 @@
+"""The CUDA engine: Llama, Qwen2, Qwen3 and Mistral decoders on Triton kernels, whole steps as CUDA graphs.
+
+A graph is captured per batch bucket and kind of step when a call first needs it, and serves every later call on any cache:
+what differs between calls (addresses, lengths, positions, sampling settings) lies in device memory. Rows that a bucket
+has too many are idle: they store nothing and attend to nothing. Prompts run through transformers' own forward.
+"""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.decoding import Decoding
+from latentmas_kernels.engines.eager import EagerEngine
+from latentmas_kernels.engines.graphs import Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.engines.step import Step
+from latentmas_kernels.ops.triton.sample import END_TOKENS
+from latentmas_kernels.ops.triton.target import Target, interpreted, target_of
+from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.weights import Weights, read_weights
+from latentmas_kernels.weights import why_not as why_not_packable
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+CHECK_EVERY = 16
+"""Token steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not
+show."""
+
+
+def why_not(model: Any, architecture: Architecture) -> str | None:
+    """Why this engine cannot run the model, as a clause; None where it can."""
+    if architecture.device.type != "cuda" and not (architecture.device.type == "cpu" and interpreted()):
+        return f"the model is on {architecture.device}, not on a CUDA device"
+    return why_not_packable(model, architecture)
+
+
+class State:
+    """What is kept between calls for one model: static tensors and graphs. Lives as long as the model."""
+
+    def __init__(self, weights: Weights, architecture: Architecture, target: Target, capture: Capture) -> None:
+        self.addresses, self.architecture, self.target, self.capture = weights.addresses, architecture, target, capture
+        self.buckets = list(BUCKETS)
+        self.steps: dict[int, Step] = {}
+        self.graphs: dict[tuple, tuple[Replay, Aligner | None]] = {}
+        self.graph_bytes = 0
+        # inv_freq may be a copy; graphs read it.
+        self.inv_freq = weights.inv_freq
+        self.lock = threading.RLock()
+
+    def step(self, weights: Weights, batch: int, kind: tuple, aligner: Aligner | None) -> tuple[Step, Replay]:
+        """The step for up to `batch` rows with its graph; fewer rows where no bucket is large enough or fits the memory.
+
+        Raises:
+            torch.OutOfMemoryError: where not even one row fits.
+        """
+        while True:
+            bucket = next((b for b in self.buckets if b >= batch), self.buckets[-1])
+            try:
+                return self._step(weights, bucket, kind, aligner)
+            except torch.OutOfMemoryError:
+                self.forget(bucket)
+                smaller = [b for b in self.buckets if b < bucket]
+                if not smaller:
+                    raise
+                self.buckets = smaller
+                warn_once(
+                    f"out of memory while capturing a step of {bucket} rows: the memory was given back, and batches run in "
+                    f"parts of {smaller[-1]} rows from now on, which reads the weights once for each part"
+                )
+
+    def forget(self, bucket: int) -> None:
+        """Drop a bucket's graphs and tensors and give their memory back."""
+        self.steps.pop(bucket, None)
+        self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] != bucket}
+        gc.collect()
+        self.capture.release()
+
+    def _step(self, weights: Weights, bucket: int, kind: tuple, aligner: Aligner | None) -> tuple[Step, Replay]:
+        step = self.steps.get(bucket)
+        if step is None:
+            step = self.steps[bucket] = Step(weights, self.architecture, bucket, self.target)
+        if (bucket, *kind) not in self.graphs:
+            before = _reserved(self.architecture.device)
+            if kind[0] == "latent":
+                assert aligner is not None
+                trace = torch.empty(bucket, 2, step.width, dtype=step.x.dtype, device=step.x.device)
+                body = _bound(step.latent, weights, aligner)
+            else:
+                trace = torch.empty(bucket, 2, dtype=torch.int64, device=step.x.device)
+                do_sample = kind == ("token", True)
+                step.prepare(do_sample=do_sample)
+                body = _bound(step.read, weights) if kind[0] == "read" else _bound(step.token, weights, do_sample=do_sample)
+            step.idle(trace)
+            replay = self.capture(body)
+            self.graphs[bucket, *kind] = replay, aligner
+            self.graph_bytes += max(0, _reserved(self.architecture.device) - before)
+        return step, self.graphs[bucket, *kind][0]
+
+
+def _bound(call: Callable[..., None], *args: Any, **kwargs: Any) -> Callable[[], None]:
+    return lambda: call(*args, **kwargs)
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+_states: "weakref.WeakKeyDictionary[Any, State]" = weakref.WeakKeyDictionary()
+
+
+def memory_report(model: Any) -> dict[str, int]:
+    """Bytes that this engine keeps for a model beside its weights: static tensors by batch bucket, and graphs."""
+    state = _states.get(model)
+    if state is None:
+        return {}
+    report = {f"tensors of batch {bucket}": step.nbytes for bucket, step in sorted(state.steps.items())}
+    return {**report, "graphs": state.graph_bytes}
+
+
+class CudaEngine:
+    """See `latentmas_kernels.engines.Engine`."""
+
+    name = "cuda"
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        """Raises NotPackable for a model that `why_not` has a reason for."""
+        self.eager, self.architecture = EagerEngine(model, architecture), architecture
+        self.weights = read_weights(model, architecture)
+        state = _states.get(model)
+        if state is None or state.addresses != self.weights.addresses:
+            on_cuda = architecture.device.type == "cuda"
+            capture = CudaGraphs(architecture.device) if on_cuda else PlainCalls()
+            state = State(self.weights, architecture, target_of(architecture.device), capture)
+            _states[model] = state
+        self.state = state
+
+    def capture(self, batches: list[int], aligner: Aligner | None = None, *, do_sample: bool = False) -> None:
+        """Capture ahead of time what calls of these batch sizes need, the largest first, so that all fit its pool."""
+        with self.state.lock:
+            for batch in sorted(set(batches), reverse=True):
+                if aligner is not None:
+                    self.state.step(self.weights, batch, _kind_of(aligner), aligner)
+                self.state.step(self.weights, batch, ("token", do_sample), None)
+
+    def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
+        if prompt.columns > 1 or prompt.input_ids is None or not logits:
+            return self.eager.extend(cache, prompt, logits=logits)
+        active, ids = prompt.counts > 0, prompt.input_ids[:, 0]
+        result = torch.empty(len(ids), self.weights.lm_head.shape[0], dtype=torch.float32, device=ids.device)
+        with self.state.lock:
+            for rows, step, replay in self._parts(len(ids), ("read",), None):
+                step.aim(cache, rows, active[rows], None)
+                count = rows.stop - rows.start
+                step.tokens[:count] = ids[rows]
+                replay()
+                result[rows] = step.logits[:count]
+        cache.advance(prompt.counts)
+        return result
+
+    def think(
+        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        batch, width = len(seed), self.architecture.hidden_size
+        latents = torch.empty(batch, steps, width, dtype=self.architecture.dtype, device=seed.device)
+        if steps == 0:
+            return latents, seed
+        last = torch.empty(batch, width, dtype=self.architecture.dtype, device=seed.device)
+        with self.state.lock:
+            for rows, step, replay in self._parts(batch, _kind_of(aligner), aligner):
+                count = rows.stop - rows.start
+                trace = latents.new_empty(step.batch, steps, width)
+                step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
+                (step.logits if aligner.needs_logits else step.hidden)[:count] = seed[rows]
+                for index in range(steps):
+                    if on_step is not None and rows.start == 0:
+                        on_step(index)
+                    replay()
+                latents[rows], last[rows] = trace[:count], step.hidden[:count]
+        cache.advance(torch.full((batch,), steps))
+        return latents, last
+
+    def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
+        return len(decoding.ends) <= END_TOKENS and (not streaming or batch <= self.state.buckets[-1])
+
+    def speak(
+        self, cache: LatentCache, logits: Tensor, decoding: Decoding, on_tokens: Callable[[Tensor], None] | None
+    ) -> Tensor:
+        batch, most = len(logits), decoding.max_new_tokens
+        seed = int(torch.randint(2**62, ()).item()) if decoding.do_sample else 0
+        parts = []
+        with self.state.lock:
+            for rows, step, replay in self._parts(batch, ("token", decoding.do_sample), None):
+                count = rows.stop - rows.start
+                trace = torch.full((step.batch, most), decoding.padding, device=logits.device)
+                step.settings.set(
+                    decoding.temperature, decoding.top_k, decoding.top_p, seed + rows.start, decoding.min_new_tokens,
+                    decoding.padding, decoding.ends,
+                )  # fmt: skip
+                step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
+                step.logits[:count] = logits[rows]
+                step.choose(do_sample=decoding.do_sample)
+                for index in range(1, most + 1):
+                    if on_tokens is not None:
+                        on_tokens(step.tokens[:count].cpu())
+                    look = on_tokens is not None or index % CHECK_EVERY == 0
+                    if index == most or (decoding.ends and look and not bool(step.rows[0].any())):
+                        break
+                    replay()
+                parts.append(trace[:count])
+        tokens = torch.cat(parts)
+        new = decoding.lengths(tokens)
+        cache.advance(new - 1)
+        return tokens[:, : int(new.max())]
+
+    def _parts(
+        self, batch: int, kind: tuple, aligner: Aligner | None
+    ) -> Iterator[tuple[slice, Step, Replay]]:
+        """The rows of a batch in parts that a graph covers; mostly one."""
+        start = 0
+        while start < batch:
+            step, replay = self.state.step(self.weights, batch - start, kind, aligner)
+            if step.batch < batch and start == 0:
+                warn_once(
+                    f"a batch of {batch} rows runs in parts of {step.batch}, the largest that is captured; each part reads "
+                    "the weights again"
+                )
+            yield slice(start, min(start + step.batch, batch)), step, replay
+            start += step.batch
+
+
+def _kind_of(aligner: Aligner) -> tuple:
+    weight = 0 if aligner.weight is None else aligner.weight.data_ptr()
+    embedding = 0 if aligner.embedding is None else aligner.embedding.weight.data_ptr()
+    return "latent", aligner.kind, aligner.target_norm, weight, embedding

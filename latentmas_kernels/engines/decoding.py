@@ -1,0 +1,32 @@
+"""What generate() asks of an engine that decodes by itself."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to choose tokens and when to stop; the parameters of generate(), checked.
+
+    Attributes:
+        top_k: 0 is off.
+        ends: end-of-sequence tokens; none: rows end at max_new_tokens.
+        padding: fills behind ended rows.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    ends: list[int]
+    padding: int
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """int64 [B] on the CPU: a row's tokens up to its first end token, that one included, or all of them."""
+        ended = torch.isin(tokens.cpu(), torch.tensor(self.ends, dtype=torch.int64))
+        first = ended.int().argmax(dim=1) + 1
+        return torch.where(ended.any(dim=1), first, tokens.shape[1])
