@@ -32,7 +32,8 @@ def attention_kernel(
     heads = tl.arange(0, GROUP_BLOCK)
     cols = tl.arange(0, WIDTH_BLOCK)
     dtype = queries.dtype.element_ty
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     length = tl.load(lengths + row)
     first = 0
     if HAS_WINDOW:
@@ -85,7 +86,8 @@ def reduce_kernel(
     head = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     cols = tl.arange(0, WIDTH_BLOCK)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     weight = tl.load(weights + head * SPLITS + splits)
     some = weight > float("-inf")
     top = tl.max(weight, axis=0)

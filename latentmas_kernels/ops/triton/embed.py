@@ -13,7 +13,8 @@ from latentmas_kernels.ops.triton.target import Target
 def embed_kernel(tokens, embedding, out, rows, memory, stride, rows_stride, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     advance(rows, rows_stride, row, memory)
     e = tl.load(embedding + tl.load(tokens + row) * stride + cols, mask=cols < width, other=0.0)
     tl.store(out + row * width + cols, e, mask=cols < width)

@@ -17,11 +17,14 @@ from latentmas_kernels.ops.triton.target import Target, Tile, tile_for
 
 
 @triton.jit
-def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Behind this line lie the results of the kernels before; weights may be loaded ahead of it."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+def wait_for_inputs():
+    """Behind this line lie the results of the kernels before; weights may be loaded ahead of it.
+
+    Called under `if OVERLAP` (sm_90 and later). Every program of every kernel comes here, also one that has nothing to
+    do: a kernel that ends has then waited for all that came before it.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -62,7 +65,8 @@ def streamed(
     v = w
     if PAIR:
         v = weight_tile(weight + pair_offset, weight_stride, outs, ins, width_out, stop)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     for _ in range(start, stop, BLOCK_K):
         after = ins + BLOCK_K
         w_after = weight_tile(weight, weight_stride, outs, after, width_out, stop)
@@ -89,7 +93,8 @@ def multiplied(
     first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     second = first
     squares = tl.zeros([BLOCK_M], dtype=tl.float32)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     for begin in range(start, stop, BLOCK_K):
         ins = begin + tl.arange(0, BLOCK_K)
         plain, scaled = input_tile(x, x_stride, gain, rows, ins, height, stop, HAS_GAIN)

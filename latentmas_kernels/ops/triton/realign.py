@@ -33,7 +33,8 @@ def product_kernel(
     block, row = tl.program_id(0), tl.program_id(1)
     outs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     partial = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     for start in range(0, width_in, BLOCK_IN):
         ins = start + tl.arange(0, BLOCK_IN)
         x = tl.load(hidden + row * hidden_stride + ins, mask=ins < width_in, other=0.0).to(tl.float32)
@@ -54,7 +55,8 @@ def rescale_kernel(
     """out[b] = source[b] * target_norm / max(|source[b]|, 1e-12), the norm from the partial sums where there are any."""
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     if HAS_SQUARES:
         for start in range(0, blocks, BLOCK):
             cols = start + tl.arange(0, BLOCK)

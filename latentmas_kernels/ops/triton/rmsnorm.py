@@ -14,7 +14,8 @@ def rmsnorm_kernel(x, gain, out, width, eps, OVERLAP: tl.constexpr, BLOCK: tl.co
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     g = tl.load(gain + cols, mask=inside, other=0.0).to(tl.float32)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     values = tl.load(x + row * width + cols, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
     tl.store(out + row * width + cols, (values * scale * g).to(out.dtype.element_ty), mask=inside)

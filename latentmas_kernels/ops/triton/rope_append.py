@@ -20,7 +20,8 @@ def rope_append_kernel(
     cols = tl.arange(0, BLOCK)
     inside = cols < HALF
     frequency = tl.load(inv_freq + cols, mask=inside, other=0.0)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     source = qkv + (row * (QUERY_HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + cols
     low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)

@@ -63,7 +63,8 @@ def maxima_kernel(
     """maxima[row, block] and the lowest index that has it."""
     block, row = tl.program_id(0), tl.program_id(1)
     cols = block * BLOCK + tl.arange(0, BLOCK)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     barred = tl.load(rows + 4 * rows_stride + row) < tl.load(counts + 2)
     x = load_logits(logits, ends, row, cols, vocabulary, barred, END_TOKENS)
     top = tl.max(x, axis=0)
@@ -92,7 +93,8 @@ def greedy_kernel(
     """The most likely token; of equals the lowest, as in torch."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCKS)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     tops = tl.load(maxima + row * blocks + at, mask=at < blocks, other=float("-inf"))
     where = tl.load(indices + row * blocks + at, mask=at < blocks, other=0)
     token = tl.min(tl.where(tops == tl.max(tops, axis=0), where, vocabulary - 1), axis=0)
@@ -147,7 +149,8 @@ def sample_kernel(
     rows_stride, blocks, vocabulary, BLOCK: tl.constexpr, END_TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    wait_for_inputs(OVERLAP)
+    if OVERLAP:
+        wait_for_inputs()
     step = tl.load(rows + 4 * rows_stride + row)
     temperature, top_p = tl.load(numbers), tl.load(numbers + 1)
     seed, top_k, barred = tl.load(counts), tl.load(counts + 1), step < tl.load(counts + 2)

@@ -96,6 +96,8 @@ def tile_for(target: Target, m: int, n: int, k: int, itemsize: int, *, pair: boo
     A product of few rows waits for its weights only: what counts is bytes in flight on every multiprocessor. So the rows
     of w that a program takes shrink until there is a program for each, and then K is split.
     """
+    if target is INTERPRETER:  # there a program costs a millisecond, whatever it does: few large ones, K in two parts
+        return Tile(EXACT_ROWS, 64, 32, 2, dot=False, num_warps=4, num_stages=1)
     key = tile_key(m, n, k, itemsize, pair)
     return tuned_tiles(target.name).get(key) or default_tile(target, m, n, k, itemsize, pair=pair)
 
