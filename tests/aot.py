@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,84 @@ def instructions(compiled: Any) -> str:
         file.write(compiled.asm["cubin"])
         file.flush()
         return subprocess.run([tool("nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
+
+
+# ---- what a step launches ------------------------------------------------------------------------------------------
+
+SHAPES = {
+    # Qwen3-0.6B: norms per head, tied. One layer stands for all.
+    "qwen3": {
+        "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "intermediate_size": 3072, "vocab_size": 151936,
+    },
+    # SmolLM2-135M as a Mistral with a window: heads of 64, widths that are no powers of two.
+    "mistral": {
+        "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+        "intermediate_size": 1536, "vocab_size": 49152, "sliding_window": 512,
+    },
+}  # fmt: skip
+
+
+def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, inside: Any = None) -> dict:
+    """The launches of a latent step with W_a, a sampled token and a greedy one, made inside a context where one is given."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from latentmas_kernels.alignment import Aligner
+    from latentmas_kernels.architecture import Architecture
+    from latentmas_kernels.engines.step import Step
+    from latentmas_kernels.ops.triton.target import Target
+    from latentmas_kernels.weights import read_weights
+
+    config = CONFIG_MAPPING[family](
+        **SHAPES[family], num_hidden_layers=1, tie_word_embeddings=True, max_position_embeddings=32768
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = torch.ones(rotary.inv_freq.shape)  # the only weight whose values are read
+    weights = read_weights(model, Architecture.of(model))
+    target = Target("a GPU", 132, overlap=capability >= 90)
+    step = Step(weights, Architecture.of(model), batch, target)
+    width = config.hidden_size
+    aligner = Aligner("ridge", 1.0, weight=torch.empty(width, width, device="meta"))
+
+    for do_sample in (False, True):
+        step.prepare(do_sample=do_sample)
+
+    def body() -> None:
+        with inside or nullcontext():
+            step.latent(weights, aligner)
+            for do_sample in (False, True):
+                step.token(weights, do_sample=do_sample)
+
+    return record(body)
+
+
+def main(capability: int, cases: list[str]) -> None:
+    """Cases as family:dtype:batch; one JSON line per distinct kernel."""
+    import json
+
+    seen = set()
+    for case in cases:
+        family, dtype, batch = case.split(":")
+        for key, launch in launches_of(family, getattr(torch, dtype), int(batch), capability).items():
+            if key in seen:
+                continue
+            seen.add(key)
+            compiled = compile_for(capability, *launch)
+            code = instructions(compiled)
+            loads = [line for line in code.splitlines() if "LDG.E" in line or "LDGSTS" in line]
+            before, _, _ = code.partition("ACQBULK")
+            facts = {
+                "kernel": launch[0].__name__,
+                "constants": {k: v for k, v in launch[2].items() if k.isupper()},
+                "wide_loads": sum(".128" in line for line in loads),
+                "wide_loads_before_wait": sum(".128" in line for line in before.splitlines() if "LDG" in line),
+                "tensor_cores": "HMMA" in code or "HGMMA" in code or "UTCHMMA" in code or "UTCQMMA" in code,
+                "waits": "ACQBULK" in code,
+            }
+            print(json.dumps({**facts, **resources(compiled)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -32,6 +32,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 CHECK_EVERY = 16
 """Token steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not
 show."""
+NO_ROOM = "out of memory for the graph of even one row: this call runs on the eager engine"
 
 
 def why_not(model: Any, architecture: Architecture) -> str | None:
@@ -154,13 +155,17 @@ class CudaEngine:
             return self.eager.extend(cache, prompt, logits=logits)
         active, ids = prompt.counts > 0, prompt.input_ids[:, 0]
         result = torch.empty(len(ids), self.weights.lm_head.shape[0], dtype=torch.float32, device=ids.device)
-        with self.state.lock:
-            for rows, step, replay in self._parts(len(ids), ("read",), None):
-                step.aim(cache, rows, active[rows], None)
-                count = rows.stop - rows.start
-                step.tokens[:count] = ids[rows]
-                replay()
-                result[rows] = step.logits[:count]
+        try:
+            with self.state.lock:
+                for rows, step, replay in self._parts(len(ids), ("read",), None):
+                    step.aim(cache, rows, active[rows], None)
+                    count = rows.stop - rows.start
+                    step.tokens[:count] = ids[rows]
+                    replay()
+                    result[rows] = step.logits[:count]
+        except torch.OutOfMemoryError:
+            warn_once(NO_ROOM)
+            return self.eager.extend(cache, prompt, logits=logits)
         cache.advance(prompt.counts)
         return result
 
@@ -172,22 +177,34 @@ class CudaEngine:
         if steps == 0:
             return latents, seed
         last = torch.empty(batch, width, dtype=self.architecture.dtype, device=seed.device)
-        with self.state.lock:
-            for rows, step, replay in self._parts(batch, _kind_of(aligner), aligner):
-                count = rows.stop - rows.start
-                trace = latents.new_empty(step.batch, steps, width)
-                step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
-                (step.logits if aligner.needs_logits else step.hidden)[:count] = seed[rows]
-                for index in range(steps):
-                    if on_step is not None and rows.start == 0:
-                        on_step(index)
-                    replay()
-                latents[rows], last[rows] = trace[:count], step.hidden[:count]
+        try:
+            with self.state.lock:
+                for rows, step, replay in self._parts(batch, _kind_of(aligner), aligner):
+                    count = rows.stop - rows.start
+                    trace = latents.new_empty(step.batch, steps, width)
+                    step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
+                    (step.logits if aligner.needs_logits else step.hidden)[:count] = seed[rows]
+                    for index in range(steps):
+                        if on_step is not None and rows.start == 0:
+                            on_step(index)
+                        replay()
+                    latents[rows], last[rows] = trace[:count], step.hidden[:count]
+        except torch.OutOfMemoryError:  # what was written lies behind the lengths, which have not moved
+            warn_once(NO_ROOM)
+            return self.eager.think(cache, seed, aligner, steps, on_step)
         cache.advance(torch.full((batch,), steps))
         return latents, last
 
     def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
-        return len(decoding.ends) <= END_TOKENS and (not streaming or batch <= self.state.buckets[-1])
+        if len(decoding.ends) > END_TOKENS:
+            return False
+        try:
+            with self.state.lock:
+                step, _ = self.state.step(self.weights, batch, ("token", decoding.do_sample), None)
+        except torch.OutOfMemoryError:
+            warn_once(NO_ROOM)
+            return False
+        return not streaming or step.batch >= batch
 
     def speak(
         self, cache: LatentCache, logits: Tensor, decoding: Decoding, on_tokens: Callable[[Tensor], None] | None

@@ -1,0 +1,371 @@
+"""The CUDA engine against the eager one: chains, ragged batches, windows, sampling. In the interpreter, graphs are calls."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import FAMILIES, ragged, real, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
+
+from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.engines import cuda, open_engine
+from latentmas_kernels.engines.cuda import CudaEngine, memory_report
+from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.weights import unmerge
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes some milliseconds for every program: two layers and three heads are enough to go wrong in.
+SMALL = {
+    "num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+
+
+def small_model(name="llama", **overrides):
+    if "layer_types" in FAMILIES.get(name, {}):
+        overrides.setdefault("layer_types", ["sliding_attention", "full_attention"])
+    return tiny_model(name, **{**SMALL, **overrides}).to(DEVICE)
+
+
+@pytest.fixture
+def small():
+    return small_model()
+
+
+def prompt(lengths, **options):
+    return tuple(t.to(DEVICE) for t in ragged(lengths, **options))
+
+
+def chain(model, engine, *, lengths=(9, 4), steps=2, tokens=4, aligner="ridge"):
+    """Two latent agents and a judger; the memory is handed on."""
+    past, outputs = None, []
+    for seed in (1, 2):
+        ids, mask = prompt(list(lengths), seed=seed)
+        out = latent_generate(
+            model, ids, mask, latent_steps=steps, past_key_values=past, aligner=aligner, engine=engine
+        )
+        outputs.append(out)
+        past = out.past_key_values
+    ids, mask = prompt(list(reversed(lengths)), seed=3, side="right")
+    outputs.append(generate(model, ids, mask, past_key_values=past, max_new_tokens=tokens, eos_token_id=None, engine=engine))
+    return outputs
+
+
+def assert_same_cache(ours, theirs):
+    assert ours.lengths.tolist() == theirs.lengths.tolist()
+    assert ours.next_position.tolist() == theirs.next_position.tolist()
+    assert ours.segments == theirs.segments
+    for row, length in enumerate(ours.lengths.tolist()):
+        assert torch.equal(ours.positions[row, :length], theirs.positions[row, :length])
+        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(a[:, row, :, :length], b[:, row, :, :length], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interpreter_chain_equals_eager(family):
+    """Ragged rows, agents that go on from each other's memory, windows of 8 that the memory outgrows."""
+    model = small_model(family)
+    ours, theirs = chain(model, "cuda"), chain(model, "eager")
+    assert [o.metrics.engine for o in ours] == ["cuda"] * 3
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a.last_hidden, b.last_hidden, rtol=1e-4, atol=1e-5)
+        assert_same_cache(a.past_key_values, b.past_key_values)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+    assert_same_cache(ours[2].past_key_values, theirs[2].past_key_values)
+    a, b = ours[2].metrics, theirs[2].metrics
+    assert (a.prefill_tokens, a.decode_tokens, a.kv_bytes) == (b.prefill_tokens, b.decode_tokens, b.kv_bytes)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_interpreter_rope_scaling_equals_eager(rope):
+    model = small_model("qwen3", rope_parameters=rope)
+    ours, theirs = (chain(model, engine, lengths=(5, 3), steps=1, tokens=2) for engine in ("cuda", "eager"))
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+
+
+def test_interpreter_biases_equal_eager():
+    """Every product may have a bias; a fresh model's are zero, which would hide one left out."""
+    model = small_model("llama", attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    ours, theirs = (chain(model, engine, lengths=(5, 3), steps=1, tokens=2) for engine in ("cuda", "eager"))
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+
+
+def test_interpreter_soft_feedback_equals_eager(small):
+    ours, theirs = (chain(small, engine, tokens=1, aligner="soft") for engine in ("cuda", "eager"))
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+
+
+def test_interpreter_rows_are_bit_identical_alone_and_in_a_batch(small):
+    """float32: one kernel whatever the batch, sums in one order. The prompt runs through torch, which is not so exact:
+    so both start from the same memory."""
+    ids, mask = prompt([6, 3, 8])
+    read = latent_generate(small, ids, mask, latent_steps=0, max_cache_len=16)
+    aligner = build_aligner(small, "ridge")
+    engine = CudaEngine(small, Architecture.of(small))
+    memory = read.past_key_values
+    together, _ = engine.think(memory.fork(), read.last_hidden, aligner, 2, None)
+    for row in range(3):
+        alone, _ = engine.think(memory.select([row]), read.last_hidden[row : row + 1], aligner, 2, None)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
+    """Poison behind every row's end: what is read of it shows, and what is written over is gone."""
+    ids, mask = prompt([6, 3])
+    read = latent_generate(small, ids, mask, latent_steps=0, max_cache_len=12)
+    cache = read.past_key_values.fork(12)
+    for row, length in enumerate(cache.lengths.tolist()):
+        cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
+    engine = CudaEngine(small, Architecture.of(small))
+    latents, last = engine.think(cache, read.last_hidden, build_aligner(small, "ridge"), 2, None)
+    assert latents.isfinite().all()
+    assert last.isfinite().all()
+    for row, length in enumerate([8, 5]):
+        assert cache.keys[:, row, :, :length].isfinite().all()
+        assert cache.keys[:, row, :, length:].isnan().all()
+        assert cache.values[:, row, :, length:].isnan().all()
+
+
+def test_interpreter_one_capture_serves_every_call(small, monkeypatch):
+    """Other caches, capacities, lengths and settings: the graph does not change."""
+    captured = []
+    real_step = cuda.State._step
+
+    def counting(self, weights, bucket, kind, aligner):
+        if (bucket, *kind) not in self.graphs:
+            captured.append((bucket, kind[0]))
+        return real_step(self, weights, bucket, kind, aligner)
+
+    monkeypatch.setattr(cuda.State, "_step", counting)
+    for lengths, room in (([4, 2], None), ([3, 7], 40)):
+        ids, mask = prompt(lengths)
+        out = latent_generate(small, ids, mask, latent_steps=1, engine="cuda", max_cache_len=room, aligner="ridge")
+        for temperature in (0.5, 2.0):
+            generate(
+                small, ids, mask, past_key_values=out.past_key_values, max_new_tokens=2, do_sample=True,
+                temperature=temperature, engine="cuda",
+            )  # fmt: skip
+    assert captured == [(2, "latent"), (2, "token")]
+    report = memory_report(small)
+    assert report["tensors of batch 2"] > 0
+    assert set(report) == {"tensors of batch 2", "graphs"}
+
+
+def test_interpreter_ended_rows_store_nothing_and_get_padding(small):
+    ids, mask = prompt([5, 7])
+    free = generate(small, ids, mask, max_new_tokens=6, eos_token_id=None, engine="cuda")
+    new = free.sequences[:, 7:]
+    end = int(new[0, 1])
+    options = {"max_new_tokens": 6, "eos_token_id": [end, 96], "pad_token_id": 90}
+    ours, theirs = (generate(small, ids, mask, **options, engine=engine) for engine in ("cuda", "eager"))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert (ours.new_tokens, ours.finish_reasons) == (theirs.new_tokens, theirs.finish_reasons)
+    assert ours.new_tokens[0] <= 2
+    assert_same_cache(ours.past_key_values, theirs.past_key_values)
+    barred = {**options, "min_new_tokens": 5}
+    ours, theirs = (generate(small, ids, mask, **barred, engine=engine) for engine in ("cuda", "eager"))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert end not in ours.sequences[:, 7:11].flatten().tolist()
+
+
+def test_interpreter_sampling_repeats_with_the_seed(small):
+    ids, mask = prompt([5, 2])
+
+    def drawn(seed, **options):
+        torch.manual_seed(seed)
+        out = generate(
+            small, ids, mask, max_new_tokens=3, do_sample=True, eos_token_id=None, engine="cuda", **options
+        )
+        return out.sequences[:, 5:]
+
+    first = drawn(0, temperature=3.0, top_k=None)
+    assert torch.equal(first, drawn(0, temperature=3.0, top_k=None))
+    assert not torch.equal(first, drawn(1, temperature=3.0, top_k=None))
+    assert not torch.equal(first[0], first[1])
+    greedy = generate(small, ids, mask, max_new_tokens=3, eos_token_id=None, engine="cuda").sequences[:, 5:]
+    assert torch.equal(drawn(0, top_k=1), greedy)
+    assert torch.equal(drawn(0, top_p=0.001), greedy)
+
+
+class Streamer:
+    def __init__(self):
+        self.got = []
+
+    def put(self, ids):
+        self.got.append(ids.tolist())
+
+    def end(self):
+        self.got.append("end")
+
+
+def test_interpreter_streamer_processors_and_criteria_equal_eager(small):
+    ids, mask = prompt([4])
+    free = generate(small, ids, mask, max_new_tokens=3, eos_token_id=None, engine="eager").sequences[0, 4:].tolist()
+    streamer = Streamer()
+    generate(small, ids, mask, max_new_tokens=3, eos_token_id=None, streamer=streamer, engine="cuda")
+    assert streamer.got == [ids.tolist(), *([token] for token in free), "end"]
+    options = {
+        "logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor(free, device=DEVICE)]),
+        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 6], device=DEVICE)]),
+        "max_new_tokens": 5,
+        "eos_token_id": None,
+    }
+    ours, theirs = (generate(small, ids, mask, **options, engine=engine) for engine in ("cuda", "eager"))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert_same_cache(ours.past_key_values, theirs.past_key_values)
+
+
+def test_interpreter_reports_each_step_once(small):
+    ids, mask = prompt([3, 4])
+    seen = []
+    latent_generate(small, ids, mask, latent_steps=2, aligner="ridge", engine="cuda", on_step=seen.append)
+    assert seen == [0, 1]
+
+
+# ---- batches outside the buckets, and memory that runs out ---------------------------------------------------------
+
+
+def state_of(model):
+    return CudaEngine(model, Architecture.of(model)).state
+
+
+def expecting(words):
+    warn_once.cache_clear()
+    return pytest.warns(RuntimeWarning, match=words)
+
+
+def test_interpreter_larger_batches_run_in_parts(small):
+    state_of(small).buckets = [1, 2]
+    with expecting("a batch of 3 rows runs in parts of 2"):
+        ours = chain(small, "cuda", lengths=(5, 2, 4), steps=1, tokens=2)
+    theirs = chain(small, "eager", lengths=(5, 2, 4), steps=1, tokens=2)
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+    assert_same_cache(ours[2].past_key_values, theirs[2].past_key_values)
+
+
+@pytest.mark.parametrize(("most", "words"), [(1, "in parts of 1 rows from now on"), (0, "runs on the eager engine")])
+def test_interpreter_out_of_memory_takes_a_smaller_bucket_or_eager(small, monkeypatch, most, words):
+    state = state_of(small)
+    real_step, released = cuda.State._step, []
+
+    def failing(self, weights, bucket, kind, aligner):
+        if bucket > most:
+            raise torch.OutOfMemoryError("as a capture says it")
+        return real_step(self, weights, bucket, kind, aligner)
+
+    monkeypatch.setattr(cuda.State, "_step", failing)
+    monkeypatch.setattr(state.capture, "release", lambda: released.append(True))
+    with expecting(words):
+        ours = chain(small, "cuda", lengths=(5, 2), steps=1, tokens=2)
+    theirs = chain(small, "eager", lengths=(5, 2), steps=1, tokens=2)
+    assert released
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+    assert_same_cache(ours[2].past_key_values, theirs[2].past_key_values)
+
+
+# ---- weights that change under the engine --------------------------------------------------------------------------
+
+
+def one_latent(model, engine="cuda"):
+    ids, mask = prompt([4])
+    return latent_generate(model, ids, mask, latent_steps=1, aligner="identity", engine=engine).last_hidden
+
+
+@torch.no_grad()
+def scramble(model, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {name: (torch.randn(t.shape, generator=draw) * 0.1).to(t) for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict(scramble(model, 1)),
+        lambda model: model.load_state_dict(scramble(model, 1), assign=True),
+        lambda model: model.to(torch.float64).to(torch.float32),
+        lambda model: model.model.layers[1].self_attn.k_proj.weight.data.mul_(2),
+        lambda model: setattr(model.model.layers[0].mlp.up_proj, "weight", nn.Parameter(torch.ones(40, 24, device=DEVICE))),
+    ],
+    ids=["load", "assign", "cast and back", "in place", "another parameter"],
+)
+def test_interpreter_follows_the_weights(small, change):
+    before = one_latent(small)
+    change(small)
+    after = one_latent(small)
+    torch.testing.assert_close(after, one_latent(small, "eager"), rtol=1e-4, atol=1e-5)
+    assert torch.equal(before, after) == (change.__code__.co_names[0] == "to")
+
+
+def test_interpreter_copies_are_models_of_their_own(small):
+    before = one_latent(small)
+    other = copy.deepcopy(small)
+    other.load_state_dict(scramble(other, 2))
+    torch.testing.assert_close(one_latent(other), one_latent(other, "eager"), rtol=1e-4, atol=1e-5)
+    assert torch.equal(one_latent(small), before)
+
+
+def test_interpreter_unmerge_and_save(small, tmp_path):
+    before = one_latent(small)
+    unmerge(small)
+    assert one_latent(small, "eager").shape == before.shape
+    assert torch.equal(one_latent(small), before)
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).to(DEVICE).eval()
+    assert torch.equal(one_latent(loaded), before)
+
+
+# ---- what is not covered -------------------------------------------------------------------------------------------
+
+
+def test_interpreter_engine_by_name_refuses_what_it_does_not_cover(small):
+    small.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"does not cover this LlamaForCausalLM: model.layers.0.mlp has hooks"):
+        one_latent(small)
+
+
+def test_auto_falls_back_with_one_warning():
+    with torch.device("meta"):  # any device that is neither a CPU nor CUDA
+        model = tiny_model("llama")
+    architecture = Architecture.of(model)
+    with expecting("LlamaForCausalLM runs on the eager engine, since the model is on meta"):
+        assert open_engine("auto", model, architecture).name == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_engine("auto", model, architecture).name == "eager"
+
+
+def test_auto_on_a_cpu_is_eager_without_a_word():
+    model = tiny_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_engine("auto", model, Architecture.of(model)).name == "eager"
+
+
+def test_empty_think_gives_the_seed_back(small):
+    engine = CudaEngine(small, Architecture.of(small))
+    seed = torch.ones(2, 24, device=DEVICE)
+    cache = LatentCache.for_model(engine.architecture, 2, 4)
+    latents, last = engine.think(cache, seed, build_aligner(small, "identity"), 0, None)
+    assert latents.shape == (2, 0, 24)
+    assert last is seed
