@@ -9,6 +9,8 @@ import torch
 
 from latentmas_kernels import native
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError
+from latentmas_kernels.engines import cuda, generic
+from latentmas_kernels.weights import FAMILIES
 
 PACKAGES = ("torch", "transformers", "triton")
 
@@ -93,7 +95,7 @@ def doctor(model: Any = None) -> Report:
         instruction_sets=sets,
         threads=torch.get_num_threads(),
         kernels={"native": Path(extension is not None, native.extension_state()), "triton": _triton(bool(gpus))},
-        engines={"eager": _eager(model)},
+        engines={"cuda": _cuda(model, bool(gpus)), "generic": _generic(model, bool(gpus)), "eager": _eager(model)},
         model=None if model is None else _shape(model),
     )
 
@@ -104,7 +106,37 @@ def _triton(gpu: bool) -> Path:
         return Path(False, "triton is not installed")
     if not gpu:
         return Path(False, f"triton {found} is installed, but there is no CUDA device")
-    return Path(True, f"realign (triton {found})")
+    return Path(True, f"the ops of a decode step (triton {found})")
+
+
+def _cuda(model: Any, gpu: bool) -> Path:
+    """The packed engine: kernels and graphs of our own."""
+    if model is None:
+        if not gpu:
+            return Path(False, "there is no CUDA device")
+        return Path(True, f"whole steps as CUDA graphs, for {', '.join(FAMILIES)}")
+    try:
+        architecture = Architecture.of(model)
+    except UnsupportedModelError as error:
+        return Path(False, str(error))
+    reason = cuda.why_not(model, architecture)
+    if reason is not None:
+        return Path(False, reason)
+    kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in cuda.memory_report(model).items())
+    return Path(True, "whole steps as CUDA graphs" + (f"; kept: {kept}" if kept else ""))
+
+
+def _generic(model: Any, gpu: bool) -> Path:
+    """transformers' forward as a graph."""
+    if model is None:
+        if not gpu:
+            return Path(False, "there is no CUDA device")
+        return Path(True, "transformers' own forward as a CUDA graph, for what the cuda engine does not cover")
+    try:
+        reason = generic.why_not(model, Architecture.of(model))
+    except UnsupportedModelError as error:
+        return Path(False, str(error))
+    return Path(reason is None, reason or "transformers' own forward as a CUDA graph")
 
 
 def _eager(model: Any) -> Path:

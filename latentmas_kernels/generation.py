@@ -227,6 +227,7 @@ def generate(
     if pad_token_id is None:
         pad_token_id = ends[0] if ends else 0
     decoding = Decoding(max_new_tokens, min_new_tokens, do_sample, temperature, top_k or 0, top_p, ends, pad_token_id)
+    processors = _processors(prompt, decoding, logits_processor)  # they also check temperature, top_k and top_p
     cache = _cache(architecture, prompt, past, capacity)
     metrics = Metrics(runner.name, setup_seconds=clock.lap())
 
@@ -241,13 +242,16 @@ def generate(
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
         start = cache.lengths
         alone = not (logits_processor or stopping_criteria)
-        if alone and isinstance(runner, Speaker) and runner.can_speak(decoding, len(logits), streaming=streamer is not None):
+        if (
+            alone
+            and isinstance(runner, Speaker)
+            and runner.can_speak(decoding, len(logits), streaming=streamer is not None)
+        ):
             tokens = runner.speak(cache, logits, decoding, None if streamer is None else streamer.put)
             sequences = torch.cat([sequences, tokens], dim=1)
             new = decoding.lengths(tokens)
             stopped = torch.isin(tokens.cpu()[torch.arange(len(new)), new - 1], torch.tensor(ends, dtype=torch.int64))
         else:
-            processors = _processors(prompt, decoding, logits_processor)
             sequences, new, stopped = _speak_on_host(
                 runner, cache, sequences, logits, decoding, processors, stopping_criteria, streamer
             )

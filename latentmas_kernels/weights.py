@@ -8,6 +8,7 @@ Nothing of this is kept between calls: `read_weights` looks at the modules each 
 a LoRA or quantised layers change what it finds, and `Weights.addresses` tells whether graphs captured before still hold.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their 
 DTYPES = (torch.float32, torch.bfloat16)
 # transformers puts hooks of its own on every layer, once output_hidden_states was asked for; they only look.
 PASSIVE_HOOKS = "transformers.utils.output_capturing"
+# What a plain model is built from, besides linear layers and embeddings. An adapter or a quantised layer is something else.
+OWN_MODULES = ("transformers.models.", "transformers.activations")
+PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
 
 
 class NotPackable(Exception):
@@ -175,11 +179,11 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 
 def _merged(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The products as one matrix (and one bias), the modules' own parameters being views of it."""
-    biases = [linear.bias for linear in linears]
-    return _joined([linear.weight for linear in linears]), None if biases[0] is None else _joined(biases)
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return _joined([linear.weight for linear in linears]), _joined(biases) if biases else None
 
 
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
     first = parameters[0]
     rows = sum(len(p) for p in parameters)
     expected = first.data_ptr()
@@ -220,15 +224,15 @@ def _check(model: Any, architecture: Architecture) -> None:
             raise NotPackable(f"{path or name} has hooks or a forward of its own, which the kernels would pass by")
         if type(module) in (nn.Linear, nn.Embedding):
             _check_weight(path, module.weight, architecture)
-        elif next(module.children(), None) is None and not type(module).__module__.startswith("transformers."):
+        elif type(module) not in PLAIN_MODULES and not type(module).__module__.startswith(OWN_MODULES):
             raise NotPackable(f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain layer")
-        elif type(module).__module__.split(".")[0] == "peft":
-            raise NotPackable(f"{path} carries an adapter")
 
 
 def _check_weight(path: str, weight: Any, architecture: Architecture) -> None:
     if type(weight) is not nn.Parameter or weight.dtype != architecture.dtype:
-        raise NotPackable(f"{path} holds a {type(weight).__name__} of {weight.dtype}, not a parameter of {architecture.dtype}")
+        raise NotPackable(
+            f"{path} holds a {type(weight).__name__} of {weight.dtype}, not a parameter of {architecture.dtype}"
+        )
     if weight.device != architecture.device:
         raise NotPackable(f"{path} is on {weight.device}, the embedding on {architecture.device}")
     if weight.stride(1) != 1 or weight.stride(0) != weight.shape[1]:

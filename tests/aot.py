@@ -81,7 +81,9 @@ def resources(compiled: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        report = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report.stdout)
     assert found, report.stdout
     used = dict(zip(("REG", "STACK", "SHARED", "LOCAL"), map(int, found.groups()), strict=True))
@@ -147,14 +149,33 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
     return record(body)
 
 
+def realign_launches(capability: int) -> dict:
+    """`realign` as a call of its own, with and without W_a."""
+    from latentmas_kernels.ops.triton.realign import realign
+    from latentmas_kernels.ops.triton.target import Target
+
+    hidden, out = torch.empty(2, 3, 896, dtype=torch.bfloat16, device="meta")
+    target = Target("a GPU", 132, overlap=capability >= 90)
+
+    def body() -> None:
+        realign(hidden, torch.empty(896, 896, device="meta"), 1.0, out, target=target)
+        realign(hidden, None, 1.0, out, target=target)
+
+    return record(body)
+
+
 def main(capability: int, cases: list[str]) -> None:
-    """Cases as family:dtype:batch; one JSON line per distinct kernel."""
+    """Cases as family:dtype:batch, or realign; one JSON line per distinct kernel."""
     import json
 
     seen = set()
     for case in cases:
-        family, dtype, batch = case.split(":")
-        for key, launch in launches_of(family, getattr(torch, dtype), int(batch), capability).items():
+        if case == "realign":
+            launches = realign_launches(capability)
+        else:
+            family, dtype, batch = case.split(":")
+            launches = launches_of(family, getattr(torch, dtype), int(batch), capability)
+        for key, launch in launches.items():
             if key in seen:
                 continue
             seen.add(key)

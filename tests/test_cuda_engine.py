@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, ragged, real, tiny_model
+from conftest import FAMILIES, ragged, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
@@ -50,7 +50,9 @@ def chain(model, engine, *, lengths=(9, 4), steps=2, tokens=4, aligner="ridge"):
         outputs.append(out)
         past = out.past_key_values
     ids, mask = prompt(list(reversed(lengths)), seed=3, side="right")
-    outputs.append(generate(model, ids, mask, past_key_values=past, max_new_tokens=tokens, eos_token_id=None, engine=engine))
+    outputs.append(
+        generate(model, ids, mask, past_key_values=past, max_new_tokens=tokens, eos_token_id=None, engine=engine)
+    )
     return outputs
 
 
@@ -192,9 +194,7 @@ def test_interpreter_sampling_repeats_with_the_seed(small):
 
     def drawn(seed, **options):
         torch.manual_seed(seed)
-        out = generate(
-            small, ids, mask, max_new_tokens=3, do_sample=True, eos_token_id=None, engine="cuda", **options
-        )
+        out = generate(small, ids, mask, max_new_tokens=3, do_sample=True, eos_token_id=None, engine="cuda", **options)
         return out.sequences[:, 5:]
 
     first = drawn(0, temperature=3.0, top_k=None)
@@ -225,7 +225,9 @@ def test_interpreter_streamer_processors_and_criteria_equal_eager(small):
     assert streamer.got == [ids.tolist(), *([token] for token in free), "end"]
     options = {
         "logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor(free, device=DEVICE)]),
-        "stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 6], device=DEVICE)]),
+        "stopping_criteria": StoppingCriteriaList(
+            [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 6], device=DEVICE)]
+        ),
         "max_new_tokens": 5,
         "eos_token_id": None,
     }
@@ -305,7 +307,9 @@ def scramble(model, seed):
         lambda model: model.load_state_dict(scramble(model, 1), assign=True),
         lambda model: model.to(torch.float64).to(torch.float32),
         lambda model: model.model.layers[1].self_attn.k_proj.weight.data.mul_(2),
-        lambda model: setattr(model.model.layers[0].mlp.up_proj, "weight", nn.Parameter(torch.ones(40, 24, device=DEVICE))),
+        lambda model: setattr(
+            model.model.layers[0].mlp.up_proj, "weight", nn.Parameter(torch.ones(40, 24, device=DEVICE))
+        ),
     ],
     ids=["load", "assign", "cast and back", "in place", "another parameter"],
 )

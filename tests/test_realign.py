@@ -1,5 +1,6 @@
 """realign: C++ on every instruction set, Triton in the interpreter and ahead of time, against the torch reference."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from latentmas_kernels import native
 from latentmas_kernels.ops.realign import realign, realign_reference
+from latentmas_kernels.ops.triton.target import target_of
 
 SIZES = [(1, 576, 576), (3, 100, 130), (19, 77, 64), (8, 960, 1000), (5, 1, 3), (2, 33, 1)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -22,7 +24,7 @@ def triton_realign(hidden, weight, target_norm, *, out=None):
 
     width = hidden.shape[1] if weight is None else weight.shape[0]
     out = hidden.new_full((hidden.shape[0], width), float("nan")) if out is None else out
-    kernel(hidden, weight, target_norm, out)
+    kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
     return out
 
 
@@ -134,36 +136,18 @@ def test_triton_device_equals_reference(size, dtype):
     assert_as_good_as_torch(realign, hidden, None, 0.7)
 
 
-AOT = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from latentmas_kernels.ops.triton import realign as kernels
-
-product = {"hidden": "*bf16", "weight": "*fp32", "product": "*fp32", "squares": "*fp32", "hidden_stride": "i32",
-           "weight_stride": "i32", "width_in": "i32", "width_out": "i32", "blocks": "i32",
-           "BLOCK_OUT": "constexpr", "BLOCK_IN": "constexpr"}
-rescale = {"source": "*fp32", "squares": "*fp32", "out": "*bf16", "target_norm": "fp32", "source_stride": "i32",
-           "out_stride": "i32", "width": "i32", "blocks": "i32", "HAS_SQUARES": "constexpr", "BLOCK": "constexpr"}
-constants = {"BLOCK_OUT": kernels.BLOCK_OUT, "BLOCK_IN": kernels.BLOCK_IN}
-for kernel, signature, constexprs in (
-    (kernels.product_kernel, product, constants),
-    (kernels.rescale_kernel, rescale, {"HAS_SQUARES": True, "BLOCK": kernels.BLOCK_SCALE}),
-    (kernels.rescale_kernel, rescale, {"HAS_SQUARES": False, "BLOCK": kernels.BLOCK_SCALE}),
-):
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", int(sys.argv[1]), 32))
-    assert "st.local" not in compiled.asm["ptx"] and compiled.asm["cubin"], kernel
-    assert compiled.metadata.shared <= 48 * 1024, compiled.metadata.shared
-print("compiled")
-"""
-
-
-@pytest.mark.parametrize("target", [80, 90, 100])
-def test_triton_compiles_ahead_of_time_aot(target):
-    """In a process of its own: where the interpreter is on, nothing compiles."""
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_compiles_ahead_of_time_aot(capability):
+    """In a process of its own: where the interpreter is on, nothing compiles. Within a step: see test_step."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AOT, str(target)], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "compiled", done.stderr
+    command = [sys.executable, "tests/aot.py", str(capability), "realign"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [k["kernel"] for k in kernels] == ["product_kernel", "rescale_kernel", "rescale_kernel"]
+    for kernel in kernels:
+        assert kernel["STACK"] == kernel["LOCAL"] == 0, kernel
+        assert kernel["SHARED"] <= 48 * 1024, kernel
 
 
 @pytest.mark.parametrize("op", [realign, realign_reference, triton_realign])

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines import cuda
+from latentmas_kernels.engines import cuda, generic
 from latentmas_kernels.engines.cuda import CudaEngine
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
+from latentmas_kernels.engines.generic import GenericEngine
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.prompt import Prompt
 
@@ -72,7 +73,10 @@ class Speaker(Protocol):
 
 
 def open_engine(engine: str, model: nn.Module, architecture: Architecture) -> Engine:
-    """The engine for a model. "auto" takes the fastest that covers it, and says once why that is not the CUDA engine.
+    """The engine for a model: "auto" takes the fastest that covers it.
+
+    On CUDA that is the packed engine for the families that it knows and the generic tier for the others; "cuda" asks for
+    one of the two. Where a GPU or another accelerator ends up on the eager engine, one warning says why.
 
     Raises:
         ValueError: for an unknown name, or an engine that was asked for by name and does not cover the model.
@@ -84,10 +88,17 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture) -> En
     reason = cuda.why_not(model, architecture)
     if reason is None:
         return CudaEngine(model, architecture)
+    harder = generic.why_not(model, architecture)
+    if harder is None:
+        return GenericEngine(model, architecture)
     if engine == "cuda":
-        raise ValueError(f"engine='cuda' does not cover this {architecture.name}: {reason}. Use engine='auto' or 'eager'")
-    warn_once(f"{architecture.name} runs on the eager engine, since {reason}")
+        raise ValueError(
+            f"engine='cuda' does not cover this {architecture.name}: {reason}. Use engine='auto' or 'eager'"
+        )
+    warn_once(f"{architecture.name} runs on the eager engine, since {harder}")
     return EagerEngine(model, architecture)
 
 
-__all__ = ["ENGINES", "CudaEngine", "Decoding", "EagerEngine", "Engine", "Speaker", "open_engine"]
+__all__ = [
+    "ENGINES", "CudaEngine", "Decoding", "EagerEngine", "Engine", "GenericEngine", "Speaker", "open_engine",
+]  # fmt: skip

@@ -97,7 +97,11 @@ class State:
                 trace = torch.empty(bucket, 2, dtype=torch.int64, device=step.x.device)
                 do_sample = kind == ("token", True)
                 step.prepare(do_sample=do_sample)
-                body = _bound(step.read, weights) if kind[0] == "read" else _bound(step.token, weights, do_sample=do_sample)
+                body = (
+                    _bound(step.read, weights)
+                    if kind[0] == "read"
+                    else _bound(step.token, weights, do_sample=do_sample)
+                )
             step.idle(trace)
             replay = self.capture(body)
             self.graphs[bucket, *kind] = replay, aligner
@@ -236,9 +240,7 @@ class CudaEngine:
         cache.advance(new - 1)
         return tokens[:, : int(new.max())]
 
-    def _parts(
-        self, batch: int, kind: tuple, aligner: Aligner | None
-    ) -> Iterator[tuple[slice, Step, Replay]]:
+    def _parts(self, batch: int, kind: tuple, aligner: Aligner | None) -> Iterator[tuple[slice, Step, Replay]]:
         """The rows of a batch in parts that a graph covers; mostly one."""
         start = 0
         while start < batch:

@@ -69,10 +69,11 @@ class EagerEngine:
         masks = {}
         for kind, window in zip(self.architecture.layer_types, self.architecture.windows, strict=True):
             if kind not in masks:
-                masks[kind] = self._as_model_wants(causal if window is None else causal & (query - stored < window))
+                masks[kind] = self.as_model_wants(causal if window is None else causal & (query - stored < window))
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _as_model_wants(self, mask: Tensor) -> Tensor:
+    def as_model_wants(self, mask: Tensor) -> Tensor:
+        """A mask of what is seen in the form that the model's attention takes: bool, or added to the scores."""
         if self.model.config._attn_implementation == "sdpa":
             return mask
         lowest = torch.finfo(self.architecture.dtype).min

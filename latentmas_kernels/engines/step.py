@@ -162,14 +162,26 @@ class Step:
                 self.partials, self.mixed, target=target,
             )  # fmt: skip
             product(
-                self.mixed, layer.output, self.x, bias=layer.output_bias, residual=self.x, target=target, scratch=scratch
+                self.mixed,
+                layer.output,
+                self.x,
+                bias=layer.output_bias,
+                residual=self.x,
+                target=target,
+                scratch=scratch,
             )
             product(
                 self.x, layer.gate_up, self.activated, gain=layer.mlp_gain, eps=w.eps, bias=layer.gate_up_bias, pair=True,
                 target=target, scratch=scratch,
             )  # fmt: skip
             product(
-                self.activated, layer.down, self.x, bias=layer.down_bias, residual=self.x, target=target, scratch=scratch
+                self.activated,
+                layer.down,
+                self.x,
+                bias=layer.down_bias,
+                residual=self.x,
+                target=target,
+                scratch=scratch,
             )
 
     def _lm_head(self, w: Weights) -> None:

@@ -27,7 +27,8 @@ def decode_attention_reference(
     slots = keys.shape[2]
     seen = torch.arange(slots, device=keys.device) < lengths[:, None]
     if window is not None:
-        assert positions is not None and query_positions is not None
+        assert positions is not None
+        assert query_positions is not None
         seen = seen & (query_positions[:, None] - positions < window)
     unseen = ~seen[:, None, :, None]
     group = queries.shape[1] // keys.shape[1]
@@ -118,7 +119,9 @@ def decode_attention(
             f"decode_attention: queries must be [{batch}, a multiple of {kv_heads} heads, {width}]; got {list(queries.shape)}"
         )
     if list(lengths.shape) != [batch] or lengths.dtype != torch.int32:
-        raise ValueError(f"decode_attention: lengths must be int32 [{batch}]; got {lengths.dtype} {list(lengths.shape)}")
+        raise ValueError(
+            f"decode_attention: lengths must be int32 [{batch}]; got {lengths.dtype} {list(lengths.shape)}"
+        )
     if window is not None:
         if positions is None or query_positions is None:
             raise ValueError("decode_attention: a window needs positions and query_positions")

@@ -15,9 +15,7 @@ from latentmas_kernels.ops.rmsnorm_linear import check_linear, rmsnorm_linear_re
 from latentmas_kernels.ops.triton.target import runs_on, target_of
 
 
-def gate_up_swiglu_reference(
-    x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def gate_up_swiglu_reference(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     gate, up = rmsnorm_linear_reference(x, gain, eps, weight, bias).chunk(2, dim=-1)
     return silu(gate) * up
 

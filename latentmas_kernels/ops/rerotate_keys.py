@@ -53,7 +53,12 @@ def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
             f"rerotate_keys: keys must be [L, B, Hkv, S, hd] with contiguous slots; got {list(keys.shape)} with strides "
             f"{keys.stride()}"
         )
-    if shifts.dim() != 2 or len(shifts) != keys.shape[1] or shifts.shape[1] > keys.shape[3] or shifts.dtype != torch.int64:
+    if (
+        shifts.dim() != 2
+        or len(shifts) != keys.shape[1]
+        or shifts.shape[1] > keys.shape[3]
+        or shifts.dtype != torch.int64
+    ):
         raise ValueError(
             f"rerotate_keys: shifts must be int64 [{keys.shape[1]}, up to {keys.shape[3]}]; got {shifts.dtype} "
             f"{list(shifts.shape)}"

@@ -15,7 +15,12 @@ from latentmas_kernels.ops.triton.target import runs_on, target_of
 
 
 def rmsnorm_linear_reference(
-    x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return linear(rmsnorm_reference(x, gain, eps), weight, bias).to(out_dtype or x.dtype)
 
@@ -39,7 +44,12 @@ def _(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None, 
 
 
 def rmsnorm_linear(
-    x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Normalise rows and multiply them with a weight.
 

@@ -80,9 +80,7 @@ def _sample(
 
 
 @_sample.register_fake
-def _(
-    logits: Tensor, do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int, draw: int
-) -> Tensor:
+def _(logits: Tensor, do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int, draw: int) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 

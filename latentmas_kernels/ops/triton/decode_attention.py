@@ -72,7 +72,9 @@ def attention_kernel(
         top = higher
     some = total > 0
     out = (first_head + heads) * SPLITS + split
-    tl.store(weights + out, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=heads < GROUP)
+    tl.store(
+        weights + out, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=heads < GROUP
+    )
     if start < stop:
         mixed = mixed / tl.where(some, total, 1.0)[:, None]
         tl.store(sums + out[:, None] * WIDTH + cols[None, :], mixed, mask=q_inside)

@@ -10,7 +10,9 @@ from latentmas_kernels.ops.triton.target import Target
 
 
 @triton.jit
-def embed_kernel(tokens, embedding, out, rows, memory, stride, rows_stride, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def embed_kernel(
+    tokens, embedding, out, rows, memory, stride, rows_stride, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     if OVERLAP:

@@ -17,7 +17,9 @@ position each. The trace is where steps write down what they fed: latents [B, st
 
 def describe(keys: Tensor, values: Tensor, positions: Tensor | None = None, trace: Tensor | None = None) -> list[int]:
     """The table for keys and values [layers, B, kv_heads, S, head_dim] of equal strides, positions int64 [B, S]."""
-    assert keys.stride() == values.stride() and keys.stride(4) == 1 and keys.stride(3) == keys.shape[4]
+    assert keys.stride() == values.stride()
+    assert keys.stride(4) == 1
+    assert keys.stride(3) == keys.shape[4]
     assert positions is None or positions.stride(1) == 1
     assert trace is None or trace[0].is_contiguous()
     return [

@@ -32,7 +32,10 @@ def weight_tile(weight, stride, outs, ins, width_out, stop):
     inside = (outs < width_out)[:, None] & (ins < stop)[None, :]
     # Weights are read once a step: they should leave the cache to what is read again.
     return tl.load(
-        weight + outs[:, None].to(tl.int64) * stride + ins[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
+        weight + outs[:, None].to(tl.int64) * stride + ins[None, :],
+        mask=inside,
+        other=0.0,
+        eviction_policy="evict_first",
     )
 
 
@@ -228,7 +231,8 @@ def product(
         scratch = Scratch(x)
         scratch.reserve(tile, m, n, pair=pair)
     partials, arrivals = scratch_sizes(tile, m, n, pair=pair)
-    assert partials <= scratch.partials.numel() and arrivals <= scratch.arrivals.numel(), "reserve() comes first"
+    assert partials <= scratch.partials.numel(), "reserve() comes first"
+    assert arrivals <= scratch.arrivals.numel(), "reserve() comes first"
     grid = (triton.cdiv(n, tile.block_n), tile.split, triton.cdiv(m, tile.block_m))
     product_kernel[grid](
         x, x.stride(0), gain, weight, weight.stride(0), bias, residual, 0 if residual is None else residual.stride(0),

@@ -73,7 +73,9 @@ def rescale_kernel(
     traced = False
     if STEP:
         traced = tl.load(rows + row) > 0
-        trace = trace_pointer(memory, row, out.dtype.element_ty) + next_step(rows, rows_stride, row).to(tl.int64) * width
+        trace = (
+            trace_pointer(memory, row, out.dtype.element_ty) + next_step(rows, rows_stride, row).to(tl.int64) * width
+        )
         advance(rows, rows_stride, row, memory)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)

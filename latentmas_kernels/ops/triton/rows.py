@@ -1,10 +1,10 @@
 """What the device knows of the rows of a batch: int32 [5, B], one line per field.
 
-    0 active      1 while the row takes part; a row that has ended, or only fills up a batch, has 0 and stores nothing
-    1 length      slots in use, that of the present step included
-    2 position    of the present step's input
-    3 slot        of the present step's input, -1 for none
-    4 step        steps written to the trace
+0 active      1 while the row takes part; a row that has ended, or only fills up a batch, has 0 and stores nothing
+1 length      slots in use, that of the present step included
+2 position    of the present step's input
+3 slot        of the present step's input, -1 for none
+4 step        steps written to the trace
 """
 
 import triton

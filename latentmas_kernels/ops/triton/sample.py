@@ -37,7 +37,14 @@ class Settings:
         self.ends = torch.full((END_TOKENS,), -1, dtype=torch.int64, device=device)
 
     def set(
-        self, temperature: float, top_k: int, top_p: float, seed: int, min_new_tokens: int, padding: int, ends: list[int]
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        min_new_tokens: int,
+        padding: int,
+        ends: list[int],
     ) -> None:
         assert len(ends) <= END_TOKENS
         self.numbers.copy_(torch.tensor([temperature, top_p]))

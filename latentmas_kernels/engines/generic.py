@@ -1,0 +1,262 @@
+"""The generic tier on CUDA: transformers' own forward over static tensors, captured as a graph.
+
+For models outside the families that the kernels cover. The launches stay transformers', but the host no longer issues
+them one by one, which is most of a step's time at small batch sizes. Attention runs over a window of slots that is as
+long as the longest row, rounded up to a power of two: the cost follows the rows, in steps, and not the capacity.
+
+Keys and values live in static tensors of the engine while steps run. A cache is copied in when a call first sees it, and
+the new position of every step is copied back, so the cache is whole after each call.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.eager import EagerEngine
+from latentmas_kernels.engines.graphs import Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.prompt import Prompt
+
+SMALLEST_WINDOW = 256
+
+
+def why_not(model: Any, architecture: Architecture) -> str | None:
+    """Why a forward of this model cannot be captured, as a clause; None where it is worth a try."""
+    if architecture.device.type != "cuda":
+        return f"the model is on {architecture.device}, not on a CUDA device"
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        return "it is quantized"
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        return f"it is spread over {', '.join(sorted(devices))}"
+    if any("forward" in vars(module) for module in model.modules()):
+        return "one of its modules has a forward of its own (a hook that moves weights, say)"
+    return None
+
+
+class Window:
+    """Static tensors of one batch size and number of slots, and the forward over them."""
+
+    def __init__(self, eager: EagerEngine, batch: int, slots: int) -> None:
+        a = eager.architecture
+        self.eager, self.slots = eager, slots
+        # One slot more than is attended to: where rows write that do not take part.
+        shape = (2, a.layers, batch, a.kv_heads, slots + 1, a.head_dim)
+        self.store = torch.zeros(shape, dtype=a.dtype, device=a.device)
+        self.stored = torch.zeros(batch, slots + 1, dtype=torch.int64, device=a.device)
+        self.active, self.lengths, self.positions = torch.zeros(3, batch, dtype=torch.int64, device=a.device)
+        self.rows = torch.arange(batch, device=a.device)
+        self.embedding = torch.zeros(batch, 1, a.hidden_size, dtype=a.dtype, device=a.device)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=a.device)
+        self.seeds: dict[int, Tensor] = {}  # by width: hidden states [B, D] and logits [B, V], what a step ends with
+        self.written = torch.zeros(batch, dtype=torch.int64, device=a.device)
+
+    def forward(self, *, logits: bool, **inputs: Tensor) -> Tensor:
+        """One position per row behind what is stored: hidden states [B, D], or logits [B, V]."""
+        self.written.copy_(torch.where(self.active > 0, self.lengths, self.slots))
+        self.stored[self.rows, self.written] = self.positions
+        slot = torch.arange(self.slots, device=self.rows.device)
+        seen = slot <= self.lengths[:, None] - (1 - self.active)[:, None]
+        # A row that brings nothing repeats its last position, which is inside every table of positions.
+        positions = (self.positions - (1 - self.active)).clamp_min(0)
+        query, stored = positions[:, None], self.stored[:, : self.slots]
+        masks = {}
+        a = self.eager.architecture
+        for kind, window in zip(a.layer_types, a.windows, strict=True):
+            if kind not in masks:
+                visible = seen if window is None else seen & (query - stored < window)
+                masks[kind] = self.eager.as_model_wants(visible[:, None, None])
+        inputs = {
+            **inputs,
+            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),  # type: ignore[dict-item]
+            "position_ids": query,
+            "past_key_values": _StaticForward(self),  # type: ignore[dict-item]
+            "use_cache": True,  # type: ignore[dict-item]
+        }
+        if logits:
+            result = self.eager.model(**inputs, logits_to_keep=1).logits[:, -1]
+        else:
+            result = self.eager.decoder(**inputs).last_hidden_state[:, -1]
+        self.lengths += self.active
+        self.positions += self.active
+        return result
+
+    def load(self, cache: LatentCache) -> None:
+        """Copy a cache in; what lies behind a row's end is zero, since 0 x NaN is NaN in attention."""
+        used = int(cache.lengths.max())
+        device = self.rows.device
+        inside = torch.arange(used, device=device) < cache.lengths.to(device)[:, None]
+        for here, there in zip(self.store, (cache.keys, cache.values), strict=True):
+            here.zero_()
+            here[:, :, :, :used] = there[:, :, :, :used].masked_fill(~inside[None, :, None, :, None], 0)
+        self.stored[:, :used] = cache.positions[:, :used]
+        self.lengths.copy_(cache.lengths)
+        self.positions.copy_(cache.next_position)
+
+    def store_back(self, cache: LatentCache, rows: Tensor, slots: Tensor) -> None:
+        """Copy the positions at slots[i] of rows[i] into the cache."""
+        for here, there in zip(self.store, (cache.keys, cache.values), strict=True):
+            there[:, rows, :, slots] = here[:, rows, :, slots]
+        cache.positions[rows, slots] = self.stored[rows, slots]
+
+
+class _StaticForward(Cache):
+    """The cache of one forward over a Window: writes at each row's length, gives back all slots."""
+
+    def __init__(self, window: Window) -> None:
+        super().__init__(layers=[])
+        self.window = window
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        w = self.window
+        keys, values = w.store[0, layer_idx], w.store[1, layer_idx]
+        keys[w.rows, :, w.written] = key_states[:, :, 0]
+        values[w.rows, :, w.written] = value_states[:, :, 0]
+        return keys[:, :, : w.slots], values[:, :, : w.slots]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.window.slots
+
+
+class _State:
+    """What is kept between calls for one model: a window per size, graphs, and which cache a window holds."""
+
+    def __init__(self, addresses: tuple, capture: Capture) -> None:
+        self.addresses, self.capture = addresses, capture
+        self.windows: dict[tuple[int, int], Window] = {}
+        self.graphs: dict[tuple[tuple[int, int], Aligner | None], Replay] = {}
+        self.held: tuple[Any, Window, Tensor] | None = None
+        self.failed = False
+        self.lock = threading.RLock()
+
+
+_states: "weakref.WeakKeyDictionary[Any, _State]" = weakref.WeakKeyDictionary()
+
+
+class GenericEngine:
+    """See `latentmas_kernels.engines.Engine`."""
+
+    name = "cuda (generic)"
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self.eager, self.architecture = EagerEngine(model, architecture), architecture
+        addresses = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
+        state = _states.get(model)
+        if state is None or state.addresses != addresses:
+            on_cuda = architecture.device.type == "cuda"
+            state = _State(addresses, CudaGraphs(architecture.device) if on_cuda else PlainCalls())
+            _states[model] = state
+        self.state = state
+
+    def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
+        if prompt.columns > 1 or prompt.input_ids is None or not logits:
+            return self.eager.extend(cache, prompt, logits=logits)
+        with self.state.lock:
+            ready = self._ready(cache, 1, None)
+            if ready is None:
+                return self.eager.extend(cache, prompt, logits=logits)
+            window, seed, replay = ready
+            window.active.copy_(prompt.counts)
+            window.tokens.copy_(prompt.input_ids)
+            replay()
+            rows = prompt.counts.nonzero()[:, 0]
+            window.store_back(cache, rows.to(window.rows.device), cache.lengths[rows].to(window.rows.device))
+            cache.advance(prompt.counts)
+            self.state.held = weakref.ref(cache), window, cache.lengths
+            return seed.clone()
+
+    def think(
+        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        batch = len(seed)
+        latents = torch.empty(
+            batch, steps, self.architecture.hidden_size, dtype=self.architecture.dtype, device=seed.device
+        )
+        if steps == 0:
+            return latents, seed
+        with self.state.lock:
+            ready = self._ready(cache, steps, aligner)
+            if ready is None:
+                return self.eager.think(cache, seed, aligner, steps, on_step)
+            window, static, replay = ready
+            window.active.fill_(1)
+            # Soft feedback takes logits from step to step, and the last one ends with a hidden state: it runs without a
+            # graph.
+            captured = steps - 1 if aligner.needs_logits else steps
+            static.copy_(seed)
+            for index in range(captured):
+                if on_step is not None:
+                    on_step(index)
+                replay()
+                latents[:, index] = window.embedding[:, 0]
+            rows = window.rows.repeat_interleave(captured)
+            slots = (cache.lengths[:, None] + torch.arange(captured)).flatten().to(rows.device)
+            window.store_back(cache, rows, slots)
+            cache.advance(torch.full((batch,), captured))
+            self.state.held = None
+            last = static.clone()
+        if captured < steps:
+            if on_step is not None:
+                on_step(captured)
+            latents[:, captured:], last = self.eager.think(cache, last, aligner, 1, None)
+        return latents, last
+
+    def _ready(self, cache: LatentCache, steps: int, aligner: Aligner | None) -> tuple[Window, Tensor, Replay] | None:
+        """A window that holds the cache, the tensor that its steps go on from, and their graph: latent steps with an
+        aligner, token steps without. None where the model's forward cannot be captured."""
+        state = self.state
+        if state.failed:
+            return None
+        need = int(cache.lengths.max()) + steps
+        large_enough = [slots for batch, slots in state.windows if batch == cache.batch_size and slots >= need]
+        slots = min(large_enough, default=max(SMALLEST_WINDOW, 1 << (need - 1).bit_length()))
+        size = cache.batch_size, slots
+        logits = aligner is None or aligner.needs_logits
+        try:
+            window = state.windows.get(size)
+            if window is None:
+                window = state.windows[size] = Window(self.eager, *size)
+            width = (
+                self.eager.model.get_output_embeddings().weight.shape[0] if logits else self.architecture.hidden_size
+            )
+            seed = window.seeds.setdefault(width, window.embedding.new_zeros(cache.batch_size, width))
+            if (size, aligner) not in state.graphs:
+                state.held = None
+                window.active.zero_()
+                state.graphs[size, aligner] = state.capture(_body(window, seed, aligner))
+        except RuntimeError as error:  # out of memory, or a forward that waits for the device, which no graph can hold
+            state.failed, state.held = True, None
+            state.windows.clear()
+            state.graphs.clear()
+            state.capture.release()
+            first = str(error).partition("\n")[0]
+            warn_once(
+                f"{self.architecture.name} runs on the eager engine: a step of it could not be captured ({first})"
+            )
+            return None
+        held = state.held
+        if held is None or held[0]() is not cache or held[1] is not window or not torch.equal(held[2], cache.lengths):
+            window.load(cache)
+        return window, seed, state.graphs[size, aligner]
+
+
+def _body(window: Window, seed: Tensor, aligner: Aligner | None) -> Callable[[], None]:
+    def token() -> None:
+        seed.copy_(window.forward(input_ids=window.tokens, logits=True))
+
+    def latent() -> None:
+        assert aligner is not None
+        window.embedding[:, 0] = aligner(seed)
+        seed.copy_(window.forward(inputs_embeds=window.embedding, logits=aligner.needs_logits))
+
+    return token if aligner is None else latent
