@@ -135,6 +135,6 @@ def decode_attention(
                 f"{list(query_positions.shape)}"
             )
     return _decode_attention(
-        queries.contiguous(), keys, values, lengths, width**-0.5 if scale is None else scale, window, positions,
-        query_positions,
+        queries.contiguous(), keys, values, lengths.contiguous(), width**-0.5 if scale is None else scale, window, positions,
+        None if query_positions is None else query_positions.contiguous(),
     )  # fmt: skip

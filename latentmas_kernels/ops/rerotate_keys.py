@@ -67,4 +67,4 @@ def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
         raise ValueError(
             f"rerotate_keys: inv_freq must be float32 [{keys.shape[4] // 2}]; got {inv_freq.dtype} {list(inv_freq.shape)}"
         )
-    _rerotate_keys(keys, shifts.contiguous(), inv_freq)
+    _rerotate_keys(keys, shifts.contiguous(), inv_freq.contiguous())

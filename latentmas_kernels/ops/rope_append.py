@@ -130,6 +130,8 @@ def rope_append(
     """
     check_buffers("rope_append", keys, values, qkv.dtype)
     batch, kv_heads, _, width = keys.shape
+    if width % 2:
+        raise ValueError(f"rope_append: rotation needs an even head_dim; got {width}")
     if qkv.dim() != 2 or len(qkv) != batch or qkv.shape[1] % width or qkv.shape[1] // width <= 2 * kv_heads:
         raise ValueError(
             f"rope_append: qkv must be [{batch}, (query heads + {2 * kv_heads}) * {width}]; got {list(qkv.shape)}"
@@ -140,12 +142,20 @@ def rope_append(
         )
     if (query_gain is None) != (key_gain is None):
         raise ValueError("rope_append: pass the weights of both norms per head, or of none")
+    if query_gain is not None and key_gain is not None:
+        shapes = [list(query_gain.shape), list(key_gain.shape)]
+        if shapes != [[width], [width]]:
+            raise ValueError(
+                f"rope_append: the weights of the norms per head must be [{width}]; got {shapes[0]} and {shapes[1]}"
+            )
+        query_gain, key_gain = query_gain.contiguous(), key_gain.contiguous()
     for name, given in (("slots", slots), ("positions", positions)):
         if list(given.shape) != [batch] or given.dtype != torch.int32:
             raise ValueError(f"rope_append: {name} must be int32 [{batch}]; got {given.dtype} {list(given.shape)}")
     return _rope_append(
-        qkv.contiguous(), query_gain, key_gain, eps, inv_freq, attention_scaling, keys, values, slots, positions
-    )
+        qkv.contiguous(), query_gain, key_gain, eps, inv_freq.contiguous(), attention_scaling, keys, values,
+        slots.contiguous(), positions.contiguous(),
+    )  # fmt: skip
 
 
 def check_buffers(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:

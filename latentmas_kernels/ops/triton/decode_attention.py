@@ -66,11 +66,12 @@ def attention_kernel(
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: -inf - -inf is NaN
         p = tl.exp2(score - base[:, None])
         fade = tl.exp2(top - base)
-        v = tl.load(values + at, mask=inside, other=0.0)
+        # Where nothing is seen the share is 0, and 0 x NaN is NaN: such values are not loaded.
+        v = tl.load(values + at, mask=inside & seen[:, None], other=0.0)
         mixed = tl.dot(p.to(dtype), v, mixed * fade[:, None], input_precision="ieee")
         total = total * fade + tl.sum(p, axis=1)
         top = higher
-    some = total > 0
+    some = total != 0  # also of a NaN, which must come out
     out = (first_head + heads) * SPLITS + split
     tl.store(
         weights + out, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=heads < GROUP
