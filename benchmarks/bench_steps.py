@@ -19,40 +19,18 @@ from typing import Any
 
 import torch
 from bandwidth import conditions, median_ms, merge_json, read_bandwidth
+from peers import Published
 from rich.console import Console
 from rich.table import Table
+from shapes import SHAPES, build_model
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from latentmas_kernels import LatentCache, build_aligner
 from latentmas_kernels.architecture import Architecture, decoder_of
 from latentmas_kernels.engines import ENGINES, open_engine
-from latentmas_kernels.ops.realign import realign_reference
 from latentmas_kernels.prompt import Prompt
 
-# Field names of transformers' configurations.
-_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "vocab_size",
-)  # fmt: skip
-SHAPES = {
-    "smollm2-135m": ("llama", (576, 30, 9, 3, 64, 1536, 49152)),
-    "qwen3-0.6b": ("qwen3", (1024, 28, 16, 8, 128, 3072, 151936)),
-    "tiny": ("llama", (64, 2, 4, 2, 16, 128, 512)),  # for trying this script out
-}
 PHASES = ("prefill", "latent", "token")
-
-
-def build_model(shape: str, dtype: torch.dtype, device: str) -> Any:
-    """A tied model of random weights: nothing is fetched, and the time of a dense step does not depend on them."""
-    family, sizes = SHAPES[shape]
-    config = CONFIG_MAPPING[family](
-        **dict(zip(_FIELDS, sizes, strict=True)), tie_word_embeddings=True, max_position_embeddings=8192, pad_token_id=0
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    return model
 
 
 def weight_bytes(model: Any) -> dict[str, int]:
@@ -82,37 +60,6 @@ class Ours:
     def token(self, token: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
             logits = self.runner.extend(self.cache, Prompt(self.one_each, token[:, None]), logits=True)
-            token = logits.argmax(-1)
-        return logits
-
-
-class Published:
-    """The published loop."""
-
-    def __init__(self, model: Any, target_norm: float) -> None:
-        self.model, self.target_norm = model, target_norm
-
-    def _forward(self, given: Tensor, hidden_states: bool, **inputs: Any) -> Any:
-        length = self.cache.get_seq_length() + given.shape[1]
-        mask = torch.ones(len(given), length, dtype=torch.int64, device=given.device)
-        inputs = {**inputs, "attention_mask": mask, "past_key_values": self.cache}
-        return self.model(**inputs, use_cache=True, output_hidden_states=hidden_states)
-
-    def prefill(self, ids: Tensor) -> None:
-        self.cache = DynamicCache(config=self.model.config)
-        self.hidden = self._forward(ids, True, input_ids=ids).hidden_states[-1][:, -1]
-
-    def latent(self, steps: int) -> Tensor:
-        latents = []
-        for _ in range(steps):
-            latents.append(realign_reference(self.hidden, None, self.target_norm))
-            embedding = latents[-1][:, None]
-            self.hidden = self._forward(embedding, True, inputs_embeds=embedding).hidden_states[-1][:, -1]
-        return torch.stack(latents, dim=1)
-
-    def token(self, token: Tensor, steps: int) -> Tensor:
-        for _ in range(steps):
-            logits = self._forward(token[:, None], False, input_ids=token[:, None]).logits[:, -1]
             token = logits.argmax(-1)
         return logits
 
