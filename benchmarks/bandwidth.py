@@ -99,6 +99,11 @@ def conditions(device: torch.device | str) -> dict[str, Any]:
     }
 
 
+def load_json(path: str | Path | None, section: str) -> dict[str, Any]:
+    """A section of a results file; empty where there is none, or no file."""
+    return json.loads(Path(path).read_text()).get(section, {}) if path and Path(path).exists() else {}
+
+
 def merge_json(path: str | Path, section: str, records: dict[str, Any]) -> None:
     """Put `records` into a section of a results file; what else the file holds stays. It appears whole or not at all."""
     path = Path(path)

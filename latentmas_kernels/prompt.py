@@ -102,6 +102,10 @@ def _given(architecture: Architecture, input_ids: Tensor | None, inputs_embeds: 
             raise ValueError(
                 f"inputs_embeds must be {dtype} [B, T, {width}]; got {inputs_embeds.dtype} {list(inputs_embeds.shape)}"
             )
+        if inputs_embeds.requires_grad:
+            raise ValueError(
+                "inputs_embeds requires a gradient, which no call here computes; pass inputs_embeds.detach()"
+            )
         if not bool(inputs_embeds.isfinite().all()):
             raise ValueError("inputs_embeds holds NaN or Inf; supported are finite embeddings")
     if given.shape[0] == 0 or given.shape[1] == 0:

@@ -724,3 +724,11 @@ def test_aligner_of_another_model_is_refused(model):
     ids, mask = ragged([4, 6])
     with pytest.raises(ValueError, match=r"\[40, 40\].*\[48, 48\]"):
         latent_generate(model, ids, mask, aligner=build_aligner(tiny_model("llama", hidden_size=40), "ridge"))
+
+
+def test_gradients_are_refused(model):
+    embeds = torch.zeros(1, 3, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"requires a gradient, which no call here computes; pass inputs_embeds.detach"
+    ):
+        latent_generate(model, inputs_embeds=embeds)
