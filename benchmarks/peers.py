@@ -191,6 +191,8 @@ class Compiled:
         self._latent, self._token = latent, token
         if arch.device.type == "cuda":
             without_hooks(model)
+            if start.aligner.weight is not None:
+                torch._dynamo.mark_static_address(start.aligner.weight)  # else every step copies it
             torch._dynamo.reset()  # what was compiled for another model or size counts against a limit
             self._latent, self._token = (torch.compile(f, mode="reduce-overhead") for f in (latent, token))
 
