@@ -191,7 +191,7 @@ def main() -> None:
         for what in args.what or WHAT:
             dtype = "float32" if what == "rows" else args.dtype
             key = f"{what} {shape} {dtype}"
-            if key in done:
+            if key in done and "refused" not in done[key]:
                 continue
             if time.monotonic() - began > args.seconds:
                 print(f"{args.seconds:.0f} s are spent: {key} and what comes behind it are left for the next run")

@@ -230,7 +230,7 @@ def run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[str, dict
     for number, cell in enumerate(cells):
         shape, batch, kv = cell
         key = f"{shape} {args.dtype} batch {batch} kv {kv}"
-        if key in done:
+        if key in done and "refused" not in done[key]:
             continue
         left = args.seconds - (time.monotonic() - began)
         if left < longest:
