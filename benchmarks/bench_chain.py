@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 import torch
-from bandwidth import conditions, load_json, merge_json, synchronize
+from bandwidth import OUT_OF_TIME, conditions, load_json, merge_json, synchronize
 from bench_engine import PHASES, empty_caches, free_bytes, prepare, rounds_of
 from peers import Eager, Ours, Start, without_hooks
 from reference import errors, reference, refused
@@ -195,7 +195,7 @@ def main() -> None:
                 continue
             if time.monotonic() - began > args.seconds:
                 print(f"{args.seconds:.0f} s are spent: {key} and what comes behind it are left for the next run")
-                return
+                sys.exit(OUT_OF_TIME)
             itemsize = getattr(torch, dtype).itemsize
             empty_caches()
             if parameter_bytes(shape, itemsize) * 1.1 > free_bytes(args.device):

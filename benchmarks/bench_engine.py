@@ -19,6 +19,7 @@ same process and, for GPUs that are known here, beside the datasheet's.
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 import triton
-from bandwidth import conditions, device_name, load_json, median_ms, merge_json, read_bandwidth
+from bandwidth import OUT_OF_TIME, conditions, device_name, load_json, median_ms, merge_json, read_bandwidth
 from peers import PEERS, Ours, Side, Start
 from reference import LATENT_STEPS, errors, reference, refused
 from rich.console import Console
@@ -237,7 +238,7 @@ def run(cells: list[Cell], args: argparse.Namespace) -> Iterator[tuple[str, dict
             print(
                 f"{args.seconds:.0f} s are spent: {len(cells) - number} cells from {key} on are left for the next run"
             )
-            return
+            sys.exit(OUT_OF_TIME)
         lap = time.monotonic()
         if built != shape:
             model = aligner = None

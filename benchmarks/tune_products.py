@@ -14,19 +14,23 @@ measurements.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from bandwidth import conditions, median_ms, read_bandwidth
+from bandwidth import OUT_OF_TIME, conditions, median_ms, read_bandwidth
 from shapes import SHAPES, sizes_of
 from torch import Tensor
 
@@ -44,7 +48,8 @@ REAL = [name for name in SHAPES if name != "tiny"]
 SWEEP_BYTES = {"cuda": 1 << 29, "cpu": 1 << 16}  # ten times the L2 of an H100
 ROUNDS = {"cuda": 15, "cpu": 1}
 MARGIN = 0.02
-COMPILERS = 8
+COMPILERS = max(1, min(12, (os.cpu_count() or 2) - 2))  # processes; each has a CUDA context
+CALLS = 8  # in a sweep at least: a graph takes some microseconds to start
 EPS = 1e-6
 
 
@@ -97,10 +102,10 @@ def candidates(target: Target, m: int, n: int, k: int, itemsize: int, *, pair: b
 
 
 def _sensible(target: Target, tile: Tile, n: int, k: int) -> bool:
-    """Enough programs, but not many times more than needed, each with at least two turns."""
+    """Enough programs, but not many times more than needed for a split; on tensor cores each with at least two turns."""
     programs = triton.cdiv(n, tile.block_n) * tile.split
     return (
-        k >= 2 * tile.block_k * tile.split
+        k >= (2 if tile.dot else 1) * tile.block_k * tile.split
         and programs >= target.multiprocessors
         and (tile.split == 1 or programs <= 8 * target.multiprocessors)
     )
@@ -121,8 +126,9 @@ class Bench:
         device, dtype = buffer.device, buffer.dtype
         rows = item.n * (2 if item.kind == "pair" else 1)
         elements = rows * item.k
-        copies = max(1, min(64, SWEEP_BYTES[device.type] // (elements * dtype.itemsize)))
+        copies = min(64, buffer.numel() // elements, max(1, SWEEP_BYTES[device.type] // (elements * dtype.itemsize)))
         self.weights = buffer[: copies * elements].view(copies, rows, item.k)
+        self.calls = max(copies, CALLS) if device.type == "cuda" else 1
         self.x = torch.randn(m, item.k, device=device).to(dtype)
         self.gain = (1 + torch.randn(item.k, device=device) / 8).to(dtype) if item.kind != "residual" else None
         self.residual = torch.randn(m, item.n, device=device).to(dtype) if item.kind == "residual" else None
@@ -158,20 +164,21 @@ class Bench:
     def wrong(self, tile: Tile) -> str | None:
         """Why the tile is no candidate; None where it computes the product."""
         try:
+            self.scratch.arrivals.zero_()  # a kernel that failed may have left them
             for weight, (exact, allowed) in zip((self.weights[0], self.weights[-1]), self.limits, strict=True):
                 self.out.fill_(float("nan"))
                 self.launch(weight, tile)
                 error = (self.out.float() - exact).norm().item()
                 if not error <= allowed:
                     return f"error {error:.2e}, allowed are {allowed:.2e}"
-        except triton.runtime.errors.OutOfResources as fault:
-            return str(fault).splitlines()[0]
+        except Exception as fault:  # too much shared memory, or what this Triton does not compile
+            return f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}"
         return None
 
     def sweep(self, tile: Tile) -> Callable[[], None]:
         def body() -> None:
-            for weight in self.weights:
-                self.launch(weight, tile)
+            for index in range(self.calls):
+                self.launch(self.weights[index % len(self.weights)], tile)
 
         return CudaGraphs(self.x.device)(body) if self.x.is_cuda else body
 
@@ -198,30 +205,28 @@ def measure(bench: Bench, tiles: list[Tile]) -> tuple[dict[Tile, float], list[st
     times: dict[Tile, list[float]] = {tile: [] for tile in right}
     for turn in range(-1, ROUNDS[device.type]):  # the first one warms up
         for tile, sweep in list(sweeps.items())[:: 1 if turn % 2 else -1]:
-            ms = median_ms(sweep, device, repeats=1, warmup=0) / len(bench.weights)
+            ms = median_ms(sweep, device, repeats=1, warmup=0) / bench.calls
             if turn >= 0:
                 times[tile].append(ms * 1e3)
     return {tile: statistics.median(us) for tile, us in times.items()}, faults
 
 
-def compile_ahead(jobs: list[tuple[str, int, Tile]]) -> None:
-    """In a process of its own: launch each kind of product once, on a size of the same divisibility by 16, to fill
-    Triton's cache on the disk. What fails is found again where it is measured."""
-    target = target_of(torch.device("cuda", 0))
-    buffer = torch.zeros(2 * 128 * 256, dtype=torch.bfloat16, device="cuda")
+def compile_ahead(device: str, dtype: torch.dtype, jobs: list[tuple[str, int, Tile]]) -> None:
+    """In a process of its own: launch each kind of product once, on a size of the same divisibility by 16, which fills
+    Triton's cache on the disk. What fails here fails again, and is reported, where it is measured."""
+    target = target_of(torch.device(device))
+    buffer = torch.zeros(2 * 128 * 256, dtype=dtype, device=device)
     for kind, m, tile in jobs:
-        try:
-            bench = Bench(Product("", kind, 128, 256), m, buffer[: 128 * 256 * (2 if kind == "pair" else 1)], target)
-            bench.reserve(tile)
+        bench = Bench(Product("", kind, 128, 256), m, buffer, target)
+        bench.reserve(tile)
+        with contextlib.suppress(Exception):
             bench.launch(bench.weights[0], tile)
-        except triton.runtime.errors.OutOfResources:
-            pass
 
 
 def cases(shapes: list[str], batches: list[int], target: Target, itemsize: int) -> Iterator[tuple[str, Product, int]]:
     """Key, product and batch, each key once: shapes share products."""
     seen = set()
-    for shape, m in itertools.product(shapes, batches):
+    for m, shape in itertools.product(batches, shapes):  # the small batches first, for all shapes
         for item in products_of(shape):
             key = tile_key(m, item.n, item.k, itemsize, item.kind == "pair")
             if key not in seen:
@@ -246,7 +251,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", nargs="+", default=REAL, choices=SHAPES)
     parser.add_argument("--batch", nargs="+", type=int, default=list(BUCKETS))
-    parser.add_argument("--most", type=int, default=20, help="candidates per product, the default among them")
+    parser.add_argument("--most", type=int, default=16, help="candidates per product, the default among them")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop before the product that would be too late"
     )
@@ -285,11 +290,11 @@ def main() -> None:
         lap = time.monotonic()
         if args.seconds - (lap - began) < longest:
             print(f"{args.seconds:.0f} s are spent: {len(todo) - start} products are left for the next run")
-            break
+            sys.exit(OUT_OF_TIME)
         part = todo[start : start + 5]
         if pool is not None:
             jobs = sorted({(item.kind, m, tile) for _, item, m, tiles in part for tile in tiles} - compiled)
-            list(pool.map(compile_ahead, [jobs[i::COMPILERS] for i in range(COMPILERS)]))
+            list(pool.map(partial(compile_ahead, str(device), dtype), [jobs[i::COMPILERS] for i in range(COMPILERS)]))
             compiled |= set(jobs)
         for key, item, m, tiles in part:
             bench = Bench(item, m, buffer, target)
@@ -313,8 +318,6 @@ def main() -> None:
             )
         store(path, content)
         longest = max(longest, time.monotonic() - lap)
-    if pool is not None:
-        pool.shutdown()
 
 
 if __name__ == "__main__":
