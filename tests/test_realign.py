@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from numerics import DEVICE, poisoned
+
 from latentmas_kernels import native
 from latentmas_kernels.ops.realign import realign, realign_reference
 from latentmas_kernels.ops.triton.target import target_of
@@ -159,6 +161,13 @@ def test_zero_stays_zero_and_nan_stays_nan(op):
     assert torch.equal(out[0].cpu(), torch.zeros(40))
     assert out[1].isnan().all()
     assert out[2].norm().item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_opcheck(with_weight):
+    hidden, weight = (t.to(DEVICE) for t in inputs(3, 40, 24, torch.float32))
+    out = poisoned(3, 24 if with_weight else 40)
+    torch.library.opcheck(torch.ops.latentmas.realign, (hidden, weight if with_weight else None, 1.5, out))
 
 
 def test_empty_batch():

@@ -28,6 +28,23 @@ def realign_reference(hidden: Tensor, weight: Tensor | None, target_norm: float)
     return (y * scale).to(hidden.dtype)
 
 
+@torch.library.custom_op("latentmas::realign", mutates_args=("out",))
+def _realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
+    if hidden.device.type == "cuda":
+        from latentmas_kernels.ops.triton.realign import realign as kernel
+
+        kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
+    elif hidden.device.type == "cpu" and native.extension() and hidden.dtype in (torch.float32, torch.bfloat16):
+        _realign_cpu(hidden, weight, target_norm, out)
+    else:
+        out.copy_(realign_reference(hidden, weight, target_norm))
+
+
+@_realign.register_fake
+def _(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
+    return None
+
+
 def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: Tensor | None = None) -> Tensor:
     """Map hidden states to input embeddings and rescale them to the embeddings' mean norm.
 
@@ -47,18 +64,11 @@ def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: T
         ValueError: where shapes, dtypes or devices do not fit together.
     """
     width = check(hidden, weight, out)
-    if hidden.device.type == "cuda":
-        kernel = _realign_cuda
-    elif hidden.device.type == "cpu" and native.extension() and hidden.dtype in (torch.float32, torch.bfloat16):
-        kernel = _realign_cpu
-    else:
-        result = realign_reference(hidden, weight, target_norm)
-        return result if out is None else out.copy_(result)
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
     if out is None:
         out = hidden.new_empty(hidden.shape[0], width)
-    kernel(hidden, weight, target_norm, out)
+    _realign(hidden, weight, target_norm, out)
     return out
 
 
@@ -85,12 +95,6 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
     if len(devices) > 1:
         raise ValueError(f"realign: all tensors must be on one device; got {sorted(map(str, devices))}")
     return width
-
-
-def _realign_cuda(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
-    from latentmas_kernels.ops.triton.realign import realign as kernel
-
-    kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
 
 
 def _realign_cpu(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
