@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import FAMILIES, ragged, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import cuda, open_engine
+from latentmas_kernels.engines import Decoding, cuda, open_engine
 from latentmas_kernels.engines.cuda import CudaEngine, memory_report
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.weights import unmerge
@@ -241,6 +242,43 @@ def test_interpreter_reports_each_step_once(small):
     seen = []
     latent_generate(small, ids, mask, latent_steps=2, aligner="ridge", engine="cuda", on_step=seen.append)
     assert seen == [0, 1]
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypatch):
+    """Each of these is a call of torch, and more steps make no more of them; of what a step itself does: see test_step."""
+    monkeypatch.setattr(cuda.PlainCalls, "__call__", lambda self, body: lambda: None)
+    engine = CudaEngine(small, Architecture.of(small))
+    aligner, seed = build_aligner(small, "ridge"), torch.ones(2, 24, device=DEVICE)
+
+    def calls(run):
+        run()  # makes the step
+        with Count() as count:
+            run()
+        return count.calls
+
+    def think(steps):
+        return calls(
+            lambda: engine.think(LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, steps, None)
+        )
+
+    def speak(tokens):
+        decoding = Decoding(tokens, 0, False, 1.0, 0, 1.0, ends=[1], padding=0)
+        cache = LatentCache.for_model(engine.architecture, 2, 40)
+        return calls(lambda: engine.speak(cache, torch.zeros(2, 97, device=DEVICE), decoding, None))
+
+    assert think(30) == think(3)
+    assert speak(15) == speak(2)
+    assert speak(35) > speak(15)  # a look at whether all have ended, every 16 tokens
 
 
 # ---- batches outside the buckets, and memory that runs out ---------------------------------------------------------
