@@ -70,6 +70,19 @@ def engine(path: Path) -> list[str]:
     return [*lines, *(["No time for:", "", *missing, ""] if missing else [])]
 
 
+def ops(path: Path) -> list[str]:
+    results = load_json(path, "ops")
+    if not results:
+        return []
+    rows = [
+        [name.removeprefix("test_"), str(r["batch"]), r["dtype"], f"{r['ms'] * 1e3:.2f}", f"{r['gb_s']:.0f}",
+         f"{r['percent_of_bandwidth']:.0f}%", f"{r['torch_ms'] * 1e3:.2f} ({r['faster_than_torch']:.2f})"]
+        for name, r in sorted(results.items())
+    ]  # fmt: skip
+    columns = ["op", "batch", "dtype", "us", "GB/s", "bw", "torch us"]
+    return ["## Ops", "", about(results), "", *markdown(columns, rows)]
+
+
 def launches(path: Path) -> list[str]:
     cost = {k.removesuffix("_us"): f"{v:.2f} us" for k, v in load_json(path, "launch").items() if k.endswith("_us")}
     said = ", ".join(f"{value} {name}" for name, value in cost.items())
@@ -104,7 +117,7 @@ def chains(path: Path) -> list[str]:
 
 def main() -> None:
     path = Path(sys.argv[1])
-    lines = [f"# {path.stem}", "", *launches(path), *engine(path), *chains(path)]
+    lines = [f"# {path.stem}", "", *launches(path), *engine(path), *chains(path), *ops(path)]
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     print(path.with_suffix(".md"))
 

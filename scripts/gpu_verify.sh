@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, without a network:
 #
-#   scripts/gpu_verify.sh [build|tests|steps|realign|tune|engine|engine_more|chain ...]      (default: all, in this order)
+#   scripts/gpu_verify.sh [build|tests|tune|ops|engine|steps|chain|engine_more ...]      (default: all, in this order)
 #
 # Needs a python3 that has torch, transformers, triton, numpy, psutil, rich, pybind11, setuptools, cmake, ninja, hypothesis,
 # pytest, pytest-xdist and pytest-benchmark. Numbers go to benchmarks/results/<name of the GPU>.json, where the stages that
 # passed are marked as well: a stage that has its mark is skipped, so a run that was cut off goes on with the next. The
-# stages from `tune` on stop by themselves when their time is spent, and go on with what is left when they are run again.
-# benchmarks/results/<name of the GPU>.md is a table of the numbers. `tune` writes the tiles that the engine uses, into
+# stages tune, engine, engine_more and chain stop by themselves when their time is spent, and go on with what is left when
+# they are run again. benchmarks/results/<name of the GPU>.md is a table of the numbers. `tune` writes the tiles that the engine uses, into
 # latentmas_kernels/ops/triton/tuned.
 #
 #   FORCE=1          run the stages again that are marked
@@ -24,12 +24,12 @@ export BUDGET=$((SECONDS_PER_STAGE - 60))  # the rest is for starting, and for w
 COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 # pyproject's `-n auto` would take every core of a large machine, and each worker a CUDA context.
 export WORKERS=8 ROUNDS=7 STEPS=20
-export TUNE="" CELLS="" MORE="--cells 1000" CHAIN="--shape qwen3-0.6b qwen3-4b qwen3-8b"
+export TUNE="" OPS="" CELLS="" MORE="--cells 1000" CHAIN="--shape qwen3-0.6b qwen3-4b qwen3-8b"
 if [ "$DEVICE" = cpu ]; then
     # One tiny shape in Triton's interpreter, whose programs take milliseconds.
     export WORKERS=2 ROUNDS=1 STEPS=2 TINY="--shape tiny --dtype float32" INTERPRET="TRITON_INTERPRET=1 OMP_NUM_THREADS=1"
     export TUNE="--shape tiny --batch 1 --most 2 --folder $LOGS/tuned"
-    export CELLS="$TINY --kv 24" MORE="$TINY --kv 24 40" CHAIN=$TINY
+    export OPS="$TINY --batch 1 --kv 40" CELLS="$TINY --kv 24" MORE="$TINY --kv 24 40" CHAIN=$TINY
 fi
 # For a build in place (see stage_build); does no harm beside an installed package.
 export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
@@ -70,12 +70,14 @@ stage_steps() {
         --batch 1 8 --kv 256 --steps "$STEPS" --rounds "$ROUNDS" --out "$RESULTS"
 }
 
-stage_realign() {
-    "$PYTHON" -m pytest benchmarks/bench_realign.py --device "$DEVICE" --results "$RESULTS"
-}
-
 # The options are lists of words, and so is INTERPRET: nothing to quote.
 stage_tune() { env ${INTERPRET:-} "$PYTHON" -u benchmarks/tune_products.py --device "$DEVICE" --seconds "$BUDGET" $TUNE; }
+
+stage_ops() {
+    env ${INTERPRET:-} "$PYTHON" -m pytest benchmarks/bench_{realign,rmsnorm,rmsnorm_linear,linear_residual,gate_up_swiglu}.py \
+        benchmarks/bench_{rope_append,decode_attention,rerotate_keys,sample}.py \
+        --device "$DEVICE" --results "$RESULTS" $OPS
+}
 
 run_engine() {
     env ${INTERPRET:-} "$PYTHON" -u benchmarks/bench_engine.py --device "$DEVICE" --seconds "$BUDGET" --out "$RESULTS" "$@"
@@ -136,7 +138,7 @@ run_stage() {
         if [ "$stage" = tune ]; then cp -r latentmas_kernels/ops/triton/tuned "$OUT/"; fi
     fi
 }
-all="build tests steps realign tune engine engine_more chain"
+all="build tests tune ops engine steps chain engine_more"
 for stage in $all; do export -f "stage_$stage"; done
 export -f run_engine
 
