@@ -22,6 +22,7 @@ _LLAMA3 = {
 # Family, sizes, whether the lm_head is the input embedding, and what else the published configuration sets.
 SHAPES: dict[str, tuple[str, tuple[int, ...], bool, dict[str, Any]]] = {
     "smollm2-135m": ("llama", (576, 30, 9, 3, 64, 1536, 49152), True, {"max_position_embeddings": 8192}),
+    "qwen2.5-0.5b": ("qwen2", (896, 24, 14, 2, 64, 4864, 151936), True, {"max_position_embeddings": 32768}),
     "qwen3-0.6b": ("qwen3", (1024, 28, 16, 8, 128, 3072, 151936), True, _QWEN3),
     "qwen3-1.7b": ("qwen3", (2048, 28, 16, 8, 128, 6144, 151936), True, _QWEN3),
     "qwen3-4b": ("qwen3", (2560, 36, 32, 8, 128, 9728, 151936), True, _QWEN3),

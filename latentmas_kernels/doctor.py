@@ -10,6 +10,7 @@ import torch
 from latentmas_kernels import native
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError
 from latentmas_kernels.engines import cuda, generic
+from latentmas_kernels.engines import native as native_engine
 from latentmas_kernels.weights import FAMILIES
 
 PACKAGES = ("torch", "transformers", "triton")
@@ -35,7 +36,7 @@ class Report:
         packages: versions by name, or "not installed".
         devices: "cpu" and each accelerator by its name.
         instruction_sets: of the C++ kernels, those that this processor runs; the one in use comes first.
-        threads: of torch on the CPU.
+        threads: of torch on the CPU; the native engine's are in its line.
         kernels, engines: the fast paths by name.
         model: shape of the given model, None without one.
     """
@@ -95,7 +96,12 @@ def doctor(model: Any = None) -> Report:
         instruction_sets=sets,
         threads=torch.get_num_threads(),
         kernels={"native": Path(extension is not None, native.extension_state()), "triton": _triton(bool(gpus))},
-        engines={"cuda": _cuda(model, bool(gpus)), "generic": _generic(model, bool(gpus)), "eager": _eager(model)},
+        engines={
+            "native": _native(model),
+            "cuda": _cuda(model, bool(gpus)),
+            "generic": _generic(model, bool(gpus)),
+            "eager": _eager(model),
+        },
         model=None if model is None else _shape(model),
     )
 
@@ -107,6 +113,27 @@ def _triton(gpu: bool) -> Path:
     if not gpu:
         return Path(False, f"triton {found} is installed, but there is no CUDA device")
     return Path(True, f"the ops of a decode step (triton {found})")
+
+
+def _native(model: Any) -> Path:
+    """The C++ engine on the CPU."""
+    on = f"whole calls in C++ on {_threads()} threads"
+    if model is None:
+        if native.extension() is None:
+            return Path(False, native.extension_state())
+        return Path(True, f"{on}, for {', '.join(FAMILIES)}")
+    try:
+        reason = native_engine.why_not(model, Architecture.of(model))
+    except UnsupportedModelError as error:
+        return Path(False, str(error))
+    if reason is not None:
+        return Path(False, reason)
+    kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in native_engine.memory_report(model).items())
+    return Path(True, on + (f"; kept: {kept}" if kept else ""))
+
+
+def _threads() -> int:
+    return native.extension().threads() if native.extension() is not None else 1
 
 
 def _cuda(model: Any, gpu: bool) -> Path:

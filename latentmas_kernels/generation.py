@@ -110,6 +110,7 @@ def latent_generate(
     past_key_values: Cache | None = None,
     aligner: str | Aligner = "auto",
     engine: str = "auto",
+    weights: str = "model",
     max_cache_len: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> LatentOutput:
@@ -126,7 +127,9 @@ def latent_generate(
         latent_steps: 0 or more; 0 only reads the prompt.
         past_key_values: memory to go on from. It is not changed (a fork is extended), unless it was `donate()`d.
         aligner: "auto", "ridge", "identity", "soft", or what `build_aligner` gave.
-        engine: "auto", "eager" or "cuda".
+        engine: "auto", "eager", "native" (CPU) or "cuda".
+        weights: "model", or "int8": the products' weights rounded by row, symmetric, to a copy that is made once and kept
+            with the model. Half the bytes of bfloat16 to read, and other numbers; on the native engine only.
         max_cache_len: slots per row to allocate, for later calls to extend in place; what this call needs when None.
         on_step: called with 0, 1, ... as the host issues each latent step, to show progress. A device may still be
             working on steps before it: the call does not wait.
@@ -140,7 +143,7 @@ def latent_generate(
     """
     architecture = Architecture.of(model)
     clock = _Clock(architecture.device)
-    runner = open_engine(engine, model, architecture)
+    runner = open_engine(engine, model, architecture, weights=weights)
     if isinstance(latent_steps, bool) or not isinstance(latent_steps, int) or latent_steps < 0:
         raise ValueError(f"latent_steps must be an integer of 0 or more; got {latent_steps!r}")
     prompt, past = read_prompt(architecture, input_ids, attention_mask, inputs_embeds, past_key_values)
@@ -188,15 +191,17 @@ def generate(
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     engine: str = "auto",
+    weights: str = "model",
 ) -> GenerateOutput:
     """Decode text behind a memory. The parameters mean what they mean in transformers' `generate()`.
 
     Args:
-        model, input_ids, attention_mask, past_key_values, engine: as in `latent_generate`. input_ids are the new tokens.
+        model, input_ids, attention_mask, past_key_values, engine, weights: as in `latent_generate`. input_ids are the new
+            tokens.
         max_new_tokens, min_new_tokens: limits per row; min_new_tokens keeps the end-of-sequence tokens away.
         do_sample: sample instead of taking the most likely token. The eager engine draws from torch's global generator,
-            one draw per token; the CUDA engine draws a seed from it, once per call, and samples on the device. Either
-            way `torch.manual_seed` repeats a call on the same engine.
+            one draw per token; the native and CUDA engines draw a seed from it, once per call, for a generator of their
+            own. Either way `torch.manual_seed` repeats a call on the same engine.
         temperature, top_k, top_p: shape the distribution that is sampled; top_k of None or 0 is off.
         eos_token_id: ends a row; "auto" takes the model's generation_config, None never stops.
         pad_token_id: fills behind ended rows; None takes the model's, or its end-of-sequence token.
@@ -211,7 +216,7 @@ def generate(
     """
     architecture = Architecture.of(model)
     clock = _Clock(architecture.device)
-    runner = open_engine(engine, model, architecture)
+    runner = open_engine(engine, model, architecture, weights=weights)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of 1 or more; got {max_new_tokens!r}")
     if not 0 <= min_new_tokens <= max_new_tokens:

@@ -17,7 +17,7 @@ def _load() -> tuple[ModuleType | None, str]:
         _C.active_isa()  # raises where LATENTMAS_ISA names what this processor cannot run
     except ImportError as error:
         return None, f"built, but it does not load ({error}); install the package again on this machine"
-    return _C, f"{_C.active_isa()} (this processor runs: {_C.available_isas()}), OpenMP threads: {_C.openmp_threads()}"
+    return _C, f"{_C.active_isa()} (this processor runs: {_C.available_isas()}), threads: {_C.threads()}"
 
 
 def extension() -> Any:

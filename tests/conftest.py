@@ -4,7 +4,7 @@ import os
 
 # One test process per core, and the processes that tests start: more threads than cores spin against each other, which
 # made single tests twenty times slower.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["LATENTMAS_NUM_THREADS"] = "1"
 
 import torch
 

@@ -608,7 +608,7 @@ def test_every_second_is_counted_once_and_where_it_belongs(model, tokenizer, mon
             return 100.0
         return 10_000.0 if prompt.columns == 1 else 1_000_000.0
 
-    chain = Chain(model, tokenizer, agents, aligner="ridge")
+    chain = Chain(model, tokenizer, agents, aligner="ridge", engine="eager")
     takes(EagerEngine, "extend", forward)
     takes(chain_module, "turn_ids", 1.0)
     takes(tokenizer, "decode", 1.0)
@@ -697,7 +697,7 @@ def test_an_agent_begins_before_its_prompt_is_read(model, tokenizer):
     """Step 0 is told of while there is still nothing to show."""
     events = []
     model.get_decoder().register_forward_pre_hook(lambda *_: events.append("forward"))
-    chain = Chain(model, tokenizer, AGENTS[1:], aligner="ridge")
+    chain = Chain(model, tokenizer, AGENTS[1:], aligner="ridge", engine="eager")
     events.clear()
     chain.run(["Why?"], on_progress=lambda p: events.append((p.number, p.step)))
     thinking = [(1, 0), "forward", (1, 1), "forward", (1, 2), "forward", (1, 3), "forward"]
@@ -731,7 +731,7 @@ def positions_of(tokenizer, agents, question):
 def test_too_long_chain_is_refused_before_any_work(tokenizer):
     """The message names the positions needed and those there are; no token goes through the model."""
     model = endless(120)
-    chain = Chain(model, tokenizer, AGENTS, aligner="ridge")
+    chain = Chain(model, tokenizer, AGENTS, aligner="ridge", engine="eager")
     forwards, began = [], []
     model.get_decoder().register_forward_hook(lambda *args: forwards.append(args))
     need = positions_of(tokenizer, AGENTS, QUESTIONS[1])
@@ -845,7 +845,7 @@ def test_what_check_accepts_runs_to_its_end(agents, handover, question, template
 
 def test_memory_that_is_not_there_is_refused_before_the_model_runs(model, tokenizer, monkeypatch):
     """With what is needed for all rows and what is free."""
-    chain = Chain(model, tokenizer, AGENTS, aligner="ridge")
+    chain = Chain(model, tokenizer, AGENTS, aligner="ridge", engine="eager")
     need = 200 * positions_of(tokenizer, AGENTS, QUESTIONS[1]) * PER_SLOT
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need - 1))
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))

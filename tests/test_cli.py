@@ -296,9 +296,11 @@ def test_help_says_what_there_is(command):
     code, out, _ = command("run", "--help")
     assert code == 0
     options = (
-        "model method latent-steps aligner max-new-tokens batch-size dtype device engine seed temperature top-p think"
+        "model method latent-steps aligner max-new-tokens batch-size dtype device engine weights seed temperature top-p"
     )
-    options = [f"--{option}" for option in (options + " questions output resume overwrite json keep-going").split()]
+    options = [
+        f"--{option}" for option in (options + " think questions output resume overwrite json keep-going").split()
+    ]
     assert [option for option in options if option not in out] == []
 
 

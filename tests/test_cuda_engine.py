@@ -397,13 +397,6 @@ def test_auto_falls_back_with_one_warning():
         assert open_engine("auto", model, architecture).name == "eager"
 
 
-def test_auto_on_a_cpu_is_eager_without_a_word():
-    model = tiny_model("llama")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert open_engine("auto", model, Architecture.of(model)).name == "eager"
-
-
 def test_empty_think_gives_the_seed_back(small):
     engine = CudaEngine(small, Architecture.of(small))
     seed = torch.ones(2, 24, device=DEVICE)

@@ -53,9 +53,15 @@ def test_other_families_equal_plain_loop(name):
     model = tiny_model(name, tie_word_embeddings=name not in ("granite", "mixtral"))
     ids, mask = ragged([3, 14, 1])
     for kind in ("ridge", "soft"):
-        thought = latent_generate(model, ids, mask, latent_steps=4, aligner=kind)
+        thought = latent_generate(model, ids, mask, latent_steps=4, aligner=kind, engine="eager")
         spoken = generate(
-            model, ids, mask, past_key_values=thought.past_key_values, max_new_tokens=6, eos_token_id=None
+            model,
+            ids,
+            mask,
+            past_key_values=thought.past_key_values,
+            max_new_tokens=6,
+            eos_token_id=None,
+            engine="eager",
         )
         for row in range(3):
             alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
@@ -227,21 +233,30 @@ def test_lm_head_runs_only_where_it_must(family_model):
     for kind in ("ridge", "identity"):
         assert (
             count_lm_head(
-                family_model, lambda k=kind: latent_generate(family_model, ids, mask, latent_steps=4, aligner=k)
+                family_model,
+                lambda k=kind: latent_generate(family_model, ids, mask, latent_steps=4, aligner=k, engine="eager"),
             )
             == []
         )
     # soft feedback: once behind the prompt and behind every step but the last, each time on one position per row
     assert (
-        count_lm_head(family_model, lambda: latent_generate(family_model, ids, mask, latent_steps=4, aligner="soft"))
+        count_lm_head(
+            family_model,
+            lambda: latent_generate(family_model, ids, mask, latent_steps=4, aligner="soft", engine="eager"),
+        )
         == [5] * 4
     )
     assert (
-        count_lm_head(family_model, lambda: latent_generate(family_model, ids, mask, latent_steps=0, aligner="soft"))
+        count_lm_head(
+            family_model,
+            lambda: latent_generate(family_model, ids, mask, latent_steps=0, aligner="soft", engine="eager"),
+        )
         == []
     )
     assert (
-        count_lm_head(family_model, lambda: generate(family_model, ids, mask, max_new_tokens=3, eos_token_id=None))
+        count_lm_head(
+            family_model, lambda: generate(family_model, ids, mask, max_new_tokens=3, eos_token_id=None, engine="eager")
+        )
         == [5] * 3
     )
 
@@ -250,7 +265,7 @@ def test_no_list_of_hidden_states_is_collected(model, monkeypatch):
     decoder = model.get_decoder()
     outputs = []
     decoder.register_forward_hook(lambda m, args, out: outputs.append(out))
-    latent_generate(model, *ragged([4]), latent_steps=2, aligner="ridge")
+    latent_generate(model, *ragged([4]), latent_steps=2, aligner="ridge", engine="eager")
     assert len(outputs) == 3
     assert all(out.hidden_states is None for out in outputs)
 
@@ -382,7 +397,7 @@ def test_sampling_draws_what_transformers_draws(model, options):
         ids, attention_mask=mask, max_new_tokens=12, do_sample=True, eos_token_id=None, pad_token_id=0, **options
     )
     torch.manual_seed(3)
-    ours = generate(model, ids, mask, max_new_tokens=12, do_sample=True, eos_token_id=None, **options)
+    ours = generate(model, ids, mask, max_new_tokens=12, do_sample=True, eos_token_id=None, engine="eager", **options)
     assert ours.sequences.tolist() == theirs.tolist()
 
 
@@ -450,7 +465,7 @@ def test_steps_are_told_of_as_they_begin(model, steps):
     forwards, told = [], []
     model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     latent_generate(
-        model, *ragged(LENGTHS), latent_steps=steps, aligner="identity",
+        model, *ragged(LENGTHS), latent_steps=steps, aligner="identity", engine="eager",
         on_step=lambda step: told.append((step, len(forwards))),
     )  # fmt: skip
     assert told == [(step, step + 1) for step in range(steps)], "the first forward reads the prompt"
@@ -486,7 +501,7 @@ def test_streamer_gets_prompt_then_tokens(model):
 
 def test_metrics_count_real_tokens(model):
     ids, mask = ragged(LENGTHS)
-    thought = latent_generate(model, ids, mask, latent_steps=3, aligner="identity")
+    thought = latent_generate(model, ids, mask, latent_steps=3, aligner="identity", engine="eager")
     m = thought.metrics
     assert (m.engine, m.aligner, m.prefill_tokens, m.latent_tokens, m.decode_tokens) == (
         "eager",
@@ -550,9 +565,11 @@ def test_donated_memory_is_extended_in_place(model):
 @torch.no_grad()
 def test_interruption_leaves_cache_and_model_as_they_were(model, error):
     ids, mask = ragged(LENGTHS)
-    memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64).past_key_values
+    memory = latent_generate(
+        model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64, engine="eager"
+    ).past_key_values
     before = snapshot(memory)
-    want = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory)
+    want = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory, engine="eager")
     calls = []
 
     def interrupt(module, args):
@@ -562,10 +579,12 @@ def test_interruption_leaves_cache_and_model_as_they_were(model, error):
 
     hook = model.get_decoder().layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(error):
-        latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory.donate())
+        latent_generate(
+            model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory.donate(), engine="eager"
+        )
     hook.remove()
     assert_unchanged(memory, before)
-    out = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory)
+    out = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory, engine="eager")
     assert torch.equal(out.latents, want.latents)
 
 
@@ -624,7 +643,15 @@ def test_bad_input_is_refused_before_any_work(model, change, words):
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are checked below)
         latent_generate(
-            model, **{"input_ids": ids, "attention_mask": mask, "latent_steps": 4, "aligner": "ridge", **change}
+            model,
+            **{
+                "engine": "eager",
+                "input_ids": ids,
+                "attention_mask": mask,
+                "latent_steps": 4,
+                "aligner": "ridge",
+                **change,
+            },
         )
     for word in words:
         assert word in str(caught.value)
@@ -644,7 +671,7 @@ def test_generate_refuses_bad_input_before_any_work(model, change, words):
     ids, mask = ragged([4, 6])
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        generate(model, ids, mask, **{"max_new_tokens": 4, **change})
+        generate(model, ids, mask, **{"engine": "eager", "max_new_tokens": 4, **change})
     for word in words:
         assert word in str(caught.value)
 
@@ -691,6 +718,7 @@ def test_memory_that_is_not_there_is_refused_before_any_work(model, monkeypatch,
     build_aligner(model, "identity")
     need = 2 * 16 * 2 * 3 * 2 * 16 * 4  # rows, slots; keys and values, layers, heads, width, bytes
     options = {"latent_steps": 10, "aligner": "identity"} if call is latent_generate else {"max_new_tokens": 11}
+    options["engine"] = "eager"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need))
     call(model, ids, mask, **options)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need - 1))
@@ -702,13 +730,13 @@ def test_memory_that_is_not_there_is_refused_before_any_work(model, monkeypatch,
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_weights_are_refused_before_any_work_and_seen_after_a_change(model, value):
     ids, mask = ragged([4, 6])
-    latent_generate(model, ids, mask, latent_steps=1, aligner="identity")
+    latent_generate(model, ids, mask, latent_steps=1, aligner="identity", engine="eager")
     with torch.no_grad():
         model.get_decoder().layers[1].mlp.up_proj.weight[3, 4] = value
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     for call in (latent_generate, generate):
         with pytest.raises(ValueError, match="NaN or Inf in 1 of its weights.*up_proj"):
-            call(model, ids, mask)
+            call(model, ids, mask, engine="eager")
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -717,7 +745,7 @@ def test_bad_hidden_state_names_the_row(model, steps):
     norm = model.get_decoder().norm
     norm.register_forward_hook(lambda m, args, out: torch.where(torch.arange(2)[:, None, None] == 1, float("nan"), out))
     with pytest.raises(ValueError, match=r"NaN or Inf after the prompt in row \[1\].*bfloat16 or float32"):
-        latent_generate(model, ids, mask, latent_steps=steps, aligner="identity")
+        latent_generate(model, ids, mask, latent_steps=steps, aligner="identity", engine="eager")
 
 
 def test_aligner_of_another_model_is_refused(model):

@@ -64,7 +64,7 @@ def test_native_equals_reference(size, dtype):
     assert_as_good_as_torch(realign, hidden, None, 0.7)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 @needs_extension
 def test_every_instruction_set(isa):
     """The tests above once more in a process that is told which instruction set to use."""
@@ -86,7 +86,7 @@ def test_every_instruction_set(isa):
         "native_equals or hypothesis_native",
     ]
     done = subprocess.run(
-        command, env={**os.environ, "LATENTMAS_ISA": isa, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True
+        command, env={**os.environ, "LATENTMAS_ISA": isa, "LATENTMAS_NUM_THREADS": "2"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
@@ -196,7 +196,7 @@ def test_the_border_checks_what_it_is_given():
     from latentmas_kernels import _C
 
     good = {
-        "hidden": 1, "hidden_dtype": "float32", "hidden_row_stride": 4, "weight": 0, "weight_row_stride": 0, "target_norm": 1.0,
+        "hidden": 1, "hidden_dtype": "float32", "hidden_row_stride": 4, "weight": 0, "target_norm": 1.0,
         "out": 1, "out_dtype": "float32", "out_row_stride": 4, "rows": 1, "cols_in": 4, "cols_out": 4,
     }  # fmt: skip
     for change in ({"hidden": 0}, {"hidden_dtype": "float16"}, {"hidden_row_stride": 3}, {"cols_out": 5}, {"rows": -1}):

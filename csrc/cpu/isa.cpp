@@ -1,10 +1,15 @@
-// Chooses, once per process, which of the compiled instruction sets runs.
-#include "kernels.h"
-
+// Chooses which of the compiled instruction sets runs.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "kernels.h"
+
+#if defined(LATENTMAS_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace latentmas {
 namespace {
@@ -14,46 +19,61 @@ struct Isa {
   const Kernels* kernels;
 };
 
+#ifdef LATENTMAS_X86
+// Linux lends the tile registers to a process that asks for them, for all of its threads.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first. __builtin_cpu_supports also asks whether the operating system saves the wide registers.
-std::vector<Isa> runnable() {
+std::vector<Isa> find() {
   std::vector<Isa> found;
 #ifdef LATENTMAS_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+        __builtin_cpu_supports("amx-bf16") && may_use_tiles())
+      found.push_back({"amx", &amx::kernels});
     found.push_back({"avx512", &avx512::kernels});
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &avx2::kernels});
 #endif
   found.push_back({"portable", &portable::kernels});
   return found;
 }
 
-std::string join(const std::vector<Isa>& isas) {
-  std::string names;
-  for (const Isa& isa : isas) names += (names.empty() ? "" : " ") + std::string(isa.name);
-  return names;
+const std::vector<Isa>& runnable() {
+  static const std::vector<Isa> isas = find();
+  return isas;
 }
 
-Isa choose() {
-  const std::vector<Isa> isas = runnable();
-  const char* wanted = std::getenv("LATENTMAS_ISA");
-  if (!wanted || !*wanted) return isas.front();
-  for (const Isa& isa : isas)
-    if (isa.name == std::string(wanted)) return isa;
-  throw std::runtime_error("LATENTMAS_ISA=" + std::string(wanted) + " cannot run on this processor; it has: " +
-                           join(isas) + ". Unset the variable or name one of these.");
+const std::string& names() {
+  static const std::string all = [] {
+    std::string joined;
+    for (const Isa& isa : runnable()) joined += (joined.empty() ? "" : " ") + std::string(isa.name);
+    return joined;
+  }();
+  return all;
 }
 
 const Isa& chosen() {
-  static const Isa isa = choose();
-  return isa;
+  const char* wanted = std::getenv("LATENTMAS_ISA");
+  if (!wanted || !*wanted) return runnable().front();
+  for (const Isa& isa : runnable())
+    if (isa.name == std::string(wanted)) return isa;
+  throw std::runtime_error("LATENTMAS_ISA=" + std::string(wanted) + " cannot run on this processor; it has: " + names() +
+                           ". Unset the variable or name one of these.");
 }
 
 }  // namespace
 
-const char* available_isas() {
-  static const std::string names = join(runnable());
-  return names.c_str();
-}
+const char* available_isas() { return names().c_str(); }
 const char* active_isa() { return chosen().name; }
 const Kernels& active() { return *chosen().kernels; }
 

@@ -3,9 +3,11 @@
 //   y = W_a h                (skipped where W_a is the identity)
 //   e = y * target_norm / max(|y|, min_norm)
 //
-// Inputs are widened to float32 once; products, norms and the rescale are float32, the cast comes last. W_a is read once
-// for all rows of the batch: every weight row is multiplied with up to kRowBlock hidden rows while it is in registers.
-#include "kernels.h"
+// Inputs are widened to float32 once; products, norms and the rescale are float32, the cast comes last.
+#include "realign.h"
+
+#include "product.h"
+#include "rmsnorm.h"
 #include "simd.h"
 
 namespace latentmas {
@@ -13,80 +15,70 @@ namespace LATENTMAS_ISA {
 namespace {
 
 constexpr float kMinNorm = 1e-12f;  // a zero vector stays zero instead of becoming NaN
-constexpr int kRowBlock = 4;
-// Below this many multiply-adds the parallel region costs more than it saves.
-constexpr std::int64_t kParallelWork = 1 << 16;
+// Below this many multiply-adds waking the other threads costs more than they save.
+constexpr std::int64_t kParallelWork = 1 << 18;
 
 template <typename T>
-void widen(const ConstMatrix& from, float* to) {
-  for (std::int64_t b = 0; b < from.rows; ++b) {
-    const T* row = static_cast<const T*>(from.data) + b * from.row_stride;
-    for (std::int64_t i = 0; i < from.cols; ++i) to[b * from.cols + i] = to_float(row[i]);
-  }
-}
-
-// y[r * y_stride] = weight . x[r] for R rows of x. Two accumulators per row hide the latency of the FMA.
-template <int R>
-void dot_rows(const float* weight, const float* x, std::int64_t n, float* y, std::int64_t y_stride) {
-  Vec even[R], odd[R];
-  for (int r = 0; r < R; ++r) even[r] = odd[r] = zero();
-  std::int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec w0 = load(weight + i), w1 = load(weight + i + kLanes);
-    for (int r = 0; r < R; ++r) {
-      even[r] = fma(w0, load(x + r * n + i), even[r]);
-      odd[r] = fma(w1, load(x + r * n + i + kLanes), odd[r]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    float total = sum(even[r]) + sum(odd[r]);
-    for (std::int64_t j = i; j < n; ++j) total += weight[j] * x[r * n + j];
-    y[r * y_stride] = total;
-  }
-}
-
-float squared_norm(const float* x, std::int64_t n) {
-  float total;
-  dot_rows<1>(x, x, n, &total, 1);
-  return total;
+void widen(const T* from, std::int64_t n, float* to) {
+  for (std::int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 template <typename T>
-void rescale(const float* y, float target_norm, const Matrix& out) {
-  for (std::int64_t b = 0; b < out.rows; ++b, y += out.cols) {
-    const float norm = __builtin_sqrtf(squared_norm(y, out.cols));
-    // Written so that a NaN norm is kept: the caller looks for it.
-    const float scale = target_norm / (norm < kMinNorm ? kMinNorm : norm);
-    T* row = static_cast<T*>(out.data) + b * out.row_stride;
-    for (std::int64_t i = 0; i < out.cols; ++i) from_float(y[i] * scale, row + i);
-  }
+void rescale(const float* y, std::int64_t n, float target_norm, T* out) {
+  const float norm = __builtin_sqrtf(squared_norm(y, n));
+  // Written so that a NaN norm is kept: the caller looks for it.
+  const float scale = target_norm / (norm < kMinNorm ? kMinNorm : norm);
+  for (std::int64_t i = 0; i < n; ++i) from_float(y[i] * scale, out + i);
 }
 
-void realign(ConstMatrix hidden, const float* weight, std::int64_t weight_row_stride, float target_norm, float* scratch,
-             Matrix out) {
-  float* x = scratch;
-  hidden.dtype == DType::f32 ? widen<float>(hidden, x) : widen<bf16>(hidden, x);
-
-  const float* y = x;
-  if (weight) {
-    const std::int64_t rows = hidden.rows, n = hidden.cols, m = out.cols;
-    float* product = scratch + rows * n;
-#pragma omp parallel for schedule(static) if (rows * n * m > kParallelWork)
-    for (std::int64_t o = 0; o < m; ++o) {
-      const float* w = weight + o * weight_row_stride;
-      std::int64_t b = 0;
-      for (; b + kRowBlock <= rows; b += kRowBlock) dot_rows<kRowBlock>(w, x + b * n, n, product + b * m + o, m);
-      for (; b < rows; ++b) dot_rows<1>(w, x + b * n, n, product + b * m + o, m);
-    }
-    y = product;
-  }
-  out.dtype == DType::f32 ? rescale<float>(y, target_norm, out) : rescale<bf16>(y, target_norm, out);
-}
+struct Arguments {
+  Weight weight;
+  Operand operand;
+  Result result;
+};
 
 }  // namespace
 
-extern const Kernels kernels;
-const Kernels kernels = {realign};
+void rescale_row(const float* y, std::int64_t n, float target_norm, DType dtype, void* out) {
+  if (dtype == DType::f32)
+    rescale(y, n, target_norm, static_cast<float*>(out));
+  else
+    rescale(y, n, target_norm, static_cast<bf16*>(out));
+}
+
+void realign(ConstMatrix hidden, const float* weight, float target_norm, float* scratch, Matrix out) {
+  const std::int64_t rows = hidden.rows, stride = padded(hidden.cols);
+  for (std::int64_t b = 0; b < rows; ++b) {
+    float* x = scratch + b * stride;
+    if (hidden.dtype == DType::f32)
+      widen(static_cast<const float*>(hidden.data) + b * hidden.row_stride, hidden.cols, x);
+    else
+      widen(static_cast<const bf16*>(hidden.data) + b * hidden.row_stride, hidden.cols, x);
+    std::memset(x + hidden.cols, 0, (stride - hidden.cols) * sizeof(float));
+  }
+  const float* y = scratch;
+  std::int64_t y_stride = stride;
+  if (weight) {
+    float* products = scratch + rows * stride;
+    y = products;
+    y_stride = out.cols;
+    const Arguments arguments{{weight, DType::f32, out.cols, hidden.cols, nullptr},
+                              {scratch, rows, hidden.cols, Layout::rows},
+                              {products, out.cols, nullptr, DType::f32, false, false}};
+    const Job job = [](const void* given, const Member& me) {
+      const Arguments& a = *static_cast<const Arguments*>(given);
+      product(a.weight, a.operand, a.result, me);
+    };
+    if (rows * hidden.cols * out.cols > kParallelWork)
+      run_on_team(job, &arguments);
+    else
+      job(&arguments, Member{0, 1, nullptr});
+  }
+  const std::int64_t size = out.dtype == DType::f32 ? 4 : 2;
+  for (std::int64_t b = 0; b < rows; ++b)
+    rescale_row(y + b * y_stride, out.cols, target_norm, out.dtype,
+                static_cast<char*>(out.data) + b * out.row_stride * size);
+}
 
 }  // namespace LATENTMAS_ISA
 }  // namespace latentmas

@@ -1,10 +1,9 @@
-// One vector of float32 lanes per instruction set: loads (widening bf16), stores (rounding to bf16), FMA and sums.
+// One vector of float32 lanes per instruction set: loads (widening bf16 and int8), stores (rounding to bf16), arithmetic.
 //
-// Everything here and in the kernels has internal linkage, and the kernels use nothing from the standard library's
-// templates: an inline function that one translation unit compiled with AVX-512 could otherwise be the copy that the
-// linker keeps for all of them, and an older processor would stop at an illegal instruction.
+// Everything here has internal linkage; see kernels.h for why.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -17,6 +16,7 @@ namespace LATENTMAS_ISA {
 namespace {
 
 using bf16 = std::uint16_t;
+using int8 = std::int8_t;
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -39,21 +39,84 @@ inline void from_float(float x, bf16* to) {
 constexpr int kLanes = 16;
 using Vec = __m512;
 inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec all(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline Vec load(const int8* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// Two vectors' worth of bf16, the even and the odd ones: half the work of widening them in order.
+inline void load_pairs(const bf16* p, Vec* even, Vec* odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
+// 2 kLanes elements in order, as load_pairs would give them.
+inline void split_pairs(const float* p, Vec* even, Vec* odd) {
+  const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Vec low = load(p), high = load(p + kLanes);
+  *even = _mm512_permutex2var_ps(low, first, high);
+  *odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high);
+}
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
 using Vec = __m256;
 inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec all(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline Vec load(const int8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline void load_pairs(const bf16* p, Vec* even, Vec* odd) {
+  const __m256i pairs = _mm256_loadu_si256((const __m256i*)p);
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec times_power_of_two(Vec a, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
+}
+inline void split_pairs(const float* p, Vec* even, Vec* odd) {
+  for (int i = 0; i < kLanes; ++i) {
+    (*even)[i] = p[2 * i];
+    (*odd)[i] = p[2 * i + 1];
+  }
+}
 inline float sum(Vec v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(Vec v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
 #else
@@ -63,15 +126,91 @@ constexpr int kLanes = 4;
 struct Vec {
   float lane[kLanes];
 };
-inline Vec zero() { return {{0, 0, 0, 0}}; }
-inline Vec load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+template <typename F>
+inline Vec lanes(F f) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = f(i);
+  return v;
+}
+inline Vec all(float x) { return {{x, x, x, x}}; }
+inline Vec zero() { return all(0); }
+template <typename T>
+inline Vec load(const T* p) {
+  return lanes([&](int i) { return to_float(p[i]); });
+}
+inline Vec load(const int8* p) {
+  return lanes([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void load_pairs(const bf16* p, Vec* even, Vec* odd) {
+  *even = lanes([&](int i) { return to_float(p[2 * i]); });
+  *odd = lanes([&](int i) { return to_float(p[2 * i + 1]); });
+}
+inline void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
 inline Vec fma(Vec a, Vec b, Vec c) {
-  for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-  return c;
+  return lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+inline Vec add(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Vec mul(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline Vec div(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline Vec max(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return lanes([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline Vec round(Vec a) {
+  return lanes([&](int i) { return __builtin_rintf(a.lane[i]); });
+}
+inline Vec times_power_of_two(Vec a, Vec n) {
+  return lanes([&](int i) {
+    const std::int32_t bits = (static_cast<std::int32_t>(n.lane[i]) + 127) * (1 << 23);
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return a.lane[i] * power;
+  });
+}
+inline void split_pairs(const float* p, Vec* even, Vec* odd) {
+  *even = lanes([&](int i) { return p[2 * i]; });
+  *odd = lanes([&](int i) { return p[2 * i + 1]; });
 }
 inline float sum(Vec v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
+inline float largest(Vec v) {
+  const float a = v.lane[0] > v.lane[1] ? v.lane[0] : v.lane[1], b = v.lane[2] > v.lane[3] ? v.lane[2] : v.lane[3];
+  return a > b ? a : b;
+}
 
 #endif
+
+// e^x to 2 units in the last place between -87 and 88, where float32 ends; below and above, what it is there. exp(NaN) is
+// some number: callers look for NaN elsewhere.
+inline Vec exp(Vec x) {
+  x = min(max(x, all(-87.0f)), all(88.0f));
+  const Vec n = round(mul(x, all(1.44269504f)));
+  // The reduced argument, with ln 2 in two parts so that n ln 2 is exact enough; then its Taylor series.
+  Vec r = fma(n, all(-0.693359375f), x);
+  r = fma(n, all(2.12194440e-4f), r);
+  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f};
+  Vec y = all(1.0f / 5040);
+  for (int i = 0; i < 7; ++i) y = fma(y, r, all(kTaylor[i]));
+  return times_power_of_two(y, n);
+}
+
+// Up to one vector, the lanes from `count` on being zero; reads nothing behind them.
+template <typename T>
+inline Vec load_first(const T* p, std::int64_t count) {
+  if (count >= kLanes) return load(p);
+  T part[kLanes] = {};
+  for (std::int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace
 }  // namespace LATENTMAS_ISA

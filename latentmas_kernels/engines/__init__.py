@@ -8,15 +8,17 @@ from torch import Tensor, nn
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines import cuda, generic
+from latentmas_kernels.engines import cuda, generic, native
 from latentmas_kernels.engines.cuda import CudaEngine
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.generic import GenericEngine
+from latentmas_kernels.engines.native import NativeEngine
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.prompt import Prompt
 
-ENGINES = ("auto", "eager", "cuda")
+ENGINES = ("auto", "eager", "native", "cuda")
+WEIGHTS = ("model", "int8")
 
 
 class Engine(Protocol):
@@ -72,33 +74,54 @@ class Speaker(Protocol):
         ...
 
 
-def open_engine(engine: str, model: nn.Module, architecture: Architecture) -> Engine:
+def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, weights: str = "model") -> Engine:
     """The engine for a model: "auto" takes the fastest that covers it.
 
-    On CUDA that is the packed engine for the families that it knows and the generic tier for the others; "cuda" asks for
-    one of the two. Where a GPU or another accelerator ends up on the eager engine, one warning says why.
+    On the CPU that is the native engine for the families that it knows. On CUDA it is the packed engine for the same
+    families and the generic tier for the others; "cuda" asks for one of the two. Where "auto" ends up on the eager engine,
+    one warning says why.
+
+    Args:
+        weights: "model" runs on the model's own; "int8" on a copy that is rounded by row, which the native engine has.
 
     Raises:
-        ValueError: for an unknown name, or an engine that was asked for by name and does not cover the model.
+        ValueError: for an unknown name, or an engine that was asked for and does not cover the model.
     """
     if engine not in ENGINES:
         raise ValueError(f"got engine={engine!r}; supported are {', '.join(map(repr, ENGINES))}")
-    if engine == "eager" or (engine == "auto" and architecture.device.type == "cpu"):
+    if weights not in WEIGHTS:
+        raise ValueError(f"got weights={weights!r}; supported are {', '.join(map(repr, WEIGHTS))}")
+    if weights == "int8":
+        reason = native.why_not(model, architecture)
+        if reason is not None or engine not in ("auto", "native"):
+            raise ValueError(
+                f"weights='int8' runs on the native engine only, and {reason or f'engine={engine!r} was asked for'}. "
+                "Use weights='model', which runs everywhere"
+            )
+        return NativeEngine(model, architecture, int8=True)
+    if engine == "eager":
         return EagerEngine(model, architecture)
-    reason = cuda.why_not(model, architecture)
-    if reason is None:
-        return CudaEngine(model, architecture)
-    harder = generic.why_not(model, architecture)
-    if harder is None:
-        return GenericEngine(model, architecture)
-    if engine == "cuda":
+    if engine == "native" or (engine == "auto" and architecture.device.type == "cpu"):
+        reason = native.why_not(model, architecture)
+        if reason is None:
+            return NativeEngine(model, architecture)
+    else:
+        reason = cuda.why_not(model, architecture)
+        if reason is None:
+            return CudaEngine(model, architecture)
+        harder = generic.why_not(model, architecture)
+        if harder is None:
+            return GenericEngine(model, architecture)
+        reason = reason if engine == "cuda" else harder
+    if engine != "auto":
         raise ValueError(
-            f"engine='cuda' does not cover this {architecture.name}: {reason}. Use engine='auto' or 'eager'"
+            f"engine={engine!r} does not cover this {architecture.name}: {reason}. Use engine='auto' or 'eager'"
         )
-    warn_once(f"{architecture.name} runs on the eager engine, since {harder}")
+    warn_once(f"{architecture.name} runs on the eager engine, since {reason}")
     return EagerEngine(model, architecture)
 
 
 __all__ = [
-    "ENGINES", "CudaEngine", "Decoding", "EagerEngine", "Engine", "GenericEngine", "Speaker", "open_engine",
+    "ENGINES", "WEIGHTS", "CudaEngine", "Decoding", "EagerEngine", "Engine", "GenericEngine", "NativeEngine", "Speaker",
+    "open_engine",
 ]  # fmt: skip

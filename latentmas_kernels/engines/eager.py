@@ -13,6 +13,7 @@ from transformers import Cache
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture, decoder_of
 from latentmas_kernels.cache import LatentCache, Slots
+from latentmas_kernels.engines.stepwise import think_stepwise
 from latentmas_kernels.prompt import Prompt
 
 
@@ -46,16 +47,7 @@ class EagerEngine:
     def think(
         self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
     ) -> tuple[Tensor, Tensor]:
-        one_each = torch.ones(len(seed), dtype=torch.int64)
-        shape = (len(seed), steps, self.architecture.hidden_size)
-        latents = torch.empty(shape, dtype=self.architecture.dtype, device=seed.device)
-        for step in range(steps):
-            if on_step is not None:
-                on_step(step)
-            latents[:, step] = aligner(seed)
-            prompt = Prompt(one_each, inputs_embeds=latents[:, step : step + 1])
-            seed = self.extend(cache, prompt, logits=aligner.needs_logits and step + 1 < steps)
-        return latents, seed
+        return think_stepwise(self, cache, seed, aligner, steps, on_step)
 
     def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
         """The explicit mask [B, 1, T, width], one per layer type where the model mixes them.

@@ -99,13 +99,13 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
 
 def _realign_cpu(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
     name = str(hidden.dtype).removeprefix("torch.")
+    weight = None if weight is None else weight.contiguous()
     native.extension().realign(
         hidden=hidden.data_ptr(),
         hidden_dtype=name,
         # A matrix of one row may carry any stride; the kernel wants one that spans the row.
         hidden_row_stride=max(hidden.stride(0), hidden.shape[1]),
         weight=0 if weight is None else weight.data_ptr(),
-        weight_row_stride=0 if weight is None else max(weight.stride(0), weight.shape[1]),
         target_norm=target_norm,
         out=out.data_ptr(),
         out_dtype=name,

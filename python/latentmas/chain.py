@@ -62,6 +62,7 @@ class Chain:
         *,
         aligner: str | Aligner = "auto",
         engine: str = "auto",
+        weights: str = "model",
         handover_tokens: int = 512,
     ) -> None:
         """Check the agents and measure how hidden states are fed back, where some agent thinks.
@@ -70,7 +71,7 @@ class Chain:
             model: a decoder-only causal LM of transformers, in eval mode.
             tokenizer: the model's, with or without a chat template and a padding token.
             agents: the chain; the last one writes.
-            aligner, engine: as in `latent_generate`. Without an agent that thinks, there is no aligner.
+            aligner, engine, weights: as in `latent_generate`. Without an agent that thinks, there is no aligner.
             handover_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
 
         Raises:
@@ -81,7 +82,8 @@ class Chain:
         self._groups = _groups(agents)
         self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
         self.architecture, self.engine, self.handover_tokens = Architecture.of(model), engine, handover_tokens
-        open_engine(engine, model, self.architecture)
+        self.weights = weights
+        open_engine(engine, model, self.architecture, weights=weights)
         if any(agent.enable_thinking for agent in agents) and not has_thinking_switch(tokenizer):
             warnings.warn(
                 "the tokenizer's chat template has no thinking switch, so enable_thinking changes nothing", stacklevel=2
@@ -146,7 +148,7 @@ class Chain:
                     assert self.aligner is not None
                     thought = latent_generate(
                         self.model, ids, mask, latent_steps=agent.latent_steps, past_key_values=memory.donate(),
-                        aligner=self.aligner, engine=self.engine, on_step=tell.think,
+                        aligner=self.aligner, engine=self.engine, weights=self.weights, on_step=tell.think,
                     )  # fmt: skip
                     spent, steps = thought.metrics, agent.latent_steps
                     for row in rows:
@@ -156,7 +158,7 @@ class Chain:
                     text = generate(
                         self.model, ids, mask, past_key_values=memory.donate(), max_new_tokens=agent.max_new_tokens,
                         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=top_p,
-                        streamer=tell, engine=self.engine,
+                        streamer=tell, engine=self.engine, weights=self.weights,
                     )  # fmt: skip
                     spent, steps = text.metrics, max(text.new_tokens)
                     self._read(progress, rows, text, ids.shape[1])

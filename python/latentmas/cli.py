@@ -50,7 +50,8 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: the accelerator, if any.")] = None,
-    engine: Annotated[str, typer.Option(help="auto or eager.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, native, cuda or eager.")] = "auto",
+    weights: Annotated[str, typer.Option(help="model, or int8: rounded by row, on the CPU.")] = "model",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**62)] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[
@@ -75,13 +76,14 @@ def run(
     from latentmas.output import ResultsFile
     from latentmas.report import Report
     from latentmas_kernels.alignment import KINDS
-    from latentmas_kernels.engines import ENGINES
+    from latentmas_kernels.engines import ENGINES, WEIGHTS
 
     _quiet()
     # What is known to be wrong is said before a model is loaded.
     _check_choice("--method", method, list(METHODS))
     _check_choice("--aligner", aligner, KINDS)
     _check_choice("--engine", engine, ENGINES)
+    _check_choice("--weights", weights, WEIGHTS)
     _check_at_least_one("--batch-size", batch_size)
     _check_at_least_one("--handover-tokens", handover_tokens)
     check_placement(dtype, device)
@@ -112,7 +114,7 @@ def run(
             loaded, tokenizer = load_model(model, dtype=dtype, device=device)
         with err.status("setting up the chain, measuring how hidden states are best fed back"):
             chain = Chain(
-                loaded, tokenizer, agents, aligner=aligner, engine=engine, handover_tokens=handover_tokens
+                loaded, tokenizer, agents, aligner=aligner, engine=engine, weights=weights, handover_tokens=handover_tokens
             )  # fmt: skip
         setup = time.perf_counter() - began
         asked, too_long = questions_that_fit(chain, asked)

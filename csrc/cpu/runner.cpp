@@ -1,0 +1,239 @@
+#include "runner.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+
+namespace latentmas {
+namespace {
+
+std::int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+std::vector<std::int64_t> numbers(std::int64_t count) {
+  std::vector<std::int64_t> all(count);
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+// bf16 and back; the kernels have their own, compiled for their instruction set.
+void widen(const void* from, DType dtype, std::int64_t n, float* to) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(from)[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+void narrow(const float* from, DType dtype, std::int64_t n, void* to) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    static_cast<std::uint16_t*>(to)[i] =
+        from[i] != from[i] ? 0x7fc0 : static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+char* at(void* data, std::int64_t element, DType dtype) { return static_cast<char*>(data) + element * size_of(dtype); }
+const char* at(const void* data, std::int64_t element, DType dtype) {
+  return static_cast<const char*>(data) + element * size_of(dtype);
+}
+
+// Entries as vectors that can be filled.
+struct Listed {
+  std::vector<std::int64_t> row, slot, position, wanted;
+
+  void add(std::int64_t r, const Rows& rows, std::int64_t offset) {
+    row.push_back(r);
+    slot.push_back(rows.lengths[r] + offset);
+    position.push_back(rows.positions[r] + offset);
+  }
+  Entries entries() const {
+    return {static_cast<std::int64_t>(row.size()), row.data(), slot.data(), position.data(),
+            static_cast<std::int64_t>(wanted.size()), wanted.data()};
+  }
+  std::int64_t longest() const { return slot.empty() ? 0 : *std::max_element(slot.begin(), slot.end()) + 1; }
+};
+
+}  // namespace
+
+Runner::Runner(const Decoder& decoder, std::vector<Layer> layers, std::vector<float> inv_freq)
+    : layers_(std::move(layers)), inv_freq_(std::move(inv_freq)), decoder_(decoder) {
+  decoder_.layers = layers_.data();
+  decoder_.layer_count = static_cast<std::int64_t>(layers_.size());
+  decoder_.inv_freq = inv_freq_.data();
+}
+
+std::int64_t Runner::scratch_bytes() const {
+  return static_cast<std::int64_t>((floats_.size() + hidden_.size() + logits_.size()) * sizeof(float));
+}
+
+void Runner::run(Step& step, std::int64_t longest) {
+  const Decoder& d = decoder_;
+  const int threads = team_size();
+  const std::int64_t entries = step.entries.count;
+  const bool split = splits_attention(entries, d.kv_heads, threads);
+  const std::int64_t widest = std::max({d.width, d.query_heads * d.head_dim, d.intermediate});
+  const std::int64_t rows = (entries + 15) / 16 * 16;  // tiles hold 16
+  const std::int64_t own = (kOwnOperandRows + 1) * padded(widest);
+  struct Part {
+    float** start;
+    std::int64_t floats;
+  };
+  const Part parts[] = {
+      {&scratch_.x, entries * d.width},
+      {&scratch_.rows, rows * padded(widest)},
+      {&scratch_.qkv, entries * (d.query_heads + 2 * d.kv_heads) * d.head_dim},
+      {&scratch_.activated, entries * d.intermediate},
+      {&scratch_.rotary, entries * d.head_dim},
+      {&scratch_.partials, entries * d.query_heads * part_floats(d.head_dim) * (split ? parts_of(longest) : 1)},
+      {&scratch_.operand, rows * padded(widest)},
+      {&scratch_.own_operands, threads * own},
+      {&scratch_.products, entries * d.width},
+  };
+  constexpr std::int64_t kLine = 16;  // floats of a cache line: parts of two threads do not share one
+  std::int64_t total = kLine;
+  for (const Part& part : parts) total += (part.floats + kLine - 1) / kLine * kLine;
+  if (static_cast<std::int64_t>(floats_.size()) < total) floats_ = std::vector<float>(total);
+  float* next = floats_.data();
+  while (reinterpret_cast<std::uintptr_t>(next) % 64) ++next;
+  for (const Part& part : parts) {
+    *part.start = next;
+    next += (part.floats + kLine - 1) / kLine * kLine;
+  }
+  scratch_.own_operand_floats = own;
+  step.decoder = &decoder_;
+  step.scratch = scratch_;
+  struct Argument {
+    const Step& step;
+    const Kernels& kernels;
+  } argument{step, active()};
+  run_on_team(
+      [](const void* given, const Member& me) {
+        const Argument& a = *static_cast<const Argument*>(given);
+        a.kernels.step(a.step, me);
+      },
+      &argument);
+}
+
+void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
+                    const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between) {
+  const std::lock_guard<std::mutex> turn(turn_);
+  const std::int64_t batch = static_cast<std::int64_t>(counts.size()), width = decoder_.width;
+  const std::int64_t vocabulary = decoder_.lm_head.rows, most = active().prefill_entries;
+  Listed listed;
+  std::vector<std::int64_t> ids, owners;
+  std::vector<const void*> places;
+  std::int64_t chunk = 0;
+  const auto flush = [&] {
+    if (listed.row.empty()) return;
+    const std::int64_t wanted = static_cast<std::int64_t>(listed.wanted.size());
+    hidden_.resize(std::max<std::size_t>(hidden_.size(), std::max<std::int64_t>(wanted, 1) * width));
+    if (logits) logits_.resize(std::max<std::size_t>(logits_.size(), wanted * vocabulary));
+    Step step{};
+    step.memory = memory;
+    step.entries = listed.entries();
+    step.tokens = tokens ? ids.data() : nullptr;
+    step.embeds = places.data();
+    step.hidden = hidden_.data();
+    step.logits = logits ? logits_.data() : nullptr;
+    if (between) between(chunk++);
+    run(step, listed.longest());
+    for (std::int64_t i = 0; i < wanted; ++i) {
+      if (states) narrow(hidden_.data() + i * width, decoder_.dtype, width, at(states, owners[i] * width, decoder_.dtype));
+      if (logits) std::copy_n(logits_.data() + i * vocabulary, vocabulary, logits + owners[i] * vocabulary);
+    }
+    listed = {};
+    ids.clear(), owners.clear(), places.clear();
+  };
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t t = 0; t < counts[b]; ++t) {
+      const std::int64_t given = b * columns + columns - counts[b] + t;
+      listed.add(b, rows, t);
+      if (tokens)
+        ids.push_back(tokens[given]);
+      else
+        places.push_back(at(embeds, given * width, decoder_.dtype));
+      if (t + 1 == counts[b]) {
+        listed.wanted.push_back(static_cast<std::int64_t>(listed.row.size()) - 1);
+        owners.push_back(b);
+      }
+      if (static_cast<std::int64_t>(listed.row.size()) == most) flush();
+    }
+  flush();
+}
+
+void Runner::think(const Memory& memory, const Rows& rows, const void* seed, const float* aligner, float target_norm,
+                   std::int64_t steps, void* latents, void* states, const Between& between) {
+  const std::lock_guard<std::mutex> turn(turn_);
+  const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), width = decoder_.width;
+  hidden_.resize(std::max<std::size_t>(hidden_.size(), batch * width));
+  widen(seed, decoder_.dtype, batch * width, hidden_.data());
+  Listed listed;
+  for (std::int64_t b = 0; b < batch; ++b) listed.add(b, rows, 0);
+  listed.wanted = numbers(batch);
+  for (std::int64_t i = 0; i < steps; ++i) {
+    if (between) between(i);
+    Step step{};
+    step.memory = memory;
+    step.entries = listed.entries();
+    step.aligner = aligner;
+    step.target_norm = target_norm;
+    step.latents = at(latents, i * width, decoder_.dtype);
+    step.latents_stride = steps * width;
+    step.hidden = hidden_.data();
+    run(step, listed.longest());
+    for (std::int64_t b = 0; b < batch; ++b) ++listed.slot[b], ++listed.position[b];
+  }
+  narrow(hidden_.data(), decoder_.dtype, batch * width, states);
+}
+
+void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,
+                   const Between& between) {
+  const std::lock_guard<std::mutex> turn(turn_);
+  const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), vocabulary = decoder_.lm_head.rows;
+  hidden_.resize(std::max<std::size_t>(hidden_.size(), batch * decoder_.width));
+  logits_.resize(std::max<std::size_t>(logits_.size(), batch * vocabulary));
+  std::vector<std::int64_t> active = numbers(batch), chosen;
+  std::vector<float> scratch;
+  const std::vector<std::int64_t> none;
+  for (std::int64_t n = 0; n < how.max_new_tokens; ++n) {
+    // The rows that go on, and what they go on with.
+    Listed listed;
+    chosen.clear();
+    std::vector<std::int64_t> going;
+    for (std::size_t i = 0; i < active.size(); ++i) {
+      const std::int64_t b = active[i];
+      const float* row = n ? logits_.data() + static_cast<std::int64_t>(i) * vocabulary : logits + b * vocabulary;
+      // One number per draw and row of the batch, whichever rows have ended before it.
+      const std::uint32_t counter = static_cast<std::uint32_t>(n * 65536 + b);
+      const std::int64_t token =
+          sample(row, vocabulary, how.sampling, counter, n < how.min_new_tokens ? how.ends : none, scratch);
+      tokens[b * how.max_new_tokens + n] = token;
+      if (std::find(how.ends.begin(), how.ends.end(), token) != how.ends.end()) continue;
+      going.push_back(b);
+      chosen.push_back(token);
+      listed.add(b, rows, n);
+    }
+    if (between) between(n);
+    if (going.empty() || n + 1 == how.max_new_tokens) return;
+    active = going;
+    listed.wanted = numbers(static_cast<std::int64_t>(active.size()));
+    Step step{};
+    step.memory = memory;
+    step.entries = listed.entries();
+    step.tokens = chosen.data();
+    step.hidden = hidden_.data();
+    step.logits = logits_.data();
+    run(step, listed.longest());
+  }
+}
+
+}  // namespace latentmas

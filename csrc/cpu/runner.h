@@ -1,0 +1,62 @@
+// Runner: a decoder with its scratch, and the calls of an engine as steps: extend, think, speak.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#include "kernels.h"
+#include "sample.h"
+
+namespace latentmas {
+
+// Rows of a memory that a call goes on from: where each row's next position is stored, and its number.
+struct Rows {
+  std::vector<std::int64_t> lengths, positions;
+};
+
+// Called between steps, on the thread that made the call; may throw to end it.
+using Between = std::function<void(std::int64_t step)>;
+
+struct Speaking {
+  Sampling sampling;
+  std::int64_t max_new_tokens = 0, min_new_tokens = 0;
+  std::vector<std::int64_t> ends;
+};
+
+// One call at a time: callers take turns.
+class Runner {
+ public:
+  // Copies the layers and inv_freq; everything else that the decoder points to stays the caller's.
+  Runner(const Decoder& decoder, std::vector<Layer> layers, std::vector<float> inv_freq);
+
+  // Runs counts[b] new positions of row b: tokens[b * columns + t], or embeds (rows of width elements) alike, the last
+  // counts[b] of `columns`. Writes each row's last state [B, width] in the model's dtype, or its logits [B, vocabulary];
+  // rows that bring nothing are left as they are. Where one of the two is null it is not computed.
+  void extend(const Memory& memory, const Rows& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
+              const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between);
+
+  // Latent steps: latents [B, steps, width] and the last states [B, width] in the model's dtype; seed [B, width] likewise.
+  void think(const Memory& memory, const Rows& rows, const void* seed, const float* aligner, float target_norm,
+             std::int64_t steps, void* latents, void* states, const Between& between);
+
+  // Text: chooses from logits [B, vocabulary], then steps until all rows have ended or have max_new_tokens. Writes
+  // tokens [B, max_new_tokens] at what was chosen. between(n) comes when the n-th tokens are there.
+  void speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,
+             const Between& between);
+
+  // Bytes of scratch held.
+  std::int64_t scratch_bytes() const;
+
+ private:
+  void run(Step& step, std::int64_t longest);
+
+  std::vector<Layer> layers_;
+  std::vector<float> inv_freq_;
+  Decoder decoder_;
+  std::vector<float> floats_, hidden_, logits_;
+  Scratch scratch_{};
+  std::mutex turn_;
+};
+
+}  // namespace latentmas

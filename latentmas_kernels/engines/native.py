@@ -1,0 +1,212 @@
+"""The native engine: Llama, Qwen2, Qwen3 and Mistral decoders on the CPU, whole calls in C++ (csrc/cpu).
+
+A call of `think` or `speak` is one call of C++ for all of its steps, and so is a prompt. Nothing but real positions is
+computed: padding is left out before, rows that have ended leave the batch, and the last layer runs for the positions whose
+state is asked for.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmas_kernels import native
+from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.decoding import Decoding
+from latentmas_kernels.engines.stepwise import think_stepwise
+from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.weights import Layer, Weights, read_weights
+from latentmas_kernels.weights import why_not as why_not_packable
+
+PRODUCTS = ("qkv", "output", "gate_up", "down")
+
+
+def why_not(model: Any, architecture: Architecture) -> str | None:
+    """Why this engine cannot run the model, as a clause; None where it can."""
+    if architecture.device.type != "cpu":
+        return f"the model is on {architecture.device}, not on the CPU"
+    if native.extension() is None:
+        return f"the C++ extension is missing ({native.extension_state()})"
+    return why_not_packable(model, architecture)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] as int8, symmetric per row: w is close to scale * q.
+
+    Returns:
+        int8 [out, in] with values from -127 to 127; the scales, float32 [out].
+    """
+    wide = weight.float()
+    scales = wide.abs().amax(dim=1) / 127
+    return (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8), scales
+
+
+class State:
+    """What is kept between calls for one model: the C++ side of its layers, and the int8 weights where they are asked for.
+
+    Holds addresses of the model's own weights, not the tensors: whoever calls has read them just before.
+    """
+
+    def __init__(self, weights: Weights, key: tuple, *, int8: bool) -> None:
+        self.key = key
+        self.int8: list[Tensor] = []
+
+        def product(weight: Tensor) -> tuple[int, int, int, int]:
+            rows, cols = weight.shape
+            if not int8:
+                return weight.data_ptr(), rows, cols, 0
+            packed, scales = quantize_rows(weight)
+            self.int8 += [packed, scales]
+            return packed.data_ptr(), rows, cols, scales.data_ptr()
+
+        def layer_of(layer: Layer) -> dict[str, Any]:
+            given = vars(layer).items()
+            address = {name: 0 if t is None else t.data_ptr() for name, t in given if name not in (*PRODUCTS, "window")}
+            return {
+                **address,
+                **{name: product(getattr(layer, name)) for name in PRODUCTS},
+                "window": layer.window or 0,
+            }
+
+        model = {
+            "dtype": str(weights.embedding.dtype).removeprefix("torch."),
+            "width": weights.embedding.shape[1],
+            "query_heads": weights.query_heads,
+            "kv_heads": weights.kv_heads,
+            "head_dim": weights.head_dim,
+            "intermediate": weights.intermediate,
+            "embedding": weights.embedding.data_ptr(),
+            "final_gain": weights.final_gain.data_ptr(),
+            "lm_head": product(weights.lm_head),
+            "lm_head_bias": 0 if weights.lm_head_bias is None else weights.lm_head_bias.data_ptr(),
+            "eps": weights.eps,
+            "scale": weights.scale,
+            "attention_scaling": weights.attention_scaling,
+            "inv_freq": weights.inv_freq.tolist(),
+        }
+        self.runner = native.extension().Runner(model, [layer_of(layer) for layer in weights.layers])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the model's weights."""
+        return self.runner.scratch_bytes + sum(t.nbytes for t in self.int8)
+
+
+_states: "weakref.WeakKeyDictionary[Any, dict[bool, State]]" = weakref.WeakKeyDictionary()
+
+
+def memory_report(model: Any) -> dict[str, int]:
+    """Bytes that this engine keeps for a model beside its weights."""
+    return {
+        "int8 weights and scratch" if int8 else "scratch": state.nbytes
+        for int8, state in _states.get(model, {}).items()
+    }
+
+
+class NativeEngine:
+    """See `latentmas_kernels.engines.Engine`."""
+
+    name = "native"
+
+    def __init__(self, model: Any, architecture: Architecture, *, int8: bool = False) -> None:
+        """int8: products run on weights rounded to int8 by row, made once; the rest keeps the model's dtype.
+
+        Raises NotPackable for a model that `why_not` has a reason for.
+        """
+        self.architecture = architecture
+        self.weights = read_weights(model, architecture)
+        key: tuple = self.weights.addresses
+        if int8:  # copies, which must follow a change in place as well
+            self.name = "native (int8)"
+            key += tuple(p._version for p in model.parameters())
+        states = _states.setdefault(model, {})
+        if int8 not in states or states[int8].key != key:
+            states[int8] = State(self.weights, key, int8=int8)
+        self.runner = states[int8].runner
+
+    def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
+        batch, a = len(prompt.counts), self.architecture
+        if logits:
+            result = torch.zeros(batch, self.weights.lm_head.shape[0])
+        else:
+            result = torch.zeros(batch, a.hidden_size, dtype=a.dtype)
+        ids = None if prompt.input_ids is None else prompt.input_ids.long().contiguous()
+        embeds = None if prompt.inputs_embeds is None else prompt.inputs_embeds.contiguous()
+        self.runner.extend(
+            memory=_memory(cache),
+            lengths=cache.lengths.tolist(),
+            positions=cache.next_position.tolist(),
+            counts=prompt.counts.tolist(),
+            columns=prompt.columns,
+            tokens=0 if ids is None else ids.data_ptr(),
+            embeds=0 if embeds is None else embeds.data_ptr(),
+            states=0 if logits else result.data_ptr(),
+            logits=result.data_ptr() if logits else 0,
+        )
+        cache.advance(prompt.counts)
+        return result
+
+    def think(
+        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        if aligner.needs_logits:
+            return think_stepwise(self, cache, seed, aligner, steps, on_step)
+        batch, a = len(seed), self.architecture
+        latents = torch.empty(batch, steps, a.hidden_size, dtype=a.dtype)
+        seed = seed.contiguous()
+        last = seed.clone()
+        weight = None if aligner.weight is None else aligner.weight.contiguous()
+        self.runner.think(
+            memory=_memory(cache),
+            lengths=cache.lengths.tolist(),
+            positions=cache.next_position.tolist(),
+            seed=seed.data_ptr(),
+            aligner=0 if weight is None else weight.data_ptr(),
+            target_norm=aligner.target_norm,
+            steps=steps,
+            latents=latents.data_ptr(),
+            states=last.data_ptr(),
+            on_step=on_step,
+        )
+        cache.advance(torch.full((batch,), steps))
+        return latents, last
+
+    def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
+        return True
+
+    def speak(
+        self, cache: LatentCache, logits: Tensor, decoding: Decoding, on_tokens: Callable[[Tensor], None] | None
+    ) -> Tensor:
+        tokens = torch.full((len(logits), decoding.max_new_tokens), decoding.padding)
+        logits = logits.float().contiguous()
+        self.runner.speak(
+            memory=_memory(cache),
+            lengths=cache.lengths.tolist(),
+            positions=cache.next_position.tolist(),
+            logits=logits.data_ptr(),
+            sampling=native.extension().Sampling(
+                draw=decoding.do_sample,
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                seed=int(torch.randint(2**62, ()).item()) if decoding.do_sample else 0,
+            ),
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens,
+            ends=decoding.ends,
+            tokens=tokens.data_ptr(),
+            on_token=None if on_tokens is None else lambda step: on_tokens(tokens[:, step].clone()),
+        )
+        new = decoding.lengths(tokens)
+        cache.advance(new - 1)
+        return tokens[:, : int(new.max())]
+
+
+def _memory(cache: LatentCache) -> tuple[int, int, int, int, int, int, int]:
+    keys, values, positions = cache.keys, cache.values, cache.positions
+    layer, row, head = keys.stride()[:3]
+    return keys.data_ptr(), values.data_ptr(), layer, row, head, positions.data_ptr(), positions.stride(0)
