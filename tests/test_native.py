@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import latentmas_kernels
-from latentmas_kernels import doctor, native
+from latentmas_kernels import doctor, latent_generate, native
 from latentmas_kernels.ops.realign import realign, realign_reference
 from latentmas_kernels.storage import cache_folder, whole_file
 
@@ -72,6 +72,7 @@ def test_doctor_reports_every_topic_in_a_line_of_its_own():
         "threads",
         "native kernels",
         "triton kernels",
+        "native engine",
         "cuda engine",
         "generic engine",
         "eager engine",
@@ -144,6 +145,23 @@ def test_doctor_says_why_a_model_cannot_run():
     assert report.model == "T5ForConditionalGeneration"
     assert not report.engines["eager"].on
     assert report.lines["eager engine"].startswith("off: T5ForConditionalGeneration is an encoder-decoder model")
+
+
+@needs_extension
+def test_doctor_says_where_the_native_engine_is_on(monkeypatch):
+    monkeypatch.setenv("LATENTMAS_NUM_THREADS", "3")
+    assert doctor().lines["native engine"].startswith("on: whole calls in C++ on 3 threads, for LlamaForCausalLM,")
+    model = tiny_model("llama")
+    assert doctor(model).lines["native engine"] == "on: whole calls in C++ on 3 threads"
+    latent_generate(model, torch.tensor([[5, 6]]), latent_steps=1, aligner="identity", engine="native")
+    assert "; kept: scratch 0." in doctor(model).lines["native engine"]
+    assert doctor(tiny_model("gemma2")).lines["native engine"].startswith("off: Gemma2ForCausalLM is none of")
+
+
+def test_doctor_says_that_the_native_engine_needs_the_extension(missing):
+    for report in (doctor(), doctor(tiny_model("llama"))):
+        assert not report.engines["native"].on
+        assert "not built: no C++ compiler was found at install time" in report.lines["native engine"]
 
 
 def test_doctor_is_json():
