@@ -18,10 +18,25 @@ struct Part {
   float& mass() const { return sums[width + 1]; }
 };
 
+// Lines of weights that are asked for beside the keys of one slot.
+constexpr int kAheadLines = 8;
+
+// What is read after this, one slot at a time; null where it is in a cache already.
+template <typename T>
+struct Next {
+  const T *values, *keys;
+};
+template <typename T>
+inline void prefetch_slot(const T* slot, std::int64_t head_dim) {
+  for (std::int64_t i = 0; slot && i < head_dim; i += 64 / sizeof(T)) prefetch(slot + i);
+}
+
 template <typename T, int H>
 void scores_of(const float* queries, std::int64_t head_dim, const T* keys, std::int64_t slots, float scale,
-               float scores[kHeads][kPartSlots]) {
+               float scores[kHeads][kPartSlots], const T* values, Ahead& ahead) {
   for (std::int64_t s = 0; s < slots; ++s, keys += head_dim) {
+    if (values) prefetch_slot(values + s * head_dim, head_dim);
+    ahead.ask(kAheadLines);
     Vec sums[H];
     for (int h = 0; h < H; ++h) sums[h] = zero();
     std::int64_t i = 0;
@@ -56,9 +71,10 @@ void mix(const float weights[kHeads][kPartSlots], const T* values, std::int64_t 
 
 template <typename T, int H>
 void part_of(const float* queries, std::int64_t head_dim, const T* keys, const T* values, std::int64_t slots, float scale,
-             const Part& first, std::int64_t stride) {
+             const Part& first, std::int64_t stride, const Next<T>& next, Ahead& ahead) {
   alignas(64) float scores[kHeads][kPartSlots];
-  scores_of<T, H>(queries, head_dim, keys, slots, scale, scores);
+  scores_of<T, H>(queries, head_dim, keys, slots, scale, scores, next.values, ahead);
+  for (std::int64_t s = 0; next.keys && s < kPartSlots; ++s) prefetch_slot(next.keys + s * head_dim, head_dim);
   for (int h = 0; h < H; ++h) {
     for (std::int64_t s = slots; s < (slots + kLanes - 1) / kLanes * kLanes; ++s) scores[h][s] = kNothing;
     Vec top = all(kNothing), mass = zero();
@@ -84,12 +100,12 @@ void part_of(const float* queries, std::int64_t head_dim, const T* keys, const T
 
 template <typename T>
 void part_of(const float* queries, std::int64_t heads, std::int64_t head_dim, const T* keys, const T* values,
-             std::int64_t slots, float scale, const Part& first, std::int64_t stride) {
+             std::int64_t slots, float scale, const Part& first, std::int64_t stride, const Next<T>& next, Ahead& ahead) {
   static_assert(kHeads == 4, "a case for each number of heads");
-  if (heads == 4) return part_of<T, 4>(queries, head_dim, keys, values, slots, scale, first, stride);
-  if (heads == 3) return part_of<T, 3>(queries, head_dim, keys, values, slots, scale, first, stride);
-  if (heads == 2) return part_of<T, 2>(queries, head_dim, keys, values, slots, scale, first, stride);
-  part_of<T, 1>(queries, head_dim, keys, values, slots, scale, first, stride);
+  if (heads == 4) return part_of<T, 4>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
+  if (heads == 3) return part_of<T, 3>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
+  if (heads == 2) return part_of<T, 2>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
+  part_of<T, 1>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
 }
 
 // into = into and part, put together.
@@ -133,7 +149,8 @@ std::int64_t room(const Step& step, bool split) {
 }
 
 template <typename T>
-void attend(const Step& step, const Layer& layer, std::int64_t index, bool everybody, bool split, const Member& me) {
+void attend(const Step& step, const Layer& layer, std::int64_t index, bool everybody, bool split, const Member& me,
+            Ahead& ahead) {
   const Decoder& d = *step.decoder;
   const Memory& m = step.memory;
   const std::int64_t count = everybody ? step.entries.count : step.entries.wanted_count;
@@ -152,6 +169,8 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
       const float* queries = step.scratch.qkv + (entry * heads + kv * group) * d.head_dim;
       float* store_at = step.scratch.partials + (i * d.query_heads + kv * group) * most * floats;
       if (!split && task++ % me.count != me.index) continue;
+      const bool cold = i == 0 || step.entries.row[entry_of(step, everybody, i - 1)] != row;
+      const std::int64_t stride_slots = split ? me.count * kPartSlots : kPartSlots;
       for (std::int64_t begin = seen.begin; begin < seen.end;) {
         const std::int64_t part = begin / kPartSlots, stop = (part + 1) * kPartSlots;
         const std::int64_t end = stop < seen.end ? stop : seen.end;
@@ -162,8 +181,11 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
             const bool fresh = split || begin == seen.begin;
             const Part first{fresh ? home : scratch, width};
             const std::int64_t stride = fresh ? most * floats : width + 2;
+            const bool more = cold && h == 0 && begin + stride_slots < seen.end;
+            const Next<T> next{cold && h == 0 ? values + begin * d.head_dim : nullptr,
+                               more ? keys + (begin + stride_slots) * d.head_dim : nullptr};
             part_of(queries + h * d.head_dim, now, d.head_dim, keys + begin * d.head_dim, values + begin * d.head_dim,
-                    end - begin, d.scale, first, stride);
+                    end - begin, d.scale, first, stride, next, ahead);
             for (std::int64_t j = 0; !fresh && j < now; ++j)
               join(Part{home + j * most * floats, width}, Part{scratch + j * stride, width});
           }
@@ -174,11 +196,12 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
 
 }  // namespace
 
-void decode_attention(const Step& step, const Layer& layer, std::int64_t index, bool all, bool split, const Member& me) {
+void decode_attention(const Step& step, const Layer& layer, std::int64_t index, bool all, bool split, const Member& me,
+                      Ahead& ahead) {
   if (step.decoder->dtype == DType::f32)
-    attend<float>(step, layer, index, all, split, me);
+    attend<float>(step, layer, index, all, split, me, ahead);
   else
-    attend<bf16>(step, layer, index, all, split, me);
+    attend<bf16>(step, layer, index, all, split, me, ahead);
 }
 
 void merge_parts(const Step& step, const Layer& layer, bool everybody, bool split, std::int64_t i, float* out) {

@@ -37,9 +37,11 @@ std::vector<Isa> find() {
 #ifdef LATENTMAS_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-bf16") && may_use_tiles())
-      found.push_back({"amx", &amx::kernels});
+    if (__builtin_cpu_supports("avx512bf16")) {
+      if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
+        found.push_back({"amx", &amx::kernels});
+      found.push_back({"avx512bf16", &avx512bf16::kernels});
+    }
     found.push_back({"avx512", &avx512::kernels});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &avx2::kernels});

@@ -81,11 +81,10 @@ struct Entries {
   const std::int64_t* wanted;
 };
 
-// Scratch of a step, all float32 unless said otherwise; see scratch_floats(). `entries` is what it has room for.
+// Scratch of a step in floats; Runner::run makes it. `own` is a piece of own_stride for each thread.
 struct Scratch {
-  std::int64_t entries;
-  float *x, *rows, *qkv, *activated, *rotary, *partials, *operand, *own_operands, *products;
-  std::int64_t own_operand_floats;
+  float *x, *rows, *qkv, *activated, *rotary, *partials, *operand, *own, *products;
+  std::int64_t own_stride;
 };
 
 // One forward over the decoder. What the entries start from is one of tokens, embeds and hidden.
@@ -122,27 +121,34 @@ struct Kernels {
 constexpr std::int64_t kPartSlots = 64;
 // Up to here every thread makes the input of a product for itself, which spares a barrier.
 constexpr std::int64_t kOwnOperandRows = 4;
+// Most rows of a weight that a product takes at once.
+constexpr std::int64_t kMostBlockRows = 8;
 constexpr std::int64_t kMostHeadDim = 256;
 // Elements that rows of an operand are padded to, with zeros.
 constexpr std::int64_t kPad = 32;
 
-inline std::int64_t padded(std::int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-inline std::int64_t parts_of(std::int64_t slots) { return (slots + kPartSlots - 1) / kPartSlots; }
+LATENTMAS_INLINE std::int64_t padded(std::int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+LATENTMAS_INLINE std::int64_t parts_of(std::int64_t slots) { return (slots + kPartSlots - 1) / kPartSlots; }
+// Floats of a thread's own that products of so many columns need: operands and a row more, or two blocks of rows in bf16.
+LATENTMAS_INLINE std::int64_t own_floats(std::int64_t cols) {
+  return (kOwnOperandRows + 1 > kMostBlockRows ? kOwnOperandRows + 1 : kMostBlockRows) * padded(cols);
+}
 // Floats that one part of attention is kept in: the sum, the maximum and their weights' sum.
-inline std::int64_t part_floats(std::int64_t head_dim) { return padded(head_dim) + 2; }
+LATENTMAS_INLINE std::int64_t part_floats(std::int64_t head_dim) { return padded(head_dim) + 2; }
 // Whether attention over so few entries is split along the slots to keep all threads busy.
-inline bool splits_attention(std::int64_t entries, std::int64_t kv_heads, int threads) {
+LATENTMAS_INLINE bool splits_attention(std::int64_t entries, std::int64_t kv_heads, int threads) {
   return threads > 1 && entries * kv_heads < 8 * threads;
 }
 
 // Floats of scratch that realign() needs: the inputs and the products, both in float32.
-inline std::int64_t realign_scratch(std::int64_t rows, std::int64_t cols_in, std::int64_t cols_out) {
+LATENTMAS_INLINE std::int64_t realign_scratch(std::int64_t rows, std::int64_t cols_in, std::int64_t cols_out) {
   return padded(rows) * (padded(cols_in) + padded(cols_out));
 }
 
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 namespace amx { extern const Kernels kernels; }
 
 // Names of the instruction sets that this processor can run, best first, separated by spaces.

@@ -1,9 +1,11 @@
 // product: Y = X W^T for the few rows of X that a step has, or the many of a prefill, W being read once.
 //
-// X is prepared as an operand first, in the layout that the kernel reads: see operand_of().
+// X is prepared as an operand first, in the layout that the kernel reads.
 #pragma once
 
+#include "ahead.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace latentmas {
 namespace LATENTMAS_ISA {
@@ -11,6 +13,7 @@ namespace LATENTMAS_ISA {
 enum class Layout {
   rows,    // float32 rows, padded with zeros to kPad
   pairs,   // the same, but of every two vectors' worth first the even elements, then the odd: as bf16 weights are widened
+  halves,  // bf16 rows, padded likewise: as the bf16 dot product takes them
   tiles,   // bf16 tiles of 32 elements x 16 rows, pairs of elements interleaved: as the tile registers take them
 };
 
@@ -31,17 +34,37 @@ struct Result {
   bool pair;
 };
 
-Layout layout_for(const Weight& weight, std::int64_t rows);
-// Floats that an operand takes in any layout.
-inline std::int64_t operand_floats(std::int64_t rows, std::int64_t cols) { return (rows + 15) / 16 * 16 * padded(cols); }
-// Writes row r of an operand in one of the layouts of float32 rows.
+// Rows of a weight that a member's part is counted in.
+constexpr std::int64_t kUnit = 16;
+
+// How operands of so many rows lie for this weight. A float32 model's are never rounded, so that a row gives the same in any
+// batch.
+Layout layout_for(const Weight& weight, std::int64_t rows, DType model);
+// Writes row r of an operand; all layouts but tiles.
 void pack_row(const Operand& operand, std::int64_t r, const float* x);
 // Writes this member's part of an operand in tiles from rows of `stride` floats. Members meet afterwards.
 void pack_tiles(const Operand& operand, const float* x, std::int64_t stride, const Member& me);
-// Computes this member's part of Y.
-void product(const Weight& weight, const Operand& x, const Result& y, const Member& me);
-// Asks the caches for the start of this member's part of the weight, while it has something else to do.
-void prefetch_weight(const Weight& weight, bool pair, const Member& me);
+// Computes this member's part of Y. `space` is the member's own: own_floats(x.cols), of which the operand may be a part.
+void product(const Weight& weight, const Operand& x, const Result& y, const Member& me, void* space);
 
+namespace {
+
+// The start of this member's part of a weight, in the order in which product() reads it.
+inline Ahead ahead_of(const Weight& weight, bool pair, const Member& me) {
+  const std::int64_t outputs = weight.rows / (pair ? 2 : 1);
+  const std::int64_t row = weight.cols * (weight.dtype == DType::f32 ? 4 : weight.dtype == DType::bf16 ? 2 : 1);
+  const Range mine = me.share(outputs, kUnit);
+  const char* first = static_cast<const char*>(weight.data) + mine.begin * row;
+  return {first, first + outputs * row, pair ? 2 : 1, (mine.end - mine.begin) * row};
+}
+
+// `count` elements of the bias from i on, zeros behind them.
+inline Vec bias_of(const Result& y, std::int64_t i, std::int64_t count) {
+  if (!y.bias) return zero();
+  return y.bias_dtype == DType::f32 ? load_first(static_cast<const float*>(y.bias) + i, count)
+                                    : load_first(static_cast<const bf16*>(y.bias) + i, count);
+}
+
+}  // namespace
 }  // namespace LATENTMAS_ISA
 }  // namespace latentmas

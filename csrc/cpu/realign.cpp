@@ -67,12 +67,12 @@ void realign(ConstMatrix hidden, const float* weight, float target_norm, float* 
                               {products, out.cols, nullptr, DType::f32, false, false}};
     const Job job = [](const void* given, const Member& me) {
       const Arguments& a = *static_cast<const Arguments*>(given);
-      product(a.weight, a.operand, a.result, me);
+      product(a.weight, a.operand, a.result, me, nullptr);  // float32 needs no space
     };
     if (rows * hidden.cols * out.cols > kParallelWork)
       run_on_team(job, &arguments);
     else
-      job(&arguments, Member{0, 1, nullptr});
+      job(&arguments, Member{0, 1, nullptr, nullptr});
   }
   const std::int64_t size = out.dtype == DType::f32 ? 4 : 2;
   for (std::int64_t b = 0; b < rows; ++b)

@@ -82,7 +82,6 @@ void Runner::run(Step& step, std::int64_t longest) {
   const bool split = splits_attention(entries, d.kv_heads, threads);
   const std::int64_t widest = std::max({d.width, d.query_heads * d.head_dim, d.intermediate});
   const std::int64_t rows = (entries + 15) / 16 * 16;  // tiles hold 16
-  const std::int64_t own = (kOwnOperandRows + 1) * padded(widest);
   struct Part {
     float** start;
     std::int64_t floats;
@@ -95,7 +94,7 @@ void Runner::run(Step& step, std::int64_t longest) {
       {&scratch_.rotary, entries * d.head_dim},
       {&scratch_.partials, entries * d.query_heads * part_floats(d.head_dim) * (split ? parts_of(longest) : 1)},
       {&scratch_.operand, rows * padded(widest)},
-      {&scratch_.own_operands, threads * own},
+      {&scratch_.own, threads * own_floats(widest)},
       {&scratch_.products, entries * d.width},
   };
   constexpr std::int64_t kLine = 16;  // floats of a cache line: parts of two threads do not share one
@@ -108,7 +107,7 @@ void Runner::run(Step& step, std::int64_t longest) {
     *part.start = next;
     next += (part.floats + kLine - 1) / kLine * kLine;
   }
-  scratch_.own_operand_floats = own;
+  scratch_.own_stride = own_floats(widest);
   step.decoder = &decoder_;
   step.scratch = scratch_;
   struct Argument {

@@ -14,13 +14,15 @@ namespace latentmas {
 namespace LATENTMAS_ISA {
 namespace {
 
+float* own_of(const Step& step, const Member& me) { return step.scratch.own + me.index * step.scratch.own_stride; }
+
 // Makes the input of a product out of rows that `row(i, to)` writes.
 template <typename Row>
 Operand prepare(const Step& step, const Weight& weight, std::int64_t rows, const Member& me, Row row) {
   const Scratch& s = step.scratch;
   const std::int64_t cols = weight.cols, stride = padded(cols);
-  const Layout layout = layout_for(weight, rows);
-  float* own = s.own_operands + me.index * s.own_operand_floats;
+  const Layout layout = layout_for(weight, rows, step.decoder->dtype);
+  float* own = own_of(step, me);
   float* line = own + kOwnOperandRows * stride;
   if (rows <= kOwnOperandRows && layout != Layout::tiles) {
     const Operand operand{own, rows, cols, layout};
@@ -97,7 +99,7 @@ void begin(const Step& step, const Member& me) {
   if (step.latents && step.aligner) {
     const Weight weight{step.aligner, DType::f32, d.width, d.width, nullptr};
     const Operand operand = prepare(step, weight, e.count, me, Lying{step.hidden, d.width});
-    product(weight, operand, Result{s.products, d.width, nullptr, d.dtype, false, false}, me);
+    product(weight, operand, Result{s.products, d.width, nullptr, d.dtype, false, false}, me, own_of(step, me));
     me.wait();
     mapped = s.products;
   }
@@ -133,6 +135,7 @@ void layers(const Step& step, const Member& me) {
   const Scratch& s = step.scratch;
   const bool split = splits_attention(step.entries.count, d.kv_heads, me.count);
   const std::int64_t qkv_width = (d.query_heads + 2 * d.kv_heads) * d.head_dim;
+  float* own = own_of(step, me);
   for (std::int64_t index = 0; index < d.layer_count; ++index) {
     const Layer& layer = d.layers[index];
     // The last layer needs all keys and values, but the rest of it only for the entries whose state is asked for.
@@ -140,27 +143,27 @@ void layers(const Step& step, const Member& me) {
     const std::int64_t rows = all ? step.entries.count : step.entries.wanted_count;
 
     Operand operand = prepare(step, layer.qkv, step.entries.count, me, Normed{step, layer.input_gain});
-    product(layer.qkv, operand, Result{s.qkv, qkv_width, layer.qkv_bias, d.dtype, false, false}, me);
-    prefetch_weight(layer.output, false, me);
-    me.wait();
+    product(layer.qkv, operand, Result{s.qkv, qkv_width, layer.qkv_bias, d.dtype, false, false}, me, own);
+    Ahead ahead = ahead_of(layer.output, false, me);
+    meet(me, ahead);
     rope_append(step, layer, index, me);
     if (!all) gather_wanted(step, me);
-    me.wait();
+    meet(me, ahead);
     if (rows == 0) return;
-    decode_attention(step, layer, index, all, split, me);
-    me.wait();
+    decode_attention(step, layer, index, all, split, me, ahead);
+    meet(me, ahead);
     operand = prepare(step, layer.output, rows, me, Attended{step, layer, all, split});
-    product(layer.output, operand, Result{s.x, d.width, layer.output_bias, d.dtype, true, false}, me);
-    prefetch_weight(layer.gate_up, true, me);
-    me.wait();
+    product(layer.output, operand, Result{s.x, d.width, layer.output_bias, d.dtype, true, false}, me, own);
+    ahead = ahead_of(layer.gate_up, true, me);
+    meet(me, ahead);
     operand = prepare(step, layer.gate_up, rows, me, Normed{step, layer.mlp_gain});
-    product(layer.gate_up, operand, Result{s.activated, d.intermediate, layer.gate_up_bias, d.dtype, false, true}, me);
-    prefetch_weight(layer.down, false, me);
-    me.wait();
+    product(layer.gate_up, operand, Result{s.activated, d.intermediate, layer.gate_up_bias, d.dtype, false, true}, me, own);
+    ahead = ahead_of(layer.down, false, me);
+    meet(me, ahead);
     operand = prepare(step, layer.down, rows, me, Lying{s.activated, d.intermediate});
-    product(layer.down, operand, Result{s.x, d.width, layer.down_bias, d.dtype, true, false}, me);
-    if (index + 1 < d.layer_count) prefetch_weight(d.layers[index + 1].qkv, false, me);
-    me.wait();
+    product(layer.down, operand, Result{s.x, d.width, layer.down_bias, d.dtype, true, false}, me, own);
+    ahead = index + 1 < d.layer_count ? ahead_of(d.layers[index + 1].qkv, false, me) : Ahead{};
+    meet(me, ahead);
   }
 }
 
@@ -173,7 +176,8 @@ void finish(const Step& step, const Member& me) {
   for (std::int64_t i = mine.begin; i < mine.end; ++i) normed(i, step.hidden + i * d.width);
   if (step.logits && rows) {
     const Operand operand = prepare(step, d.lm_head, rows, me, normed);
-    product(d.lm_head, operand, Result{step.logits, d.lm_head.rows, d.lm_head_bias, d.dtype, false, false}, me);
+    product(d.lm_head, operand, Result{step.logits, d.lm_head.rows, d.lm_head_bias, d.dtype, false, false}, me,
+            own_of(step, me));
   }
   me.wait();
 }

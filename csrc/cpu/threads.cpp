@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -38,7 +39,7 @@ bool spin(Done done) {
 
 class Team {
  public:
-  explicit Team(int size) : size_(size), barrier_(size) {
+  explicit Team(int size) : size_(size), barrier_(size), taken_(size) {
     for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { work(i); });
   }
   ~Team() {
@@ -62,14 +63,14 @@ class Team {
       }
       wake_.notify_all();
     }
-    const Member member{0, size_, &barrier_};
+    const Member member{0, size_, &barrier_, taken_.data()};
     job(argument, member);
     member.wait();  // the argument lives on the caller's stack
   }
 
  private:
   void work(int index) {
-    const Member member{index, size_, &barrier_};
+    const Member member{index, size_, &barrier_, taken_.data()};
     for (unsigned seen = 0;;) {
       if (!spin([&] { return round_.load(std::memory_order_acquire) != seen; })) {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -91,6 +92,7 @@ class Team {
 
   const int size_;
   Barrier barrier_;
+  std::vector<Taken> taken_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<unsigned> round_{0};
@@ -110,14 +112,17 @@ const int at_fork = pthread_atfork(nullptr, nullptr, [] { process = new Process;
 
 }  // namespace
 
-void Barrier::wait() {
-  const unsigned round = round_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
-    return;
+unsigned Barrier::arrive() {
+  const unsigned round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count_) {
+    __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
   }
-  while (!spin([&] { return round_.load(std::memory_order_acquire) != round; })) sched_yield();
+  return round;
+}
+
+void Barrier::wait(unsigned round) {
+  while (!spin([&] { return is_over(round); })) sched_yield();
 }
 
 int team_size() {

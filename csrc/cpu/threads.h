@@ -4,41 +4,87 @@
 // ours need, and a fork after a parallel region leaves it unusable. A team is made anew in a forked child.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 namespace latentmas {
+
+// Inlined wherever it is used: a copy that one instruction set compiled must not serve the others (see kernels.h).
+#define LATENTMAS_INLINE inline __attribute__((always_inline))
 
 // Waiting threads spin, since a step has hundreds of barriers a few microseconds apart, and yield when that takes long.
 class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}
-  void wait();
+  // Counts the caller in; the round that is over once all have arrived.
+  unsigned arrive();
+  LATENTMAS_INLINE bool is_over(unsigned round) const { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; }
+  void wait(unsigned round);
 
  private:
   const int count_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<unsigned> round_{0};
+  alignas(64) int arrived_ = 0;
+  alignas(64) unsigned round_ = 0;
 };
 
 struct Range {
   std::int64_t begin, end;
 };
 
+// What of a member's share has been taken, by itself or by others. Two phases, which alternate: a member makes the next one
+// ready while it works in this one.
+struct alignas(64) Taken {
+  std::int64_t units[2] = {0, 0};
+  int phase = 0;
+};
+
 // What a job knows of the thread that it runs on.
 struct Member {
   int index, count;
   Barrier* barrier;
+  Taken* taken;  // of all members; null where there is one
 
-  void wait() const {
-    if (count > 1) barrier->wait();
+  LATENTMAS_INLINE void wait() const {
+    if (count > 1) barrier->wait(barrier->arrive());
   }
   // This thread's part of n things, in whole units but for the last.
-  Range share(std::int64_t n, std::int64_t unit = 1) const {
+  LATENTMAS_INLINE Range share(std::int64_t n, std::int64_t unit = 1) const { return share_of(index, n, unit); }
+  LATENTMAS_INLINE Range share_of(int member, std::int64_t n, std::int64_t unit) const {
     const std::int64_t units = (n + unit - 1) / unit;
-    const std::int64_t begin = units * index / count * unit, end = units * (index + 1) / count * unit;
+    const std::int64_t begin = units * member / count * unit, end = units * (member + 1) / count * unit;
     return {begin < n ? begin : n, end < n ? end : n};
   }
+};
+
+// Hands out n things in units: to each member those of its share in order, then what the others have not come to. Threads
+// that read memory side by side are often a fifth apart at the end of a product. Everybody makes the same handouts in the
+// same order, and all meet between two of them.
+class Handout {
+ public:
+  LATENTMAS_INLINE Handout(const Member& me, std::int64_t n, std::int64_t unit) : me_(me), n_(n), unit_(unit), from_(me.index) {
+    if (me.count == 1) return;
+    Taken& own = me.taken[me.index];
+    phase_ = own.phase;
+    own.phase = 1 - phase_;
+    own.units[own.phase] = 0;
+  }
+  // False where nothing is left.
+  LATENTMAS_INLINE bool next(Range* range) {
+    for (; tried_ < me_.count; ++tried_, from_ = (from_ + 1) % me_.count) {
+      std::int64_t* units = me_.count == 1 ? &alone_ : &me_.taken[from_].units[phase_];
+      const Range share = me_.share_of(from_, n_, unit_);
+      const std::int64_t begin = share.begin + __atomic_fetch_add(units, 1, __ATOMIC_RELAXED) * unit_;
+      if (begin >= share.end) continue;
+      *range = {begin, begin + unit_ < share.end ? begin + unit_ : share.end};
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  const Member& me_;
+  const std::int64_t n_, unit_;
+  int from_, tried_ = 0, phase_ = 0;
+  std::int64_t alone_ = 0;
 };
 
 using Job = void (*)(const void* argument, const Member& member);
