@@ -150,31 +150,26 @@ void product_rows(const Weight& weight, const Operand& operand, const Result& y,
   const int passes = operand.rows > kBlockRows * kBlockCols ? kBlockRows : (operand.rows + kBlockCols - 1) / kBlockCols;
   alignas(64) float sums[2][kBlockCols * kLanes] = {};
   Handout handout(me, outputs, kUnit);
-  Range unit{0, 0};
-  for (std::int64_t o = 0;; o += kBlockRows) {
-    if (o >= unit.end) {
-      if (!handout.next(&unit)) return;
-      o = unit.begin;
-    }
-    const std::int64_t rows = unit.end - o < kBlockRows ? unit.end - o : kBlockRows;
-    const auto a = rows_for(x, first + o * n, rows, n, ahead, space);
-    const auto b = y.pair ? rows_for(x, first + (o + outputs) * n, rows, n, ahead,
-                                     static_cast<bf16*>(space) + kBlockRows * stride)
-                          : a;
-    for (std::int64_t c = 0; c < operand.rows; c += kBlockCols) {
-      const std::int64_t cols = operand.rows - c < kBlockCols ? operand.rows - c : kBlockCols;
-      const std::int64_t pass = c / kBlockCols;
-      const Fetch fetch{ahead, a.lie && pass < passes ? passes : 0, static_cast<int>(pass)};
-      block(a.data, rows, a.stride, x + c * stride, stride, cols, fetch, sums[0]);
-      if (y.pair) block(b.data, rows, b.stride, x + c * stride, stride, cols, fetch, sums[1]);
-      for (std::int64_t j = 0; j < cols; ++j) {
-        Vec value = finished(weight, y, sums[0] + j * kLanes, o, rows);
-        if (y.pair) value = mul(silu(value), finished(weight, y, sums[1] + j * kLanes, o + outputs, rows));
-        float* to = y.data + (c + j) * y.stride + o;
-        store_first(to, y.add ? add(value, load_first(to, rows)) : value, rows);
+  for (Range part; handout.next(&part);)
+    for (std::int64_t o = part.begin; o < part.end; o += kBlockRows) {
+      const std::int64_t rows = part.end - o < kBlockRows ? part.end - o : kBlockRows;
+      const auto a = rows_for(x, first + o * n, rows, n, ahead, space);
+      const auto b = y.pair ? rows_for(x, first + (o + outputs) * n, rows, n, ahead,
+                                       static_cast<bf16*>(space) + kBlockRows * stride)
+                            : a;
+      for (std::int64_t c = 0; c < operand.rows; c += kBlockCols) {
+        const std::int64_t cols = operand.rows - c < kBlockCols ? operand.rows - c : kBlockCols, pass = c / kBlockCols;
+        const Fetch fetch{ahead, a.lie && pass < passes ? passes : 0, static_cast<int>(pass)};
+        block(a.data, rows, a.stride, x + c * stride, stride, cols, fetch, sums[0]);
+        if (y.pair) block(b.data, rows, b.stride, x + c * stride, stride, cols, fetch, sums[1]);
+        for (std::int64_t j = 0; j < cols; ++j) {
+          Vec value = finished(weight, y, sums[0] + j * kLanes, o, rows);
+          if (y.pair) value = mul(silu(value), finished(weight, y, sums[1] + j * kLanes, o + outputs, rows));
+          float* to = y.data + (c + j) * y.stride + o;
+          store_first(to, y.add ? add(value, load_first(to, rows)) : value, rows);
+        }
       }
     }
-  }
 }
 
 }  // namespace

@@ -99,69 +99,70 @@ void product_tiles(const Weight& weight, const Operand& x, const Result& y, cons
   const TileConfig config;
   _tile_loadconfig(&config);
   Handout handout(me, outputs, take);
-  for (Range unit; handout.next(&unit);) {
-    const std::int64_t o = unit.begin, left = unit.end - o;
-    // The two weight tiles: gate and up, or a tile of outputs and the one behind it.
-    const std::int64_t second = y.pair ? o + outputs : o + kTile;
-    const std::int64_t rows_a = left < kTile ? left : kTile;
-    const std::int64_t rows_b = y.pair ? rows_a : left - rows_a < kTile ? left - rows_a : kTile;
-    const W* a = static_cast<const W*>(weight.data) + o * n;
-    const W* b = static_cast<const W*>(weight.data) + (rows_b ? second : o) * n;
-    for (std::int64_t g = 0; g < groups; g += 2) {
-      const bool two = g + 1 < groups;
-      const float* operand = x.data + g * depth * kTileFloats;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (std::int64_t k = 0; k < depth; ++k) {
-        const std::int64_t left_cols = n - k * kTileDepth, cols = left_cols < kTileDepth ? left_cols : kTileDepth;
-        if (g == 0) {  // of the rows behind these, as much as is read of these
-          const char* next[2] = {reinterpret_cast<const char*>(a + take * n), reinterpret_cast<const char*>(b + take * n)};
-          for (int half = 0; half < 2; ++half)
-            for (std::size_t line = 0; line < kTile * kTileDepth * sizeof(W); line += 64)
-              prefetch(next[half] + k * kTile * kTileDepth * sizeof(W) + line);
+  for (Range part; handout.next(&part);)
+    for (std::int64_t o = part.begin; o < part.end; o += take) {
+      const std::int64_t left = part.end - o;
+      // The two weight tiles: gate and up, or a tile of outputs and the one behind it.
+      const std::int64_t second = y.pair ? o + outputs : o + kTile;
+      const std::int64_t rows_a = left < kTile ? left : kTile;
+      const std::int64_t rows_b = y.pair ? rows_a : left - rows_a < kTile ? left - rows_a : kTile;
+      const W* a = static_cast<const W*>(weight.data) + o * n;
+      const W* b = static_cast<const W*>(weight.data) + (rows_b ? second : o) * n;
+      for (std::int64_t g = 0; g < groups; g += 2) {
+        const bool two = g + 1 < groups;
+        const float* operand = x.data + g * depth * kTileFloats;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (std::int64_t k = 0; k < depth; ++k) {
+          const std::int64_t left_cols = n - k * kTileDepth, cols = left_cols < kTileDepth ? left_cols : kTileDepth;
+          if (g == 0) {  // of the rows behind these, as much as is read of these
+            const char* next[2] = {reinterpret_cast<const char*>(a + take * n), reinterpret_cast<const char*>(b + take * n)};
+            for (int half = 0; half < 2; ++half)
+              for (std::size_t line = 0; line < kTile * kTileDepth * sizeof(W); line += 64)
+                prefetch(next[half] + k * kTile * kTileDepth * sizeof(W) + line);
+          }
+          _tile_loadd(6, operand + k * kTileFloats, 64);
+          const TileAt at_a = tile_at(a + k * kTileDepth, rows_a, cols, n, copy_a);
+          _tile_loadd(4, at_a.data, at_a.stride);
+          _tile_dpbf16ps(0, 4, 6);
+          if (rows_b) {
+            const TileAt at_b = tile_at(b + k * kTileDepth, rows_b, cols, n, copy_b);
+            _tile_loadd(5, at_b.data, at_b.stride);
+            _tile_dpbf16ps(1, 5, 6);
+          }
+          if (two) {
+            _tile_loadd(7, operand + (depth + k) * kTileFloats, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            if (rows_b) _tile_dpbf16ps(3, 5, 7);
+          }
         }
-        _tile_loadd(6, operand + k * kTileFloats, 64);
-        const TileAt at_a = tile_at(a + k * kTileDepth, rows_a, cols, n, copy_a);
-        _tile_loadd(4, at_a.data, at_a.stride);
-        _tile_dpbf16ps(0, 4, 6);
-        if (rows_b) {
-          const TileAt at_b = tile_at(b + k * kTileDepth, rows_b, cols, n, copy_b);
-          _tile_loadd(5, at_b.data, at_b.stride);
-          _tile_dpbf16ps(1, 5, 6);
-        }
-        if (two) {
-          _tile_loadd(7, operand + (depth + k) * kTileFloats, 64);
-          _tile_dpbf16ps(2, 4, 7);
-          if (rows_b) _tile_dpbf16ps(3, 5, 7);
-        }
-      }
-      alignas(64) float sums[4][kTileFloats];
-      _tile_stored(0, sums[0], 64);
-      _tile_stored(1, sums[1], 64);
-      _tile_stored(2, sums[2], 64);
-      _tile_stored(3, sums[3], 64);
-      for (int j = 0; j <= (two ? 1 : 0); ++j) {
-        const std::int64_t c = (g + j) * kTile, cols = x.rows - c < kTile ? x.rows - c : kTile;
-        __m512 first[16], other[16];
-        take_sums(sums[2 * j], weight, y, o, rows_a, first);
-        if (rows_b) take_sums(sums[2 * j + 1], weight, y, second, rows_b, other);
-        if (y.pair)
-          for (int i = 0; i < kTile; ++i)
-            first[i] = mul(silu(first[i]), other[i]);
-        for (int half = 0; half <= (rows_b && !y.pair ? 1 : 0); ++half) {
-          const __mmask16 there = static_cast<__mmask16>((1u << (half ? rows_b : rows_a)) - 1);
-          for (std::int64_t i = 0; i < cols; ++i) {
-            float* to = y.data + (c + i) * y.stride + o + half * kTile;
-            __m512 value = half ? other[i] : first[i];
-            if (y.add) value = add(value, _mm512_maskz_loadu_ps(there, to));
-            _mm512_mask_storeu_ps(to, there, value);
+        alignas(64) float sums[4][kTileFloats];
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+        for (int j = 0; j <= (two ? 1 : 0); ++j) {
+          const std::int64_t c = (g + j) * kTile, cols = x.rows - c < kTile ? x.rows - c : kTile;
+          __m512 first[16], other[16];
+          take_sums(sums[2 * j], weight, y, o, rows_a, first);
+          if (rows_b) take_sums(sums[2 * j + 1], weight, y, second, rows_b, other);
+          if (y.pair)
+            for (int i = 0; i < kTile; ++i)
+              first[i] = mul(silu(first[i]), other[i]);
+          for (int half = 0; half <= (rows_b && !y.pair ? 1 : 0); ++half) {
+            const __mmask16 there = static_cast<__mmask16>((1u << (half ? rows_b : rows_a)) - 1);
+            for (std::int64_t i = 0; i < cols; ++i) {
+              float* to = y.data + (c + i) * y.stride + o + half * kTile;
+              __m512 value = half ? other[i] : first[i];
+              if (y.add) value = add(value, _mm512_maskz_loadu_ps(there, to));
+              _mm512_mask_storeu_ps(to, there, value);
+            }
           }
         }
       }
     }
-  }
   _tile_release();
 }
 
