@@ -8,6 +8,7 @@ Nothing of this is kept between calls: `read_weights` looks at the modules each 
 a LoRA or quantised layers change what it finds, and `Weights.addresses` tells whether graphs captured before still hold.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -199,7 +200,17 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     for parameter in parameters:
         parameter.data = merged[start : start + len(parameter)]
         start += len(parameter)
+    if merged.device.type == "cpu":
+        _give_back()
     return merged
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc). The gaps that merging leaves are 64 bytes too small
+    for the same products of the next layer: at 135M they were 8 to 22 MB in the end, of 269 MB of weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _check(model: Any, architecture: Architecture) -> None:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import multiprocessing
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -466,19 +467,71 @@ def test_a_wrong_number_of_threads_is_refused(threads, monkeypatch):
         latent_generate(tiny_model("llama"), ids, latent_steps=1, engine="native", aligner="identity")
 
 
-def test_calls_from_several_threads_take_turns(monkeypatch):
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_calls_from_several_threads_do_not_mix(monkeypatch):
+    """Each its own prompt, weights and number of steps, on one model at the same time."""
     monkeypatch.setenv("LATENTMAS_NUM_THREADS", "2")
     model = tiny_model("llama")
-    ids, mask = ragged([9, 5])
 
-    def think(_):
-        return latent_generate(model, ids, mask, latent_steps=4, engine="native", aligner="identity").latents
+    def call(number):
+        ids, mask = ragged([9 + number, 5], seed=number)
+        weights = ("model", "int8")[number % 2]
+        out = latent_generate(model, ids, mask, latent_steps=2 + number % 3, weights=weights, aligner="identity")
+        said = generate(model, ids[:, -3:], past_key_values=out.past_key_values, max_new_tokens=5, weights=weights)
+        return out.latents, said.sequences
 
+    alone = [call(number) for number in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(think, range(8)))
-    assert all(torch.equal(results[0], other) for other in results)
+        together = list(pool.map(call, [*range(8)] * 3))
+    for (latents, said), (latents_alone, said_alone) in zip(together, alone * 3, strict=True):
+        assert torch.equal(latents, latents_alone)
+        assert torch.equal(said, said_alone)
+
+
+def test_a_call_out_of_a_callback_does_not_disturb_the_one_around_it():
+    model = tiny_model("llama")
+    ids, mask = ragged([9, 5])
+    other, _ = ragged([20], seed=4)
+    options = {"latent_steps": 4, "engine": "native", "aligner": "identity"}
+    want, want_inner = latent_generate(model, ids, mask, **options), latent_generate(model, other, **options)
+    inner = []
+    out = latent_generate(
+        model, ids, mask, on_step=lambda step: inner.append(latent_generate(model, other, **options)), **options
+    )
+    assert torch.equal(out.latents, want.latents)
+    assert all(torch.equal(each.latents, want_inner.latents) for each in inner)
+    assert len(inner) == 4
+
+
+def test_int8_weights_live_as_long_as_a_call_that_reads_them():
+    """A change of the model in the middle of a call makes a new copy for the next one; the old copy is still being read."""
+    model = tiny_model("llama")
+    ids, _ = ragged([9])
+    options = {"latent_steps": 6, "weights": "int8", "aligner": "identity"}
+    want = latent_generate(model, ids, **options)
+
+    def change(step):
+        if step < 3:
+            with torch.no_grad():
+                model.model.layers[0].mlp.down_proj.weight.mul_(-2)
+            latent_generate(model, ids, **options)
+
+    assert torch.equal(latent_generate(model, ids, on_step=change, **options).latents, want.latents)
+    assert not torch.equal(latent_generate(model, ids, **options).latents, want.latents)
+
+
+def test_a_child_forked_in_the_middle_of_a_call_can_call(monkeypatch):
+    monkeypatch.setenv("LATENTMAS_NUM_THREADS", "2")
+    ids, _ = ragged([9])
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_think_in_child, args=(queue, ids))
+    out = latent_generate(
+        HYPOTHESIS_MODEL, ids, latent_steps=3, engine="native", aligner="identity",
+        on_step=lambda step: child.start() if step == 1 else None,
+    )  # fmt: skip
+    assert torch.equal(torch.tensor(queue.get(timeout=60)), out.latents)
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_auto_is_native_on_the_cpu_and_says_where_it_is_not():

@@ -70,7 +70,7 @@ void realign(ConstMatrix hidden, const float* weight, float target_norm, float* 
       product(a.weight, a.operand, a.result, me, nullptr);  // float32 needs no space
     };
     if (rows * hidden.cols * out.cols > kParallelWork)
-      run_on_team(job, &arguments);
+      run_on_team(job, &arguments, team_size());
     else
       job(&arguments, Member{0, 1, nullptr, nullptr});
   }

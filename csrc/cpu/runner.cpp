@@ -71,45 +71,66 @@ Runner::Runner(const Decoder& decoder, std::vector<Layer> layers, std::vector<fl
   decoder_.inv_freq = inv_freq_.data();
 }
 
-std::int64_t Runner::scratch_bytes() const {
-  return static_cast<std::int64_t>((floats_.size() + hidden_.size() + logits_.size()) * sizeof(float));
+Runner::Lent::Lent(const Runner& runner) : runner_(runner) {
+  const std::unique_lock<std::mutex> shelf(runner.shelf_, std::try_to_lock);
+  if (shelf && !runner.idle_.empty()) {
+    workspace_ = std::move(runner.idle_.back());
+    runner.idle_.pop_back();
+  } else {
+    workspace_ = std::make_unique<Workspace>();
+  }
 }
 
-void Runner::run(Step& step, std::int64_t longest) {
+Runner::Lent::~Lent() {
+  const std::unique_lock<std::mutex> shelf(runner_.shelf_, std::try_to_lock);
+  if (shelf) runner_.idle_.push_back(std::move(workspace_));
+}
+
+std::int64_t Runner::scratch_bytes() const {
+  const std::unique_lock<std::mutex> shelf(shelf_, std::try_to_lock);
+  std::size_t floats = 0;
+  if (shelf)
+    for (const auto& w : idle_) floats += w->floats.size() + w->hidden.size() + w->logits.size();
+  return static_cast<std::int64_t>(floats * sizeof(float));
+}
+
+void Runner::run(Step& step, std::int64_t longest, Workspace& workspace) const {
   const Decoder& d = decoder_;
   const int threads = team_size();
   const std::int64_t entries = step.entries.count;
   const bool split = splits_attention(entries, d.kv_heads, threads);
   const std::int64_t widest = std::max({d.width, d.query_heads * d.head_dim, d.intermediate});
   const std::int64_t rows = (entries + 15) / 16 * 16;  // tiles hold 16
+  Scratch scratch{};
+  std::vector<float>& floats = workspace.floats;
   struct Part {
     float** start;
     std::int64_t floats;
   };
   const Part parts[] = {
-      {&scratch_.x, entries * d.width},
-      {&scratch_.rows, rows * padded(widest)},
-      {&scratch_.qkv, entries * (d.query_heads + 2 * d.kv_heads) * d.head_dim},
-      {&scratch_.activated, entries * d.intermediate},
-      {&scratch_.rotary, entries * d.head_dim},
-      {&scratch_.partials, entries * d.query_heads * part_floats(d.head_dim) * (split ? parts_of(longest) : 1)},
-      {&scratch_.operand, rows * padded(widest)},
-      {&scratch_.own, threads * own_floats(widest)},
-      {&scratch_.products, entries * d.width},
+      {&scratch.x, entries * d.width},
+      {&scratch.rows, rows * padded(widest)},
+      {&scratch.qkv, entries * (d.query_heads + 2 * d.kv_heads) * d.head_dim},
+      {&scratch.activated, entries * d.intermediate},
+      {&scratch.rotary, entries * d.head_dim},
+      {&scratch.partials, entries * d.query_heads * part_floats(d.head_dim) * (split ? parts_of(longest) : 1)},
+      {&scratch.operand, rows * padded(widest)},
+      {&scratch.own, threads * own_floats(widest)},
+      {&scratch.products, entries * d.width},
   };
   constexpr std::int64_t kLine = 16;  // floats of a cache line: parts of two threads do not share one
   std::int64_t total = kLine;
   for (const Part& part : parts) total += (part.floats + kLine - 1) / kLine * kLine;
-  if (static_cast<std::int64_t>(floats_.size()) < total) floats_ = std::vector<float>(total);
-  float* next = floats_.data();
+  if (static_cast<std::int64_t>(floats.size()) < total) floats = std::vector<float>(total);
+  float* next = floats.data();
   while (reinterpret_cast<std::uintptr_t>(next) % 64) ++next;
   for (const Part& part : parts) {
     *part.start = next;
     next += (part.floats + kLine - 1) / kLine * kLine;
   }
-  scratch_.own_stride = own_floats(widest);
+  scratch.own_stride = own_floats(widest);
   step.decoder = &decoder_;
-  step.scratch = scratch_;
+  step.scratch = scratch;
   struct Argument {
     const Step& step;
     const Kernels& kernels;
@@ -119,12 +140,13 @@ void Runner::run(Step& step, std::int64_t longest) {
         const Argument& a = *static_cast<const Argument*>(given);
         a.kernels.step(a.step, me);
       },
-      &argument);
+      &argument, threads);
 }
 
 void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
-                    const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between) {
-  const std::lock_guard<std::mutex> turn(turn_);
+                    const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between) const {
+  const Lent workspace(*this);
+  std::vector<float>&hidden = workspace->hidden, &spoken = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(counts.size()), width = decoder_.width;
   const std::int64_t vocabulary = decoder_.lm_head.rows, most = active().prefill_entries;
   Listed listed;
@@ -134,20 +156,20 @@ void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<st
   const auto flush = [&] {
     if (listed.row.empty()) return;
     const std::int64_t wanted = static_cast<std::int64_t>(listed.wanted.size());
-    hidden_.resize(std::max<std::size_t>(hidden_.size(), std::max<std::int64_t>(wanted, 1) * width));
-    if (logits) logits_.resize(std::max<std::size_t>(logits_.size(), wanted * vocabulary));
+    hidden.resize(std::max<std::size_t>(hidden.size(), std::max<std::int64_t>(wanted, 1) * width));
+    if (logits) spoken.resize(std::max<std::size_t>(spoken.size(), wanted * vocabulary));
     Step step{};
     step.memory = memory;
     step.entries = listed.entries();
     step.tokens = tokens ? ids.data() : nullptr;
     step.embeds = places.data();
-    step.hidden = hidden_.data();
-    step.logits = logits ? logits_.data() : nullptr;
+    step.hidden = hidden.data();
+    step.logits = logits ? spoken.data() : nullptr;
     if (between) between(chunk++);
-    run(step, listed.longest());
+    run(step, listed.longest(), *workspace);
     for (std::int64_t i = 0; i < wanted; ++i) {
-      if (states) narrow(hidden_.data() + i * width, decoder_.dtype, width, at(states, owners[i] * width, decoder_.dtype));
-      if (logits) std::copy_n(logits_.data() + i * vocabulary, vocabulary, logits + owners[i] * vocabulary);
+      if (states) narrow(hidden.data() + i * width, decoder_.dtype, width, at(states, owners[i] * width, decoder_.dtype));
+      if (logits) std::copy_n(spoken.data() + i * vocabulary, vocabulary, logits + owners[i] * vocabulary);
     }
     listed = {};
     ids.clear(), owners.clear(), places.clear();
@@ -170,11 +192,12 @@ void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<st
 }
 
 void Runner::think(const Memory& memory, const Rows& rows, const void* seed, const float* aligner, float target_norm,
-                   std::int64_t steps, void* latents, void* states, const Between& between) {
-  const std::lock_guard<std::mutex> turn(turn_);
+                   std::int64_t steps, void* latents, void* states, const Between& between) const {
+  const Lent workspace(*this);
+  std::vector<float>& hidden = workspace->hidden;
   const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), width = decoder_.width;
-  hidden_.resize(std::max<std::size_t>(hidden_.size(), batch * width));
-  widen(seed, decoder_.dtype, batch * width, hidden_.data());
+  hidden.resize(std::max<std::size_t>(hidden.size(), batch * width));
+  widen(seed, decoder_.dtype, batch * width, hidden.data());
   Listed listed;
   for (std::int64_t b = 0; b < batch; ++b) listed.add(b, rows, 0);
   listed.wanted = numbers(batch);
@@ -187,19 +210,20 @@ void Runner::think(const Memory& memory, const Rows& rows, const void* seed, con
     step.target_norm = target_norm;
     step.latents = at(latents, i * width, decoder_.dtype);
     step.latents_stride = steps * width;
-    step.hidden = hidden_.data();
-    run(step, listed.longest());
+    step.hidden = hidden.data();
+    run(step, listed.longest(), *workspace);
     for (std::int64_t b = 0; b < batch; ++b) ++listed.slot[b], ++listed.position[b];
   }
-  narrow(hidden_.data(), decoder_.dtype, batch * width, states);
+  narrow(hidden.data(), decoder_.dtype, batch * width, states);
 }
 
 void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,
-                   const Between& between) {
-  const std::lock_guard<std::mutex> turn(turn_);
+                   const Between& between) const {
+  const Lent workspace(*this);
+  std::vector<float>&hidden = workspace->hidden, &spoken = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), vocabulary = decoder_.lm_head.rows;
-  hidden_.resize(std::max<std::size_t>(hidden_.size(), batch * decoder_.width));
-  logits_.resize(std::max<std::size_t>(logits_.size(), batch * vocabulary));
+  hidden.resize(std::max<std::size_t>(hidden.size(), batch * decoder_.width));
+  spoken.resize(std::max<std::size_t>(spoken.size(), batch * vocabulary));
   std::vector<std::int64_t> active = numbers(batch), chosen;
   std::vector<float> scratch;
   const std::vector<std::int64_t> none;
@@ -210,7 +234,7 @@ void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, 
     std::vector<std::int64_t> going;
     for (std::size_t i = 0; i < active.size(); ++i) {
       const std::int64_t b = active[i];
-      const float* row = n ? logits_.data() + static_cast<std::int64_t>(i) * vocabulary : logits + b * vocabulary;
+      const float* row = n ? spoken.data() + static_cast<std::int64_t>(i) * vocabulary : logits + b * vocabulary;
       // One number per draw and row of the batch, whichever rows have ended before it.
       const std::uint32_t counter = static_cast<std::uint32_t>(n * 65536 + b);
       const std::int64_t token =
@@ -229,9 +253,9 @@ void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, 
     step.memory = memory;
     step.entries = listed.entries();
     step.tokens = chosen.data();
-    step.hidden = hidden_.data();
-    step.logits = logits_.data();
-    run(step, listed.longest());
+    step.hidden = hidden.data();
+    step.logits = spoken.data();
+    run(step, listed.longest(), *workspace);
   }
 }
 

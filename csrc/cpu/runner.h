@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -24,7 +25,8 @@ struct Speaking {
   std::vector<std::int64_t> ends;
 };
 
-// One call at a time: callers take turns.
+// Calls may come from several threads, and out of `between`: each has a workspace of its own while it runs, and the steps of
+// all take turns on the team.
 class Runner {
  public:
   // Copies the layers and inv_freq; everything else that the decoder points to stays the caller's.
@@ -34,29 +36,45 @@ class Runner {
   // counts[b] of `columns`. Writes each row's last state [B, width] in the model's dtype, or its logits [B, vocabulary];
   // rows that bring nothing are left as they are. Where one of the two is null it is not computed.
   void extend(const Memory& memory, const Rows& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
-              const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between);
+              const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between) const;
 
   // Latent steps: latents [B, steps, width] and the last states [B, width] in the model's dtype; seed [B, width] likewise.
   void think(const Memory& memory, const Rows& rows, const void* seed, const float* aligner, float target_norm,
-             std::int64_t steps, void* latents, void* states, const Between& between);
+             std::int64_t steps, void* latents, void* states, const Between& between) const;
 
   // Text: chooses from logits [B, vocabulary], then steps until all rows have ended or have max_new_tokens. Writes
   // tokens [B, max_new_tokens] at what was chosen. between(n) comes when the n-th tokens are there.
   void speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,
-             const Between& between);
+             const Between& between) const;
 
-  // Bytes of scratch held.
+  // Bytes of scratch held between calls.
   std::int64_t scratch_bytes() const;
 
  private:
-  void run(Step& step, std::int64_t longest);
+  struct Workspace {
+    std::vector<float> floats, hidden, logits;
+  };
+  // A workspace for the time of a call.
+  class Lent {
+   public:
+    explicit Lent(const Runner& runner);
+    ~Lent();
+    Workspace* operator->() const { return workspace_.get(); }
+    Workspace& operator*() const { return *workspace_; }
+
+   private:
+    const Runner& runner_;
+    std::unique_ptr<Workspace> workspace_;
+  };
+
+  void run(Step& step, std::int64_t longest, Workspace& workspace) const;
 
   std::vector<Layer> layers_;
   std::vector<float> inv_freq_;
   Decoder decoder_;
-  std::vector<float> floats_, hidden_, logits_;
-  Scratch scratch_{};
-  std::mutex turn_;
+  // Only ever tried, not waited for: in a forked child it may be locked for good.
+  mutable std::mutex shelf_;
+  mutable std::vector<std::unique_ptr<Workspace>> idle_;
 };
 
 }  // namespace latentmas

@@ -143,13 +143,12 @@ int team_size() {
   return cores_of_machine ? static_cast<int>(cores_of_machine) : 1;
 }
 
-void run_on_team(Job job, const void* argument) {
+void run_on_team(Job job, const void* argument, int threads) {
   Process& here = *process;
   const std::lock_guard<std::mutex> lock(here.turn);
-  const int size = team_size();
-  if (!here.team || here.team->size() != size) {
+  if (!here.team || here.team->size() != threads) {
     here.team.reset();
-    here.team.reset(new Team(size));
+    here.team.reset(new Team(threads));
   }
   here.team->run(job, argument);
 }

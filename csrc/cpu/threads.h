@@ -95,7 +95,7 @@ using Job = void (*)(const void* argument, const Member& member);
 // Threads that a job runs on: LATENTMAS_NUM_THREADS, or the cores that this process may use. Read from the environment
 // each time. Throws std::runtime_error where the variable is no number of threads.
 int team_size();
-// Runs the job on all threads and returns when all have. Calls from several threads take turns.
-void run_on_team(Job job, const void* argument);
+// Runs the job on so many threads and returns when all have. Calls from several threads take turns.
+void run_on_team(Job job, const void* argument, int threads);
 
 }  // namespace latentmas

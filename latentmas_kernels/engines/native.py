@@ -126,7 +126,8 @@ class NativeEngine:
         states = _states.setdefault(model, {})
         if int8 not in states or states[int8].key != key:
             states[int8] = State(self.weights, key, int8=int8)
-        self.runner = states[int8].runner
+        self.state = states[int8]  # held: another thread may replace it while a call of this engine is running
+        self.runner = self.state.runner
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         batch, a = len(prompt.counts), self.architecture
