@@ -155,12 +155,15 @@ void extend(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, c
 }
 
 void think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
-           Address aligner, float target_norm, std::int64_t steps, Address latents, Address states,
+           Address aligner, float target_norm, std::int64_t likely, std::int64_t steps, Address latents, Address states,
            const py::object& on_step) {
+  check(steps > 0, "latent steps must be 1 or more");
+  check(likely >= 0 && likely <= kMostLikely, "soft feedback mixes up to " + std::to_string(kMostLikely) + " tokens");
   const Between between = between_of(on_step);
   py::gil_scoped_release release;
-  runner.think(memory_of(memory), {lengths, positions}, pointer<const void>(seed), pointer<const float>(aligner),
-               target_norm, steps, pointer<void>(latents), pointer<void>(states), between);
+  runner.think(memory_of(memory), {lengths, positions}, pointer<const void>(seed),
+               {pointer<const float>(aligner), target_norm, likely}, steps, pointer<void>(latents), pointer<void>(states),
+               between);
 }
 
 void speak(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address logits,
@@ -191,8 +194,8 @@ PYBIND11_MODULE(_C, m) {
       .def("extend", &extend, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("counts"),
            py::arg("columns"), py::arg("tokens"), py::arg("embeds"), py::arg("states"), py::arg("logits"))
       .def("think", &think, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("seed"),
-           py::arg("aligner"), py::arg("target_norm"), py::arg("steps"), py::arg("latents"), py::arg("states"),
-           py::arg("on_step"))
+           py::arg("aligner"), py::arg("target_norm"), py::arg("likely"), py::arg("steps"), py::arg("latents"),
+           py::arg("states"), py::arg("on_step"))
       .def("speak", &speak, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("logits"),
            py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("tokens"),
            py::arg("on_token"))

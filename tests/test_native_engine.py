@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import FAMILIES, ragged, tiny_model
+from conftest import FAMILIES, VOCAB, ragged, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_engine import assert_same_cache
@@ -44,17 +44,17 @@ def run(request, monkeypatch):
     return isa, int(threads)
 
 
-def chain(model, engine, *, lengths=(19, 4, 11), steps=3, tokens=6, aligner="ridge", **options):
+def chain(model, engine, *, lengths=(19, 4, 11), steps=3, tokens=6, aligner="ridge", vocabulary=VOCAB, **options):
     """Two latent agents and a judger; the memory is handed on."""
     past, outputs = None, []
     for seed in (1, 2):
-        ids, mask = ragged(list(lengths), seed=seed)
+        ids, mask = ragged(list(lengths), seed=seed, vocab=vocabulary)
         out = latent_generate(
             model, ids, mask, latent_steps=steps, past_key_values=past, aligner=aligner, engine=engine
         )
         outputs.append(out)
         past = out.past_key_values
-    ids, mask = ragged(list(reversed(lengths)), seed=3, side="right")
+    ids, mask = ragged(list(reversed(lengths)), seed=3, side="right", vocab=vocabulary)
     options = {"eos_token_id": None, **options}
     return [
         *outputs,
@@ -97,10 +97,38 @@ def test_biases_equal_eager(run):
     assert_same_chain(chain(model, "native"), chain(model, "eager"))
 
 
+@pytest.mark.parametrize("vocabulary", [7, 97, 1501])
 @pytest.mark.parametrize("aligner", ["identity", "soft"])
-def test_feedback_equals_eager(aligner):
+def test_feedback_equals_eager(aligner, vocabulary, run):
+    """Soft feedback mixes ten tokens: all of seven, and those of a vocabulary in which most blocks hold none."""
+    model = tiny_model("llama", vocab_size=vocabulary)
+    options = {"aligner": aligner, "vocabulary": vocabulary}
+    assert_same_chain(chain(model, "native", **options), chain(model, "eager", **options))
+
+
+def test_soft_feedback_into_another_model_goes_by_single_steps():
+    """The embedding that is looked up is not this model's."""
+    model, other = tiny_model("llama"), tiny_model("qwen2")
+    aligner = build_aligner(model, "soft", target_model=other)
+    ids, mask = ragged([9, 4])
+    ours, theirs = (
+        latent_generate(model, ids, mask, latent_steps=3, aligner=aligner, engine=engine)
+        for engine in ("native", "eager")
+    )
+    torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_of_nan_give_latents_of_nan():
+    """The caller looks for them once per call, so that no step may hide them."""
     model = tiny_model("llama")
-    assert_same_chain(chain(model, "native", aligner=aligner), chain(model, "eager", aligner=aligner))
+    engine = NativeEngine(model, Architecture.of(model))
+    cache = LatentCache.for_model(Architecture.of(model), 2, 4)
+    logits = torch.randn(2, 97)
+    logits[1] = float("nan")
+    latents, last = engine.think(cache, logits, build_aligner(model, "soft"), 2, None)
+    assert latents[0].isfinite().all()
+    assert latents[1].isnan().all()
+    assert last[1].isnan().all()
 
 
 # Batch, query heads, key heads, width of a head, hidden size, intermediate size: groups of 1, 2, 4, 8 and 5, and sizes that

@@ -103,12 +103,12 @@ struct Model {
   }
 };
 
-// Logits behind a prompt of ragged rows and three latent steps, and the tokens that are spoken then.
+// Logits behind a prompt of ragged rows and latent steps, and the states after soft feedback; then tokens are spoken.
 std::vector<float> run(const Size& s, DType dtype, bool int8) {
   Model model(s, dtype, int8);
   Runner runner(model.decoder, model.layers, model.inv_freq);
   constexpr std::int64_t kSteps = 3, kTokens = 4;
-  const std::int64_t slots = s.prompt + kSteps + 1 + kTokens, size = dtype == DType::f32 ? 4 : 2;
+  const std::int64_t slots = s.prompt + 2 * kSteps + 1 + kTokens, size = dtype == DType::f32 ? 4 : 2;
   const std::int64_t layer_stride = s.batch * s.kv_heads * slots * s.head_dim, bytes = 2 * layer_stride * size;
   const std::unique_ptr<char[]> keys(new char[bytes]), values(new char[bytes]);
   std::memset(keys.get(), 0xff, bytes);  // NaN
@@ -134,18 +134,25 @@ std::vector<float> run(const Size& s, DType dtype, bool int8) {
   const Values aligner(s.width * s.width, DType::f32, draw);
   runner.extend(memory, rows, counts, s.prompt, ids.data(), nullptr, state.get(), nullptr, {});
   advance(counts);
-  runner.think(memory, rows, state.get(), reinterpret_cast<const float*>(aligner.data.get()), 1.5f, kSteps, latents.get(),
-               last.get(), {});
+  const Feedback mapped{reinterpret_cast<const float*>(aligner.data.get()), 1.5f, 0}, soft{nullptr, 1.5f, 10};
+  runner.think(memory, rows, state.get(), mapped, kSteps, latents.get(), last.get(), {});
   advance(std::vector<std::int64_t>(s.batch, kSteps));
   runner.extend(memory, rows, one, 1, next.data(), nullptr, nullptr, logits.get(), {});
   advance(one);
+  std::vector<float> result(logits.get(), logits.get() + s.batch * s.vocabulary);
+  runner.think(memory, rows, logits.get(), soft, kSteps, latents.get(), last.get(), {});
+  advance(std::vector<std::int64_t>(s.batch, kSteps));
+  if (dtype == DType::f32) {  // in bf16 another token may come among the ten most likely
+    const float* states = reinterpret_cast<const float*>(last.get());
+    result.insert(result.end(), states, states + s.batch * s.width);
+  }
   Speaking how;
   how.sampling = {true, 0.9f, 5, 0.8f, 42};
   how.max_new_tokens = kTokens;
   how.ends = {1, 2};
   const std::unique_ptr<std::int64_t[]> tokens(new std::int64_t[s.batch * kTokens]);
   runner.speak(memory, rows, logits.get(), how, tokens.get(), {});
-  return std::vector<float>(logits.get(), logits.get() + s.batch * s.vocabulary);
+  return result;
 }
 
 }  // namespace

@@ -96,8 +96,10 @@ struct Step {
 
   const std::int64_t* tokens;  // [entries]
   const void* const* embeds;   // [entries], addresses of rows in the model's dtype
-  // Latent: x = realign(hidden), which is also written to `latents` in the model's dtype.
+  // Latent: x = realign(hidden), or realign(mix(seeds)), which is also written to `latents` in the model's dtype.
   const float* aligner;  // [width, width], W_a transposed; null is the identity
+  const float* seeds;    // soft feedback: logits [entries, vocabulary]; `likely` of them are mixed
+  std::int64_t likely;
   float target_norm;
   void* latents;
   std::int64_t latents_stride;
@@ -124,6 +126,8 @@ constexpr std::int64_t kOwnOperandRows = 4;
 // Most rows of a weight that a product takes at once.
 constexpr std::int64_t kMostBlockRows = 8;
 constexpr std::int64_t kMostHeadDim = 256;
+// Most tokens whose embeddings soft feedback mixes.
+constexpr std::int64_t kMostLikely = 16;
 // Elements that rows of an operand are padded to, with zeros.
 constexpr std::int64_t kPad = 32;
 

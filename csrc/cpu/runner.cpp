@@ -191,13 +191,19 @@ void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<st
   flush();
 }
 
-void Runner::think(const Memory& memory, const Rows& rows, const void* seed, const float* aligner, float target_norm,
-                   std::int64_t steps, void* latents, void* states, const Between& between) const {
+void Runner::think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback, std::int64_t steps,
+                   void* latents, void* states, const Between& between) const {
   const Lent workspace(*this);
-  std::vector<float>& hidden = workspace->hidden;
+  std::vector<float>&hidden = workspace->hidden, &logits = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), width = decoder_.width;
   hidden.resize(std::max<std::size_t>(hidden.size(), batch * width));
-  widen(seed, decoder_.dtype, batch * width, hidden.data());
+  if (feedback.likely) {
+    const std::size_t count = batch * decoder_.lm_head.rows;
+    logits.resize(std::max(logits.size(), count));
+    std::copy_n(static_cast<const float*>(seed), count, logits.data());
+  } else {
+    widen(seed, decoder_.dtype, batch * width, hidden.data());
+  }
   Listed listed;
   for (std::int64_t b = 0; b < batch; ++b) listed.add(b, rows, 0);
   listed.wanted = numbers(batch);
@@ -206,11 +212,16 @@ void Runner::think(const Memory& memory, const Rows& rows, const void* seed, con
     Step step{};
     step.memory = memory;
     step.entries = listed.entries();
-    step.aligner = aligner;
-    step.target_norm = target_norm;
+    step.aligner = feedback.aligner;
+    step.target_norm = feedback.target_norm;
     step.latents = at(latents, i * width, decoder_.dtype);
     step.latents_stride = steps * width;
     step.hidden = hidden.data();
+    if (feedback.likely) {
+      step.seeds = logits.data();
+      step.likely = feedback.likely;
+      if (i + 1 < steps) step.logits = logits.data();
+    }
     run(step, listed.longest(), *workspace);
     for (std::int64_t b = 0; b < batch; ++b) ++listed.slot[b], ++listed.position[b];
   }

@@ -19,6 +19,14 @@ struct Rows {
 // Called between steps, on the thread that made the call; may throw to end it.
 using Between = std::function<void(std::int64_t step)>;
 
+// How a step's input comes from the step before: realign with W_a (transposed, null is the identity), or of the mean of the
+// `likely` most likely tokens' embeddings where that is not 0.
+struct Feedback {
+  const float* aligner = nullptr;
+  float target_norm = 0;
+  std::int64_t likely = 0;
+};
+
 struct Speaking {
   Sampling sampling;
   std::int64_t max_new_tokens = 0, min_new_tokens = 0;
@@ -38,9 +46,10 @@ class Runner {
   void extend(const Memory& memory, const Rows& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
               const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between) const;
 
-  // Latent steps: latents [B, steps, width] and the last states [B, width] in the model's dtype; seed [B, width] likewise.
-  void think(const Memory& memory, const Rows& rows, const void* seed, const float* aligner, float target_norm,
-             std::int64_t steps, void* latents, void* states, const Between& between) const;
+  // Latent steps, one or more: latents [B, steps, width] and the last states [B, width] in the model's dtype. The seed is [B, width]
+  // likewise, or for soft feedback logits [B, vocabulary] in float32.
+  void think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback, std::int64_t steps,
+             void* latents, void* states, const Between& between) const;
 
   // Text: chooses from logits [B, vocabulary], then steps until all rows have ended or have max_new_tokens. Writes
   // tokens [B, max_new_tokens] at what was chosen. between(n) comes when the n-th tokens are there.

@@ -5,6 +5,7 @@
 // Every member of a team runs all of this and does its share; they meet where one reads what another has written.
 #include "decode_attention.h"
 #include "kernels.h"
+#include "mix.h"
 #include "product.h"
 #include "realign.h"
 #include "rope_append.h"
@@ -88,14 +89,14 @@ void widen(const void* from, DType dtype, std::int64_t n, float* to) {
   dtype == DType::f32 ? widen<float>(from, n, to) : widen<bf16>(from, n, to);
 }
 
-// x of every entry: a token's embedding, a given one, or the hidden state mapped back. Also the positions, and the cosines
+// x of every entry: a token's embedding, a given one, or the hidden state (or logits) mapped back. Also the positions, and the cosines
 // and sines of all layers.
 void begin(const Step& step, const Member& me) {
   const Decoder& d = *step.decoder;
   const Scratch& s = step.scratch;
   const Entries& e = step.entries;
   const std::int64_t size = d.dtype == DType::f32 ? 4 : 2;
-  const float* mapped = step.hidden;
+  const float* mapped = step.seeds ? s.products : step.hidden;
   if (step.latents && step.aligner) {
     const Weight weight{step.aligner, DType::f32, d.width, d.width, nullptr};
     const Operand operand = prepare(step, weight, e.count, me, Lying{step.hidden, d.width});
@@ -107,6 +108,13 @@ void begin(const Step& step, const Member& me) {
   for (std::int64_t i = mine.begin; i < mine.end; ++i) {
     float* x = s.x + i * d.width;
     if (step.latents) {
+      if (step.seeds) {
+        const float* logits = step.seeds + i * d.lm_head.rows;
+        float* mean = s.products + i * d.width;
+        d.dtype == DType::f32
+            ? mix(logits, d.lm_head.rows, step.likely, static_cast<const float*>(d.embedding), d.width, mean)
+            : mix(logits, d.lm_head.rows, step.likely, static_cast<const bf16*>(d.embedding), d.width, mean);
+      }
       char* latent = static_cast<char*>(step.latents) + i * step.latents_stride * size;
       rescale_row(mapped + i * d.width, d.width, step.target_norm, d.dtype, latent);
       widen(latent, d.dtype, d.width, x);

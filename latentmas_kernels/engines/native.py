@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels import native
-from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.alignment import TOP_K, Aligner
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.decoding import Decoding
@@ -154,12 +154,19 @@ class NativeEngine:
     def think(
         self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
     ) -> tuple[Tensor, Tensor]:
+        batch, a, likely = len(seed), self.architecture, 0
+        if steps == 0:
+            return seed.new_empty(batch, 0, a.hidden_size), seed
         if aligner.needs_logits:
-            return think_stepwise(self, cache, seed, aligner, steps, on_step)
-        batch, a = len(seed), self.architecture
+            assert aligner.embedding is not None
+            embedding = aligner.embedding.weight
+            rows = self.weights.lm_head.shape[0]
+            if embedding.data_ptr() != self.weights.embedding.data_ptr() or len(embedding) != rows:
+                return think_stepwise(self, cache, seed, aligner, steps, on_step)  # the embedding of another model
+            seed, likely = seed.float(), min(TOP_K, rows)
         latents = torch.empty(batch, steps, a.hidden_size, dtype=a.dtype)
         seed = seed.contiguous()
-        last = seed.clone()
+        last = torch.empty(batch, a.hidden_size, dtype=a.dtype)
         weight = None if aligner.weight is None else aligner.weight.contiguous()
         self.runner.think(
             memory=_memory(cache),
@@ -168,6 +175,7 @@ class NativeEngine:
             seed=seed.data_ptr(),
             aligner=0 if weight is None else weight.data_ptr(),
             target_norm=aligner.target_norm,
+            likely=likely,
             steps=steps,
             latents=latents.data_ptr(),
             states=last.data_ptr(),
