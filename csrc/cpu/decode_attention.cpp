@@ -18,9 +18,6 @@ struct Part {
   float& mass() const { return sums[width + 1]; }
 };
 
-// Lines of weights that are asked for beside the keys of one slot.
-constexpr int kAheadLines = 8;
-
 // What is read after this, one slot at a time; null where it is in a cache already.
 template <typename T>
 struct Next {
@@ -33,10 +30,9 @@ inline void prefetch_slot(const T* slot, std::int64_t head_dim) {
 
 template <typename T, int H>
 void scores_of(const float* queries, std::int64_t head_dim, const T* keys, std::int64_t slots, float scale,
-               float scores[kHeads][kPartSlots], const T* values, Ahead& ahead) {
+               float scores[kHeads][kPartSlots], const T* values) {
   for (std::int64_t s = 0; s < slots; ++s, keys += head_dim) {
     if (values) prefetch_slot(values + s * head_dim, head_dim);
-    ahead.ask(kAheadLines);
     Vec sums[H];
     for (int h = 0; h < H; ++h) sums[h] = zero();
     std::int64_t i = 0;
@@ -71,9 +67,9 @@ void mix(const float weights[kHeads][kPartSlots], const T* values, std::int64_t 
 
 template <typename T, int H>
 void part_of(const float* queries, std::int64_t head_dim, const T* keys, const T* values, std::int64_t slots, float scale,
-             const Part& first, std::int64_t stride, const Next<T>& next, Ahead& ahead) {
+             const Part& first, std::int64_t stride, const Next<T>& next) {
   alignas(64) float scores[kHeads][kPartSlots];
-  scores_of<T, H>(queries, head_dim, keys, slots, scale, scores, next.values, ahead);
+  scores_of<T, H>(queries, head_dim, keys, slots, scale, scores, next.values);
   for (std::int64_t s = 0; next.keys && s < kPartSlots; ++s) prefetch_slot(next.keys + s * head_dim, head_dim);
   for (int h = 0; h < H; ++h) {
     for (std::int64_t s = slots; s < (slots + kLanes - 1) / kLanes * kLanes; ++s) scores[h][s] = kNothing;
@@ -100,12 +96,12 @@ void part_of(const float* queries, std::int64_t head_dim, const T* keys, const T
 
 template <typename T>
 void part_of(const float* queries, std::int64_t heads, std::int64_t head_dim, const T* keys, const T* values,
-             std::int64_t slots, float scale, const Part& first, std::int64_t stride, const Next<T>& next, Ahead& ahead) {
+             std::int64_t slots, float scale, const Part& first, std::int64_t stride, const Next<T>& next) {
   static_assert(kHeads == 4, "a case for each number of heads");
-  if (heads == 4) return part_of<T, 4>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
-  if (heads == 3) return part_of<T, 3>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
-  if (heads == 2) return part_of<T, 2>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
-  part_of<T, 1>(queries, head_dim, keys, values, slots, scale, first, stride, next, ahead);
+  if (heads == 4) return part_of<T, 4>(queries, head_dim, keys, values, slots, scale, first, stride, next);
+  if (heads == 3) return part_of<T, 3>(queries, head_dim, keys, values, slots, scale, first, stride, next);
+  if (heads == 2) return part_of<T, 2>(queries, head_dim, keys, values, slots, scale, first, stride, next);
+  part_of<T, 1>(queries, head_dim, keys, values, slots, scale, first, stride, next);
 }
 
 // into = into and part, put together.
@@ -149,8 +145,7 @@ std::int64_t room(const Step& step, bool split) {
 }
 
 template <typename T>
-void attend(const Step& step, const Layer& layer, std::int64_t index, bool everybody, bool split, const Member& me,
-            Ahead& ahead) {
+void attend(const Step& step, const Layer& layer, std::int64_t index, bool everybody, bool split, const Member& me) {
   const Decoder& d = *step.decoder;
   const Memory& m = step.memory;
   const std::int64_t count = everybody ? step.entries.count : step.entries.wanted_count;
@@ -185,7 +180,7 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
             const Next<T> next{cold && h == 0 ? values + begin * d.head_dim : nullptr,
                                more ? keys + (begin + stride_slots) * d.head_dim : nullptr};
             part_of(queries + h * d.head_dim, now, d.head_dim, keys + begin * d.head_dim, values + begin * d.head_dim,
-                    end - begin, d.scale, first, stride, next, ahead);
+                    end - begin, d.scale, first, stride, next);
             for (std::int64_t j = 0; !fresh && j < now; ++j)
               join(Part{home + j * most * floats, width}, Part{scratch + j * stride, width});
           }
@@ -196,12 +191,11 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
 
 }  // namespace
 
-void decode_attention(const Step& step, const Layer& layer, std::int64_t index, bool all, bool split, const Member& me,
-                      Ahead& ahead) {
+void decode_attention(const Step& step, const Layer& layer, std::int64_t index, bool all, bool split, const Member& me) {
   if (step.decoder->dtype == DType::f32)
-    attend<float>(step, layer, index, all, split, me, ahead);
+    attend<float>(step, layer, index, all, split, me);
   else
-    attend<bf16>(step, layer, index, all, split, me, ahead);
+    attend<bf16>(step, layer, index, all, split, me);
 }
 
 void merge_parts(const Step& step, const Layer& layer, bool everybody, bool split, std::int64_t i, float* out) {

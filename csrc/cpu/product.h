@@ -3,7 +3,6 @@
 // X is prepared as an operand first, in the layout that the kernel reads.
 #pragma once
 
-#include "ahead.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -48,15 +47,6 @@ void pack_tiles(const Operand& operand, const float* x, std::int64_t stride, con
 void product(const Weight& weight, const Operand& x, const Result& y, const Member& me, void* space);
 
 namespace {
-
-// The start of this member's part of a weight, in the order in which product() reads it.
-inline Ahead ahead_of(const Weight& weight, bool pair, const Member& me) {
-  const std::int64_t outputs = weight.rows / (pair ? 2 : 1);
-  const std::int64_t row = weight.cols * (weight.dtype == DType::f32 ? 4 : weight.dtype == DType::bf16 ? 2 : 1);
-  const Range mine = me.share(outputs, kUnit);
-  const char* first = static_cast<const char*>(weight.data) + mine.begin * row;
-  return {first, first + outputs * row, pair ? 2 : 1, (mine.end - mine.begin) * row};
-}
 
 // `count` elements of the bias from i on, zeros behind them.
 inline Vec bias_of(const Result& y, std::int64_t i, std::int64_t count) {

@@ -257,8 +257,6 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // `once`: past the second and third cache where the processor can do so. Weights that a step reads once would push out of
 // them what it reads again: 1.05 times the speed at batch 1.
 inline void prefetch(const void* p, bool once) { once ? __builtin_prefetch(p, 0, 0) : __builtin_prefetch(p, 0, 3); }
-// Into the second cache only: for what is read later.
-inline void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 }  // namespace LATENTMAS_ISA

@@ -152,26 +152,22 @@ void layers(const Step& step, const Member& me) {
 
     Operand operand = prepare(step, layer.qkv, step.entries.count, me, Normed{step, layer.input_gain});
     product(layer.qkv, operand, Result{s.qkv, qkv_width, layer.qkv_bias, d.dtype, false, false}, me, own);
-    Ahead ahead = ahead_of(layer.output, false, me);
-    meet(me, ahead);
+    me.wait();
     rope_append(step, layer, index, me);
     if (!all) gather_wanted(step, me);
-    meet(me, ahead);
+    me.wait();
     if (rows == 0) return;
-    decode_attention(step, layer, index, all, split, me, ahead);
-    meet(me, ahead);
+    decode_attention(step, layer, index, all, split, me);
+    me.wait();
     operand = prepare(step, layer.output, rows, me, Attended{step, layer, all, split});
     product(layer.output, operand, Result{s.x, d.width, layer.output_bias, d.dtype, true, false}, me, own);
-    ahead = ahead_of(layer.gate_up, true, me);
-    meet(me, ahead);
+    me.wait();
     operand = prepare(step, layer.gate_up, rows, me, Normed{step, layer.mlp_gain});
     product(layer.gate_up, operand, Result{s.activated, d.intermediate, layer.gate_up_bias, d.dtype, false, true}, me, own);
-    ahead = ahead_of(layer.down, false, me);
-    meet(me, ahead);
+    me.wait();
     operand = prepare(step, layer.down, rows, me, Lying{s.activated, d.intermediate});
     product(layer.down, operand, Result{s.x, d.width, layer.down_bias, d.dtype, true, false}, me, own);
-    ahead = index + 1 < d.layer_count ? ahead_of(d.layers[index + 1].qkv, false, me) : Ahead{};
-    meet(me, ahead);
+    me.wait();
   }
 }
 

@@ -112,17 +112,14 @@ const int at_fork = pthread_atfork(nullptr, nullptr, [] { process = new Process;
 
 }  // namespace
 
-unsigned Barrier::arrive() {
+void Barrier::wait() {
   const unsigned round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count_) {
     __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+    return;
   }
-  return round;
-}
-
-void Barrier::wait(unsigned round) {
-  while (!spin([&] { return is_over(round); })) sched_yield();
+  while (!spin([&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; })) sched_yield();
 }
 
 int team_size() {

@@ -15,10 +15,7 @@ namespace latentmas {
 class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}
-  // Counts the caller in; the round that is over once all have arrived.
-  unsigned arrive();
-  LATENTMAS_INLINE bool is_over(unsigned round) const { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; }
-  void wait(unsigned round);
+  void wait();
 
  private:
   const int count_;
@@ -44,7 +41,7 @@ struct Member {
   Taken* taken;  // of all members; null where there is one
 
   LATENTMAS_INLINE void wait() const {
-    if (count > 1) barrier->wait(barrier->arrive());
+    if (count > 1) barrier->wait();
   }
   // This thread's part of n things, in whole units but for the last.
   LATENTMAS_INLINE Range share(std::int64_t n, std::int64_t unit = 1) const { return share_of(index, n, unit); }
