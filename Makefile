@@ -21,7 +21,7 @@ lint: .venv/.installed-test
 
 bench: .venv/.installed-test .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks/bench_realign.py
-	$(BIN)/python benchmarks/bench_steps.py
+	$(BIN)/python benchmarks/bench_native.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -200,28 +200,29 @@ def test_forty_bfloat16_steps_stay_close(run):
         assert torch.cosine_similarity(hidden, following.float(), dim=-1).min() > 0.999
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7),
     steps=st.integers(1, 3),
     data=st.sampled_from([(isa, threads) for isa in ISAS for threads in ("1", "2", "3")]),
+    weights=st.sampled_from(["model", "int8"]),
 )
-def test_hypothesis_float32_rows_are_bit_identical_alone_and_in_a_batch(lengths, steps, data):
+def test_hypothesis_float32_rows_are_bit_identical_alone_and_in_a_batch(lengths, steps, data, weights):
     """Prompts, latent steps and text: one order of every sum whatever the batch, the threads and the padding."""
     model = HYPOTHESIS_MODEL
     ids, mask = ragged(lengths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTMAS_ISA", data[0])
         patch.setenv("LATENTMAS_NUM_THREADS", data[1])
-        together = latent_generate(model, ids, mask, latent_steps=steps, engine="native", aligner="ridge")
-        spoken = generate(model, ids, mask, max_new_tokens=3, eos_token_id=None, engine="native")
+        together = latent_generate(model, ids, mask, latent_steps=steps, weights=weights, aligner="ridge")
+        spoken = generate(model, ids, mask, max_new_tokens=3, eos_token_id=None, weights=weights)
         row = len(lengths) - 1
         patch.setenv("LATENTMAS_NUM_THREADS", "1")
         own = ids[row : row + 1, mask[row].bool()]
-        alone = latent_generate(model, own, latent_steps=steps, engine="native", aligner="ridge")
+        alone = latent_generate(model, own, latent_steps=steps, weights=weights, aligner="ridge")
         assert torch.equal(alone.latents[0], together.latents[row])
         assert torch.equal(alone.last_hidden[0], together.last_hidden[row])
-        text = generate(model, own, max_new_tokens=3, eos_token_id=None, engine="native")
+        text = generate(model, own, max_new_tokens=3, eos_token_id=None, weights=weights)
         assert torch.equal(text.sequences[0, -3:], spoken.sequences[row, -3:])
 
 
@@ -345,6 +346,35 @@ def test_samples_what_the_op_would():
         want = sample_reference(logits, True, 0.8, 20, 0.9, seed, step)
         assert tokens[:, step].tolist() == want.tolist()
         logits = engine.extend(cache, Prompt(torch.ones(2, dtype=torch.int64), want[:, None]), logits=True)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error_and_no_token(do_sample, fault):
+    model = tiny_model("llama")
+    engine = NativeEngine(model, Architecture.of(model))
+    cache = LatentCache.for_model(Architecture.of(model), 2, 4)
+    logits = torch.randn(2, 97)
+    logits[1] = fault
+    with pytest.raises(ValueError, match="the logits hold NaN or Inf"):
+        engine.speak(cache, logits, Decoding(2, 0, do_sample, 1.0, 5, 0.9, ends=[], padding=0), None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    vocabulary=st.integers(2, 900),
+    top_k=st.integers(0, 950),
+    top_p=st.sampled_from([0.1, 0.7, 0.99, 1.0]),
+    distinct=st.sampled_from([3, 50, 10**6]),
+    seed=st.integers(0, 2**40),
+)
+def test_hypothesis_draws_as_the_reference(vocabulary, top_k, top_p, distinct, seed):
+    """With many equal logits and few, fewer blocks than top-k and more."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, distinct, (3, vocabulary), generator=draw).float() * (8 / distinct)
+    native_sampling = native.extension().Sampling(True, 0.8, top_k, top_p, seed)
+    got = native.extension().sample(logits.data_ptr(), 3, vocabulary, native_sampling, 7)
+    assert got == sample_reference(logits, True, 0.8, top_k, top_p, seed, 7).tolist()
 
 
 # ---- int8 ----------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_native_equals_reference(size, dtype):
     assert_as_good_as_torch(realign, hidden, None, 0.7)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 @needs_extension
 def test_every_instruction_set(isa):
     """The tests above once more in a process that is told which instruction set to use."""

