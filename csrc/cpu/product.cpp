@@ -69,7 +69,8 @@ void dots(const W* weight, std::int64_t n, const X* x, std::int64_t x_stride, co
   for (; i + kStep <= n; i += kStep) {
     if (fetch.passes && --until == 0) {
       until = fetch.passes;
-      for (int r = 0; r < R; ++r)
+      const bool begins_line = kStep * sizeof(W) >= 64 || i * sizeof(W) % 64 == 0;
+      for (int r = 0; begins_line && r < R; ++r)
         for (std::size_t byte = 0; byte < kStep * sizeof(W); byte += 64)
           prefetch(reinterpret_cast<const char*>(weight + r * n + i) + fetch.bytes + byte, fetch.passes == 1);
     }
