@@ -6,9 +6,12 @@
 
 #include "kernels.h"
 
-#if defined(LATENTMAS_X86) && defined(__linux__)
+#if defined(LATENTMAS_X86)
+#include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace latentmas {
@@ -20,6 +23,13 @@ struct Isa {
 };
 
 #ifdef LATENTMAS_X86
+// Tiles and their bf16 products; clang 14 does not know the names for __builtin_cpu_supports.
+bool has_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kProducts = 1u << 22;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kProducts);
+}
+
 // Linux lends the tile registers to a process that asks for them, for all of its threads.
 bool may_use_tiles() {
 #ifdef __linux__
@@ -38,7 +48,7 @@ std::vector<Isa> find() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     if (__builtin_cpu_supports("avx512bf16")) {
-      if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
+      if (has_tiles() && may_use_tiles())
         found.push_back({"amx", &amx::kernels});
       found.push_back({"avx512bf16", &avx512bf16::kernels});
     }

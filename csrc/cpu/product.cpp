@@ -2,6 +2,8 @@
 
 #if defined(LATENTMAS_TILES)
 #include "product_tiles.h"
+#elif defined(__AVX512BF16__)
+#define LATENTMAS_HALVES 1
 #endif
 
 namespace latentmas {
@@ -21,7 +23,7 @@ constexpr int kBlockRows = 4, kBlockCols = 3;
 static_assert(kBlockRows <= kLanes && kBlockRows <= kMostBlockRows, "a block's outputs are one vector");
 // Operand rows from which a product in a bf16 model rounds its operand to bf16, as transformers does. Below, a step waits
 // for memory all the same, and activations stay float32.
-constexpr std::int64_t kHalvesRows = 5;
+[[maybe_unused]] constexpr std::int64_t kHalvesRows = 5;
 // Bytes ahead that are prefetched: the next block of rows where that fits the first cache beside this one.
 constexpr std::int64_t kBlockBytes = 16 * 1024, kNearBytes = 4096;
 
@@ -42,7 +44,7 @@ inline void multiply(const W* weight, const float* x, std::int64_t x_stride, Vec
     sums[c] = fma(b, load(x + c * x_stride + kLanes), sums[c]);
   }
 }
-#if defined(__AVX512BF16__)
+#if defined(LATENTMAS_HALVES)
 template <int C>
 inline void multiply(const bf16* weight, const bf16* x, std::int64_t x_stride, Vec (&sums)[C]) {
   const Halves a = load_halves(weight);
@@ -120,7 +122,7 @@ template <typename W, typename X>
 inline Rows<W> rows_for(const X*, const W* from, std::int64_t, std::int64_t n, std::int64_t, void*) {
   return {from, n, true};
 }
-#if defined(__AVX512BF16__)
+#if defined(LATENTMAS_HALVES)
 inline Rows<bf16> rows_for(const bf16*, const int8* from, std::int64_t rows, std::int64_t n, std::int64_t ahead, void* space) {
   bf16* to = static_cast<bf16*>(space);
   const std::int64_t stride = padded(n);
@@ -178,7 +180,7 @@ void product_rows(const Weight& weight, const Operand& operand, const Result& y,
 Layout layout_for(const Weight& weight, std::int64_t rows, DType model) {
 #if defined(LATENTMAS_TILES)
   if (model == DType::bf16 && weight.dtype != DType::f32 && rows >= kHalvesRows) return Layout::tiles;
-#elif defined(__AVX512BF16__)
+#elif defined(LATENTMAS_HALVES)
   if (model == DType::bf16 && weight.dtype != DType::f32 && rows >= kHalvesRows) return Layout::halves;
 #else
   (void)rows, (void)model;
@@ -188,7 +190,7 @@ Layout layout_for(const Weight& weight, std::int64_t rows, DType model) {
 
 void pack_row(const Operand& operand, std::int64_t r, const float* x) {
   const std::int64_t n = operand.cols, stride = padded(n);
-#if defined(__AVX512BF16__)
+#if defined(LATENTMAS_HALVES)
   if (operand.layout == Layout::halves) {
     bf16* to = reinterpret_cast<bf16*>(operand.data) + r * stride;
     for (std::int64_t i = 0; i < n; i += kStep)
@@ -228,7 +230,7 @@ void product(const Weight& weight, const Operand& x, const Result& y, const Memb
     if (weight.dtype == DType::bf16) return product_tiles<bf16>(weight, x, y, me);
     return product_tiles<int8>(weight, x, y, me);
   }
-#elif defined(__AVX512BF16__)
+#elif defined(LATENTMAS_HALVES)
   if (x.layout == Layout::halves) {
     if (weight.dtype == DType::bf16) return product_rows<bf16, bf16>(weight, x, y, me, space);
     return product_rows<int8, bf16>(weight, x, y, me, space);
