@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/checksum.h"
 #include "cpu/kernels.h"
 #include "cpu/runner.h"
 #include "cpu/sample.h"
@@ -58,8 +59,13 @@ std::vector<std::int64_t> sample_rows(Address logits, std::int64_t rows, std::in
   std::vector<float> scratch;
   for (std::int64_t row = 0; row < rows; ++row)
     tokens.push_back(sample(pointer<const float>(logits) + row * vocabulary, vocabulary, how,
-                            static_cast<std::uint32_t>(draw * 65536 + row), {}, scratch));
+                            static_cast<std::uint32_t>(draw * 65536 + row), {}, nullptr, scratch));
   return tokens;
+}
+
+std::uint64_t checksum_of(Address address, std::int64_t bytes) {
+  py::gil_scoped_release release;
+  return checksum(pointer<const void>(address), bytes);
 }
 
 // (address, out, in, address of the scales): scales make it int8.
@@ -168,11 +174,12 @@ void think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, co
 
 void speak(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address logits,
            const Sampling& sampling, std::int64_t max_new_tokens, std::int64_t min_new_tokens, const Numbers& ends,
-           Address tokens, const py::object& on_token) {
+           Address seen, Address tokens, const py::object& on_token) {
   const Between between = between_of(on_token);
   py::gil_scoped_release release;
   runner.speak(memory_of(memory), {lengths, positions}, pointer<const float>(logits),
-               {sampling, max_new_tokens, min_new_tokens, ends}, pointer<std::int64_t>(tokens), between);
+               {sampling, max_new_tokens, min_new_tokens, ends, pointer<std::uint8_t>(seen)},
+               pointer<std::int64_t>(tokens), between);
 }
 
 }  // namespace
@@ -183,10 +190,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("target_norm"), py::arg("out"), py::arg("out_dtype"), py::arg("out_row_stride"), py::arg("rows"),
         py::arg("cols_in"), py::arg("cols_out"));
   py::class_<Sampling>(m, "Sampling", "How a token is chosen; see ops/sample.py.")
-      .def(py::init([](bool draw, float temperature, std::int64_t top_k, float top_p, std::uint64_t seed) {
-             return Sampling{draw, temperature, top_k, top_p, seed};
-           }),
-           py::arg("draw"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("seed"));
+      .def(py::init([](bool draw, float temperature, std::int64_t top_k, float top_p, float min_p, float penalty,
+                       std::uint64_t seed) { return Sampling{draw, temperature, top_k, top_p, min_p, penalty, seed}; }),
+           py::arg("draw"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p") = 0.0f,
+           py::arg("penalty") = 1.0f, py::arg("seed") = 0);
   m.def("sample", &sample_rows, py::arg("logits"), py::arg("rows"), py::arg("vocabulary"), py::arg("sampling"),
         py::arg("draw"));
   py::class_<Runner>(m, "Runner", "A decoder's steps; csrc/cpu/runner.h says what the calls do.")
@@ -197,9 +204,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("aligner"), py::arg("target_norm"), py::arg("likely"), py::arg("steps"), py::arg("latents"),
            py::arg("states"), py::arg("on_step"))
       .def("speak", &speak, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("logits"),
-           py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("tokens"),
-           py::arg("on_token"))
+           py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("seen"),
+           py::arg("tokens"), py::arg("on_token"))
       .def_property_readonly("scratch_bytes", &Runner::scratch_bytes);
+  m.def("checksum", &checksum_of, py::arg("address"), py::arg("bytes"), "The sum of memory's 64-bit words.");
   m.def("available_isas", [] { return std::string(available_isas()); });
   m.def("active_isa", [] { return std::string(active_isa()); });
   m.def("threads", &team_size, "Threads that the kernels run on.");

@@ -5,6 +5,7 @@ from latentmas_kernels.architecture import UnsupportedModelError
 from latentmas_kernels.cache import LatentCache, Segment
 from latentmas_kernels.doctor import Report, doctor
 from latentmas_kernels.generation import GenerateOutput, LatentOutput, Metrics, generate, latent_generate
+from latentmas_kernels.hf import accelerate, restore
 
 __version__ = "0.1.0"
 
@@ -17,8 +18,10 @@ __all__ = [
     "Report",
     "Segment",
     "UnsupportedModelError",
+    "accelerate",
     "build_aligner",
     "doctor",
     "generate",
     "latent_generate",
+    "restore",
 ]

@@ -75,6 +75,22 @@ class Aligner:
             return realign(seed, self.weight, self.target_norm)
         return realign(self.mix(seed), None, self.target_norm)
 
+    def check_fits(self, architecture: Architecture) -> None:
+        """Raise ValueError where this was built for a model of another width, or lies on another device."""
+        width = architecture.hidden_size
+        if self.embedding is not None and self.embedding.embedding_dim != width:
+            raise ValueError(
+                f"the aligner gives embeddings of width {self.embedding.embedding_dim}; {architecture.name} needs {width}: "
+                "build it for this model with build_aligner(model)"
+            )
+        if self.weight is not None and (
+            tuple(self.weight.shape) != (width, width) or self.weight.device != architecture.device
+        ):
+            raise ValueError(
+                f"the aligner maps to and from {list(self.weight.shape)} on {self.weight.device}; {architecture.name} needs "
+                f"{[width, width]} on {architecture.device}: build it for this model with build_aligner(model)"
+            )
+
     def mix(self, logits: Tensor) -> Tensor:
         """Soft feedback before the rescale: the probability-weighted mean [B, D] of the top-k input embeddings."""
         assert self.embedding is not None

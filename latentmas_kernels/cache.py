@@ -1,6 +1,8 @@
 """LatentCache: the KV memory that agents hand on. One preallocated buffer, ragged rows, explicit positions."""
 
+import copy
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,19 +11,22 @@ from typing import Any, Literal, NamedTuple
 import psutil
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    QuantizedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from latentmas_kernels.architecture import Architecture
 
-# Exact classes: their subclasses (quantized, indexed) keep part of what they know elsewhere.
+# Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
 PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
+# quanto, HQQ and what else derives from it. Newer transformers have a wider base, for FP8, which keeps no residual.
+QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class LatentCache(Cache):
     `generate()`.
 
     Attributes:
-        keys, values: [layers, B, kv_heads, capacity, head_dim], two views of one buffer.
+        buffer: [2, layers, B, kv_heads, capacity, head_dim], keys and values.
+        keys, values: [layers, B, kv_heads, capacity, head_dim], views of it.
         lengths: int64 [B] on the CPU, slots in use.
         next_position: int64 [B] on the CPU, position of the next token. Larger than the length where slots were cut out
             and the rest kept its positions.
@@ -108,13 +114,24 @@ class LatentCache(Cache):
             )
         shape = (2, layers, batch, kv_heads, capacity, head_dim)
         _check_memory(shape, dtype, torch.device(device))
-        self._buffer = torch.empty(shape, dtype=dtype, device=device)
+        self._adopt(torch.empty(shape, dtype=dtype, device=device))
+
+    def _adopt(self, buffer: Tensor) -> None:
+        _, layers, batch, _, capacity, _ = buffer.shape
+        self._buffer = buffer
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.next_position = torch.zeros(batch, dtype=torch.int64)
-        self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=buffer.device)
         self.segments: list[Segment] = []
         self._donated = False
         super().__init__(layers=[_UniformLayer(self, index) for index in range(layers)])
+
+    @classmethod
+    def over(cls, buffer: Tensor) -> "LatentCache":
+        """An empty cache on the given memory [2, layers, B, kv_heads, capacity, head_dim], which it keeps and writes to."""
+        cache = cls.__new__(cls)
+        cache._adopt(buffer)
+        return cache
 
     @classmethod
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
@@ -128,6 +145,10 @@ class LatentCache(Cache):
             dtype=architecture.dtype,
             device=architecture.device,
         )
+
+    @property
+    def buffer(self) -> Tensor:
+        return self._buffer
 
     @property
     def keys(self) -> Tensor:
@@ -230,6 +251,42 @@ class LatentCache(Cache):
         ]
         return copy
 
+    # ---- kept on disk -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], model: Any) -> None:
+        """Write what is in use to a safetensors file, which `load` reads again, in another process too.
+
+        Args:
+            path: takes the place of a file that is there, once all is written; missing folders are made.
+            model: the causal LM that wrote this cache; its fingerprint goes into the file, and no weights.
+
+        Raises:
+            ValueError: where this cannot be the cache of that model.
+            OSError: where the file cannot be written.
+        """
+        from latentmas_kernels.cache_file import save_cache  # it needs LatentCache itself
+
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> "LatentCache":
+        """The cache of a file that `save` wrote, for the same model. Its capacity is what is in use.
+
+        On the CPU the file is mapped: keys and values are read when a call gets to them, and writing to the cache does
+        not change the file. Nothing in the file is trusted but the numbers that keys and values are; nothing is executed.
+        While the cache lives, the file may be replaced or deleted, but not be cut short by another program.
+
+        Args:
+            model: the causal LM that wrote the cache, in evaluation mode; the cache goes to its device.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: for a file that is damaged or not of this format, or that another model wrote.
+        """
+        from latentmas_kernels.cache_file import load_cache  # it needs LatentCache itself
+
+        return load_cache(path, model)
+
     # ---- writing (engines) ------------------------------------------------------------------------------------------
 
     def reserve(self, counts: Tensor, columns: int) -> Slots:
@@ -316,8 +373,9 @@ class LatentCache(Cache):
         """Copy a transformers cache, without its padding.
 
         Args:
-            cache: dynamic or static layers of keys and values. Layers that kept only their sliding window are fine:
-                what they dropped lies outside the window of every later query.
+            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that kept only their
+                sliding window are fine: what they dropped lies outside the window of every later query. Quantized ones
+                (quanto, HQQ, FP8) are dequantized; offloaded ones go back to the device that wrote them.
             attention_mask: [B, cached tokens], 0 marks padding anywhere; None says that there is none.
             capacity: slots per row; what is in use when None.
 
@@ -326,24 +384,18 @@ class LatentCache(Cache):
         """
         if isinstance(cache, LatentCache):
             return cache.fork(capacity)
-        strange = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in PLAIN_LAYERS})
+        other = [type(layer) for layer in cache.layers if not isinstance(layer, QUANTIZED_LAYER)]
+        strange = sorted({kind.__name__ for kind in other if kind not in PLAIN_LAYERS})
         if strange:
             raise ValueError(
                 f"got a {type(cache).__name__} with layers of type {', '.join(strange)}; "
-                f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))}"
+                f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))} and quantized layers"
             )
         length = int(cache.get_seq_length()) if cache.layers else 0
         if length == 0:
             raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
         layers: list[Any] = cache.layers
-        stores = [(_last(layer.keys, length), _last(layer.values, length)) for layer in layers]
-        keys = stores[0][0]
-        shapes = {(k.shape[0], k.shape[1], k.shape[3], v.shape[3]) for k, v in stores}
-        if len(shapes) > 1 or keys.shape[3] != stores[0][1].shape[3]:
-            raise ValueError(
-                f"the layers of this {type(cache).__name__} differ in shape ([batch, heads, key width, value width]: "
-                f"{sorted(shapes)}); supported is one shape for all"
-            )
+        keys, _ = _states(layers[0], length)
         batch, heads, _, width = keys.shape
         mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
         if list(mask.shape) != [batch, length]:
@@ -357,18 +409,29 @@ class LatentCache(Cache):
                 f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
             )
         own = cls(
-            layers=len(stores), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
-            dtype=keys.dtype, device=keys.device,
+            layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
+            dtype=keys.dtype, device=layers[0].device if cache.offloading else keys.device,
         )  # fmt: skip
+        device = own._buffer.device
+        if cache.offloading and device.type == "cuda":
+            torch.cuda.synchronize(device)  # layers go to the CPU without waiting for their bytes to get there
         rows, columns = (mask != 0).nonzero(as_tuple=True)
         slots = ((mask != 0).cumsum(1) - 1)[rows, columns]
-        rows, columns, slots = (t.to(keys.device) for t in (rows, columns, slots))
-        for layer, pair in enumerate(stores):
-            for store, full in zip((own.keys[layer], own.values[layer]), pair, strict=True):
+        rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
+        for index, layer in enumerate(layers):
+            pair = _states(layer, length)  # one layer at a time: quantized ones are taken for their small size
+            shapes = [[*full.shape[:2], full.shape[3]] for full in pair]
+            if shapes != [[batch, heads, width]] * 2:
+                raise ValueError(
+                    f"layer {index} of this {type(cache).__name__} holds keys and values of [batch, heads, width] {shapes}, "
+                    f"layer 0 keys of {[batch, heads, width]}; supported is one shape for all"
+                )
+            for store, full in zip((own.keys[index], own.values[index]), pair, strict=True):
+                full = full.to(device)
                 dropped = length - full.shape[2]
                 kept = columns >= dropped
                 store[rows[~kept], :, slots[~kept]] = 0
-                store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped].to(store.device)
+                store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped]
         own.positions[rows, slots] = slots
         own.lengths, own.next_position = counts, counts.clone()
         own.add_segment("prompt", torch.zeros_like(counts))
@@ -508,6 +571,22 @@ class _UniformLayer(CacheLayerMixin):
         return self._cache.capacity
 
 
-def _last(store: Tensor, length: int) -> Tensor:
-    """The filled part of a layer's [B, H, S, D]: the first `length` slots, or all of a window that has dropped some."""
-    return store[:, :, : min(length, store.shape[2])]
+def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
+    """The filled part of a transformers layer's keys and values, each [B, H, S, D], dequantized where it is quantized.
+
+    S is `length`, or less for a sliding window that has dropped some.
+    """
+    if not isinstance(layer, QUANTIZED_LAYER):
+        return layer.keys[:, :, :length], layer.values[:, :, :length]
+    # What is not quantized yet tells the shape of no tokens; where all is quantized, that has no shape.
+    states = layer.keys, layer.values
+    if layer.keys.dim() != 4:
+        states = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
+    # An update by no tokens gives the whole states. It binds the layer's fields anew and may quantize again: to a copy.
+    keys, values = copy.copy(layer).update(states[0][:, :, :0], states[1][:, :, :0])
+    if keys.shape[2] != length:
+        raise ValueError(
+            f"a {type(layer).__name__} counts {length} tokens and holds {keys.shape[2]}, as after a crop(), which "
+            "quantized layers do not support; pass a cache that was not cropped"
+        )
+    return keys, values

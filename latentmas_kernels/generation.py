@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
+    EosTokenCriteria,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
@@ -20,7 +21,8 @@ from transformers import (
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.architecture import Architecture, check_finite_weights
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines import Decoding, Engine, Speaker, open_engine
+from latentmas_kernels.engines import Decoding, Speaker, open_engine
+from latentmas_kernels.engines.stepwise import speak_stepwise
 from latentmas_kernels.prompt import Prompt, read_prompt
 
 
@@ -151,7 +153,9 @@ def latent_generate(
     check_finite_weights(model)
     if isinstance(aligner, str):
         aligner = build_aligner(model, aligner)
-    _check_aligner(aligner, architecture)
+    if not isinstance(aligner, Aligner):
+        raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
+    aligner.check_fits(architecture)
     cache = _cache(architecture, prompt, past, capacity)
     metrics = Metrics(runner.name, aligner.kind, setup_seconds=clock.lap())
 
@@ -159,14 +163,14 @@ def latent_generate(
         start = cache.lengths
         seed = runner.extend(cache, prompt, logits=aligner.needs_logits and latent_steps > 0)
         cache.add_segment("prompt", start)
-        _check_finite(seed, "prompt")
+        check_finite_states(seed, "prompt")
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
 
         start = cache.lengths
         latents, last_hidden = runner.think(cache, seed, aligner, latent_steps, on_step)
         if latent_steps:
             cache.add_segment("latent", start)
-        _check_finite(last_hidden, "latent steps")
+        check_finite_states(last_hidden, "latent steps")
         metrics.latent_tokens, metrics.latent_seconds = latent_steps * len(seed), clock.lap()
     metrics.kv_bytes = cache.kv_bytes
     return LatentOutput(cache, latents, last_hidden, metrics)
@@ -206,7 +210,8 @@ def generate(
         eos_token_id: ends a row; "auto" takes the model's generation_config, None never stops.
         pad_token_id: fills behind ended rows; None takes the model's, or its end-of-sequence token.
         streamer: gets `put(ids)` for the prompt and then each step's tokens [B], and `end()`.
-        logits_processor, stopping_criteria: called with the sequences so far, prompt included (not the past).
+        logits_processor, stopping_criteria: called with the sequences so far, prompt included (not the past);
+            criteria get None for the scores, as in transformers where none are kept.
 
     Returns:
         GenerateOutput.
@@ -243,7 +248,7 @@ def generate(
         start = cache.lengths
         logits = runner.extend(cache, prompt, logits=True)
         cache.add_segment("prompt", start)
-        _check_finite(logits, "prompt")
+        check_finite_states(logits, "prompt")
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
         start = cache.lengths
         alone = not (logits_processor or stopping_criteria)
@@ -257,9 +262,13 @@ def generate(
             new = decoding.lengths(tokens)
             stopped = torch.isin(tokens.cpu()[torch.arange(len(new)), new - 1], torch.tensor(ends, dtype=torch.int64))
         else:
-            sequences, new, stopped = _speak_on_host(
-                runner, cache, sequences, logits, decoding, processors, stopping_criteria, streamer
-            )
+            criteria = StoppingCriteriaList([EosTokenCriteria(ends)] if ends else [])
+            criteria.extend(stopping_criteria or [])
+            spoken = speak_stepwise(
+                runner, cache, sequences, logits, processors, criteria,
+                max_new_tokens=max_new_tokens, do_sample=do_sample, padding=pad_token_id, streamer=streamer,
+            )  # fmt: skip
+            sequences, new, stopped = spoken.sequences, spoken.new_tokens, spoken.stopped
         if bool((cache.lengths > start).any()):
             cache.add_segment("text", start)
         metrics.decode_tokens, metrics.decode_seconds = int(new.sum()), clock.lap()
@@ -269,43 +278,6 @@ def generate(
     return GenerateOutput(
         sequences, cache, metrics, new.tolist(), ["stop" if done else "length" for done in stopped.tolist()]
     )
-
-
-def _speak_on_host(
-    runner: Engine,
-    cache: LatentCache,
-    sequences: Tensor,
-    logits: Tensor,
-    decoding: Decoding,
-    processors: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList | None,
-    streamer: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One `extend` per token, with transformers' processors and criteria in between.
-
-    Returns:
-        The sequences with the new tokens, each row's number of them, and whether the row stopped by itself.
-    """
-    running = active = torch.ones(len(sequences), dtype=torch.bool, device=sequences.device)
-    counts = torch.zeros(len(sequences), dtype=torch.int64, device=sequences.device)
-    end_ids = torch.tensor(decoding.ends, dtype=torch.int64, device=sequences.device)
-    for step in range(decoding.max_new_tokens):
-        scores = processors(sequences, logits.float())  # type: ignore[arg-type]
-        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if decoding.do_sample else scores.argmax(-1)
-        tokens = torch.where(active, tokens, decoding.padding)
-        counts += active
-        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        running = running & ~torch.isin(tokens, end_ids)
-        if stopping_criteria:
-            running = running & ~stopping_criteria(sequences, scores)
-        if step + 1 == decoding.max_new_tokens or not running.any():
-            break
-        if decoding.ends:  # as in transformers: without such tokens, rows that a criterion stopped go on with the batch
-            active = running
-        logits = runner.extend(cache, Prompt(active.long().cpu(), tokens[:, None]), logits=True)
-    return sequences, counts.cpu(), ~running.cpu()
 
 
 def _capacity(
@@ -342,25 +314,7 @@ def _cache(architecture: Architecture, prompt: Prompt, past: LatentCache | None,
     return LatentCache.for_model(architecture, len(prompt.counts), capacity) if past is None else past.take(capacity)
 
 
-def _check_aligner(aligner: Aligner, architecture: Architecture) -> None:
-    if not isinstance(aligner, Aligner):
-        raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
-    width = architecture.hidden_size
-    if aligner.embedding is not None and aligner.embedding.embedding_dim != width:
-        raise ValueError(
-            f"the aligner gives embeddings of width {aligner.embedding.embedding_dim}; {architecture.name} needs {width}: "
-            "build it for this model with build_aligner(model)"
-        )
-    if aligner.weight is not None and (
-        tuple(aligner.weight.shape) != (width, width) or aligner.weight.device != architecture.device
-    ):
-        raise ValueError(
-            f"the aligner maps to and from {list(aligner.weight.shape)} on {aligner.weight.device}; {architecture.name} "
-            f"needs {[width, width]} on {architecture.device}: build it for this model with build_aligner(model)"
-        )
-
-
-def _check_finite(result: Tensor, where: str) -> None:
+def check_finite_states(result: Tensor, where: str) -> None:
     """One read back per phase, not per step: what is NaN stays NaN in the steps behind it."""
     finite = result.isfinite().all(dim=-1)
     if not bool(finite.all()):

@@ -9,6 +9,7 @@ a LoRA or quantised layers change what it finds, and `Weights.addresses` tells w
 """
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ PASSIVE_HOOKS = "transformers.utils.output_capturing"
 # What a plain model is built from, besides linear layers and embeddings. An adapter or a quantised layer is something else.
 OWN_MODULES = ("transformers.models.", "transformers.activations")
 PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
+MERGED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_merging = threading.Lock()  # two threads that merge at once would each make a copy
 
 
 class NotPackable(Exception):
@@ -122,8 +125,9 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
     layers = []
     for module, window in zip(decoder.layers, architecture.windows, strict=True):
         attention, mlp = module.self_attn, module.mlp
-        qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up, gate_up_bias = _merged(mlp.gate_proj, mlp.up_proj)
+        with _merging:
+            qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+            gate_up, gate_up_bias = _merged(mlp.gate_proj, mlp.up_proj)
         normed = hasattr(attention, "q_norm")
         layers.append(
             Layer(
@@ -169,9 +173,11 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
 @torch.no_grad()
 def unmerge(model: Any) -> None:
     """Give every parameter that is a view of a merged tensor a storage of its own again."""
-    for parameter in model.parameters():
-        if parameter.untyped_storage().nbytes() > parameter.nbytes:
-            parameter.data = parameter.data.clone()
+    with _merging:
+        for path, parameter in model.named_parameters():
+            is_view = parameter.untyped_storage().nbytes() > parameter.nbytes
+            if is_view and path.rpartition(".")[0].endswith(MERGED):
+                parameter.data = parameter.data.clone()
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

@@ -9,9 +9,11 @@ import torch
 from conftest import ragged, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache, cache_utils
+from transformers.cache_utils import DynamicIndexedLayer, QuantizedLayer
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from latentmas_kernels import LatentCache, Segment, latent_generate
+from latentmas_kernels import LatentCache, Segment, generate, latent_generate
 
 SHAPE = {"layers": 2, "kv_heads": 2, "head_dim": 4, "dtype": torch.float32}
 
@@ -233,18 +235,163 @@ def test_deepcopy_is_independent():
 
 
 def test_other_kinds_of_caches_are_refused_by_name():
-    quantized = QuantizedCache.__new__(QuantizedCache)
-    layer = type("QuantoQuantizedLayer", (), {})()
-    quantized.layers = [layer]
-    with pytest.raises(ValueError, match="QuantoQuantizedLayer.*supported are DynamicLayer"):
-        LatentCache.from_hf(quantized)
+    with pytest.raises(ValueError, match="DynamicIndexedLayer; supported are DynamicLayer.* and quantized layers"):
+        LatentCache.from_hf(Cache(layers=[Int8Layer(), DynamicIndexedLayer()]))
     with pytest.raises(ValueError, match="empty DynamicCache"):
         LatentCache.from_hf(DynamicCache())
+    with pytest.raises(ValueError, match="empty Cache"):
+        LatentCache.from_hf(Cache(layers=[Int8Layer()]))
     keys = torch.zeros(2, 2, 5, 4)
     with pytest.raises(ValueError, match=r"must be \[2, 5\].*got \[2, 4\]"):
         LatentCache.from_hf(DynamicCache(ddp_cache_data=[(keys, keys)]), torch.ones(2, 4))
+    wide = torch.zeros(2, 2, 5, 8)
+    for pairs, layer in (([(keys, keys), (wide, wide)], 1), ([(keys, wide)], 0)):
+        with pytest.raises(ValueError, match=rf"layer {layer} of this DynamicCache.*supported is one shape for all"):
+            LatentCache.from_hf(DynamicCache(ddp_cache_data=pairs))
     with pytest.raises(ValueError, match="sizes of at least 1"):
         LatentCache(batch=0, capacity=8, **SHAPE)
+
+
+# ---- quantized caches ----------------------------------------------------------------------------------------------
+
+
+class Int8Layer(QuantizedLayer):
+    """A quantized layer that needs no other package: 8 bits and one scale per tensor."""
+
+    def _quantize(self, tensor, axis):
+        scale = tensor.abs().amax() / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, quantized):
+        return quantized[0].to(self.dtype) * quantized[1]
+
+
+def int8_cache(model, **options):
+    return Cache(layers=[Int8Layer(**options) for _ in range(model.config.num_hidden_layers)])
+
+
+def backend(name, available, **options):
+    reason = f"transformers has no {name} cache here"
+    return pytest.param(
+        lambda model: QuantizedCache(name, model.config, **options),
+        id=name,
+        marks=pytest.mark.skipif(not available, reason=reason),
+    )
+
+
+QUANTIZED = [
+    pytest.param(int8_cache, id="int8"),
+    backend("fp8", hasattr(cache_utils, "Fp8QuantizedLayer")),
+    backend("quanto", is_optimum_quanto_available(), q_group_size=16),
+    backend("hqq", is_hqq_available(), q_group_size=16, axis_key=1, axis_value=1),
+]
+
+
+def states_of(cache):
+    """What the model attends to at its next token, per layer. The cache has it then."""
+    states = []
+    for layer in cache.layers:
+        token = torch.zeros(2, 2, 1, 16, dtype=layer.dtype)
+        states.append([full[:, :, :-1] for full in layer.update(token, token)])
+    return states
+
+
+def tensors_in(thing):
+    if type(thing) is torch.Tensor:  # quanto's own kind of tensor cannot be copied
+        return [thing]
+    if isinstance(thing, tuple | list):
+        return [t for part in thing for t in tensors_in(part)]
+    return [t for part in thing.values() for t in tensors_in(part)] if isinstance(thing, dict) else []
+
+
+@pytest.mark.parametrize("parts", [[12], [12, 1], [12, 3, 1, 1], [12, 1, 1, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("make", QUANTIZED)
+@torch.no_grad()
+def test_quantized_caches_are_read_as_the_model_reads_them(model, make, parts):
+    """Whether all of it is quantized, or some is yet to be; the cache that was given stays as it was."""
+    past = make(model)
+    for index, columns in enumerate(parts):
+        model(ragged([columns, columns], seed=index)[0], past_key_values=past, use_cache=True)
+    fields = [dict(vars(layer)) for layer in past.layers]
+    content = [[t.clone() for t in tensors_in(f)] for f in fields]
+    cache = LatentCache.from_hf(past)
+    for layer, before, tensors in zip(past.layers, fields, content, strict=True):
+        assert vars(layer).keys() == before.keys()
+        assert all(vars(layer)[name] is before[name] for name in before)
+        assert all(torch.equal(a, b) for a, b in zip(tensors_in(before), tensors, strict=True))
+    assert cache.lengths.tolist() == [sum(parts)] * 2
+    for index, (keys, values) in enumerate(states_of(past)):
+        assert torch.equal(cache.keys[index], keys)
+        assert torch.equal(cache.values[index], values)
+
+
+@pytest.mark.parametrize("residual_length", [0, 1, 3, 4, 5])
+@torch.no_grad()
+def test_reading_a_quantized_cache_does_not_quantize_it_again(model, residual_length):
+    """One token before the residual is full, and where there is none: an update by nothing quantizes there."""
+    past = int8_cache(model, residual_length=residual_length)
+    for columns in (12, 1, 1, 1):
+        model(ragged([columns, columns])[0], past_key_values=past, use_cache=True)
+    before = [layer._quantized_keys for layer in past.layers]
+    cache = LatentCache.from_hf(past)
+    assert all(layer._quantized_keys is kept for layer, kept in zip(past.layers, before, strict=True))
+    assert all(torch.equal(cache.keys[index], keys) for index, (keys, _) in enumerate(states_of(past)))
+
+
+@torch.no_grad()
+def test_calls_go_on_from_quantized_caches(model):
+    """As they do from the dequantized states, padding and all."""
+    past, (ids, mask) = int8_cache(model), ragged([12, 7])
+    model(ids, attention_mask=mask, past_key_values=past, use_cache=True)
+    more, more_mask = ragged([3, 5], seed=2)
+    both = torch.cat([mask, more_mask], 1)
+
+    def calls(past):
+        thought = latent_generate(model, more, both, past_key_values=past, latent_steps=3, aligner="ridge")
+        said = generate(model, more, both, past_key_values=past, max_new_tokens=6, eos_token_id=None)
+        return thought.latents, said.sequences, thought.past_key_values.lengths.tolist()
+
+    ours = calls(past)
+    theirs = calls(DynamicCache(ddp_cache_data=[tuple(pair) for pair in states_of(past)]))
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert ours[2] == [18, 15]
+
+
+@pytest.mark.skipif(not hasattr(Int8Layer, "_apply_pending_reorder"), reason="transformers reorders at once here")
+@torch.no_grad()
+def test_rows_that_wait_to_be_reordered_are(model):
+    past = int8_cache(model)
+    for columns in (12, 2):
+        model(ragged([columns, columns])[0], past_key_values=past, use_cache=True)
+    straight = LatentCache.from_hf(past)
+    past.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(LatentCache.from_hf(past).buffer, straight.select([1, 0]).buffer)
+
+
+@torch.no_grad()
+def test_a_quantized_cache_that_lost_count_is_refused(model):
+    """transformers cuts its residual and keeps the count."""
+    past = int8_cache(model)
+    for columns in (12, 3):
+        model(ragged([columns, columns])[0], past_key_values=past, use_cache=True)
+    for layer in past.layers:
+        layer.crop(-2)
+    with pytest.raises(ValueError, match="Int8Layer counts 15 tokens and holds 13, as after a crop"):
+        LatentCache.from_hf(past)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from CUDA devices only")
+@torch.no_grad()
+def test_an_offloaded_cache_goes_back_to_its_device(model):
+    model.to("cuda")
+    plain, offloaded = DynamicCache(config=model.config), DynamicCache(config=model.config, offloading=True)
+    ids = ragged([12, 12])[0].to("cuda")
+    for past in (plain, offloaded):
+        model(ids, past_key_values=past, use_cache=True)
+    ours = LatentCache.from_hf(offloaded)
+    assert ours.buffer.device.type == "cuda"
+    assert torch.equal(ours.buffer, LatentCache.from_hf(plain).buffer)
 
 
 # ---- memory of the machine -----------------------------------------------------------------------------------------

@@ -372,7 +372,7 @@ def test_hypothesis_draws_as_the_reference(vocabulary, top_k, top_p, distinct, s
     """With many equal logits and few, fewer blocks than top-k and more."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, distinct, (3, vocabulary), generator=draw).float() * (8 / distinct)
-    native_sampling = native.extension().Sampling(True, 0.8, top_k, top_p, seed)
+    native_sampling = native.extension().Sampling(True, 0.8, top_k, top_p, seed=seed)
     got = native.extension().sample(logits.data_ptr(), 3, vocabulary, native_sampling, 7)
     assert got == sample_reference(logits, True, 0.8, top_k, top_p, seed, 7).tolist()
 

@@ -248,8 +248,10 @@ void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, 
       const float* row = n ? spoken.data() + static_cast<std::int64_t>(i) * vocabulary : logits + b * vocabulary;
       // One number per draw and row of the batch, whichever rows have ended before it.
       const std::uint32_t counter = static_cast<std::uint32_t>(n * 65536 + b);
+      std::uint8_t* seen = how.seen ? how.seen + b * vocabulary : nullptr;
       const std::int64_t token =
-          sample(row, vocabulary, how.sampling, counter, n < how.min_new_tokens ? how.ends : none, scratch);
+          sample(row, vocabulary, how.sampling, counter, n < how.min_new_tokens ? how.ends : none, seen, scratch);
+      if (seen) seen[token] = 1;
       tokens[b * how.max_new_tokens + n] = token;
       if (std::find(how.ends.begin(), how.ends.end(), token) != how.ends.end()) continue;
       going.push_back(b);

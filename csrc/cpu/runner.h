@@ -31,6 +31,7 @@ struct Speaking {
   Sampling sampling;
   std::int64_t max_new_tokens = 0, min_new_tokens = 0;
   std::vector<std::int64_t> ends;
+  std::uint8_t* seen = nullptr;  // [B, vocabulary], not 0 where a penalty applies; chosen tokens are marked. Null: no penalty
 };
 
 // Calls may come from several threads, and out of `between`: each has a workspace of its own while it runs, and the steps of

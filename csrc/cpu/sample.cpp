@@ -91,10 +91,12 @@ float top_p_floor(std::vector<float>& z, double top, double top_p) {
 }  // namespace
 
 std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling& how, std::uint32_t counter,
-                    const std::vector<std::int64_t>& suppressed, std::vector<float>& scratch) {
-  if (!how.draw && suppressed.empty()) return most_likely(logits, vocabulary);
+                    const std::vector<std::int64_t>& suppressed, const std::uint8_t* seen, std::vector<float>& scratch) {
+  if (!how.draw && suppressed.empty() && !seen) return most_likely(logits, vocabulary);
   std::vector<float>& z = scratch;
   z.assign(logits, logits + vocabulary);
+  for (std::int64_t i = 0; seen && i < vocabulary; ++i)
+    if (seen[i]) z[i] = z[i] < 0 ? z[i] * how.penalty : z[i] / how.penalty;
   for (const std::int64_t token : suppressed)
     if (token >= 0 && token < vocabulary) z[token] = kNever;
   const std::int64_t best = most_likely(z.data(), vocabulary);
@@ -111,6 +113,7 @@ std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling
     for (const std::int64_t i : kept) values.push_back(z[i]);
     floor = std::max(floor, top_p_floor(values, top, how.top_p));
   }
+  if (how.min_p > 0) floor = std::max(floor, top + std::log(how.min_p));
   double whole = 0;
   for (const std::int64_t i : kept)
     if (z[i] >= floor) whole += std::exp(static_cast<double>(z[i]) - top);

@@ -87,41 +87,50 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
     Raises:
         ValueError: for an unknown name, or an engine that was asked for and does not cover the model.
     """
+    check_engine_options(engine, weights)
+    if engine == "eager" and weights == "model":
+        return EagerEngine(model, architecture)
+    fast = fast_engine(engine, model, architecture, weights=weights)
+    if not isinstance(fast, str):
+        return fast
+    if weights == "int8":
+        raise ValueError(
+            f"weights='int8' runs on the native engine only, and {fast}. Use weights='model', which runs everywhere"
+        )
+    if engine != "auto":
+        raise ValueError(
+            f"engine={engine!r} does not cover this {architecture.name}: {fast}. Use engine='auto' or 'eager'"
+        )
+    warn_once(f"{architecture.name} runs on the eager engine, since {fast}")
+    return EagerEngine(model, architecture)
+
+
+def check_engine_options(engine: str, weights: str) -> None:
+    """Raise ValueError for a name that there is not."""
     if engine not in ENGINES:
         raise ValueError(f"got engine={engine!r}; supported are {', '.join(map(repr, ENGINES))}")
     if weights not in WEIGHTS:
         raise ValueError(f"got weights={weights!r}; supported are {', '.join(map(repr, WEIGHTS))}")
+
+
+def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, weights: str = "model") -> Engine | str:
+    """The engine that is faster than transformers' own loop for this model, or, as a clause, why there is none."""
     if weights == "int8":
-        reason = native.why_not(model, architecture)
-        if reason is not None or engine not in ("auto", "native"):
-            raise ValueError(
-                f"weights='int8' runs on the native engine only, and {reason or f'engine={engine!r} was asked for'}. "
-                "Use weights='model', which runs everywhere"
-            )
-        return NativeEngine(model, architecture, int8=True)
-    if engine == "eager":
-        return EagerEngine(model, architecture)
+        if engine not in ("auto", "native"):
+            return f"engine={engine!r} was asked for"
+        return native.why_not(model, architecture) or NativeEngine(model, architecture, int8=True)
     if engine == "native" or (engine == "auto" and architecture.device.type == "cpu"):
-        reason = native.why_not(model, architecture)
-        if reason is None:
-            return NativeEngine(model, architecture)
-    else:
-        reason = cuda.why_not(model, architecture)
-        if reason is None:
-            return CudaEngine(model, architecture)
-        harder = generic.why_not(model, architecture)
-        if harder is None:
-            return GenericEngine(model, architecture)
-        reason = reason if engine == "cuda" else harder
-    if engine != "auto":
-        raise ValueError(
-            f"engine={engine!r} does not cover this {architecture.name}: {reason}. Use engine='auto' or 'eager'"
-        )
-    warn_once(f"{architecture.name} runs on the eager engine, since {reason}")
-    return EagerEngine(model, architecture)
+        return native.why_not(model, architecture) or NativeEngine(model, architecture)
+    reason = cuda.why_not(model, architecture)
+    if reason is None:
+        return CudaEngine(model, architecture)
+    harder = generic.why_not(model, architecture)
+    if harder is None:
+        return GenericEngine(model, architecture)
+    return reason if engine == "cuda" else harder
 
 
 __all__ = [
     "ENGINES", "WEIGHTS", "CudaEngine", "Decoding", "EagerEngine", "Engine", "GenericEngine", "NativeEngine", "Speaker",
-    "open_engine",
+    "check_engine_options", "fast_engine", "open_engine",
 ]  # fmt: skip

@@ -200,7 +200,7 @@ class CudaEngine:
         return latents, last
 
     def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
-        if len(decoding.ends) > END_TOKENS:
+        if len(decoding.ends) > END_TOKENS or decoding.min_p or decoding.seen is not None:
             return False
         try:
             with self.state.lock:

@@ -14,6 +14,11 @@ class Decoding:
         top_k: 0 is off.
         ends: end-of-sequence tokens; none: rows end at max_new_tokens.
         padding: fills behind ended rows.
+        min_p: least share of the most likely token's probability, after top-k and top-p; 0 is off.
+        repetition_penalty: divides positive logits of the tokens that are `seen` and multiplies negative ones, before all
+            else; 1 is off.
+        seen: bool [B, V], the tokens of each row that the penalty meets; the engine marks those that it chooses. None
+            without a penalty.
     """
 
     max_new_tokens: int
@@ -24,6 +29,9 @@ class Decoding:
     top_p: float
     ends: list[int]
     padding: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seen: Tensor | None = None
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """int64 [B] on the CPU: a row's tokens up to its first end token, that one included, or all of them."""

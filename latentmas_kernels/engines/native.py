@@ -120,9 +120,13 @@ class NativeEngine:
         self.architecture = architecture
         self.weights = read_weights(model, architecture)
         key: tuple = self.weights.addresses
-        if int8:  # copies, which must follow a change in place as well
+        if int8:
+            # Copies must follow a change in place as well, and tensors do not count one that goes through `.data` (merging a
+            # LoRA does). Reading all weights once costs a call as much as one bfloat16 step.
             self.name = "native (int8)"
-            key += tuple(p._version for p in model.parameters())
+            products = [getattr(layer, name) for layer in self.weights.layers for name in PRODUCTS]
+            checksum = native.extension().checksum
+            key += tuple(checksum(w.data_ptr(), w.nbytes) for w in [*products, self.weights.lm_head])
         states = _states.setdefault(model, {})
         if int8 not in states or states[int8].key != key:
             states[int8] = State(self.weights, key, int8=int8)
@@ -202,11 +206,14 @@ class NativeEngine:
                 temperature=decoding.temperature,
                 top_k=decoding.top_k,
                 top_p=decoding.top_p,
+                min_p=decoding.min_p,
+                penalty=decoding.repetition_penalty,
                 seed=int(torch.randint(2**62, ()).item()) if decoding.do_sample else 0,
             ),
             max_new_tokens=decoding.max_new_tokens,
             min_new_tokens=decoding.min_new_tokens,
             ends=decoding.ends,
+            seen=0 if decoding.seen is None else decoding.seen.data_ptr(),
             tokens=tokens.data_ptr(),
             on_token=None if on_tokens is None else lambda step: on_tokens(tokens[:, step].clone()),
         )

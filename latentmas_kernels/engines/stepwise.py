@@ -1,10 +1,12 @@
-"""Latent steps one `extend` at a time: for engines, and kinds of feedback, that have no loop of their own."""
+"""Steps one `extend` at a time: for engines, kinds of feedback and ways to choose tokens that have no loop of their own."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache import LatentCache
@@ -30,3 +32,78 @@ def think_stepwise(
         prompt = Prompt(one_each, inputs_embeds=latents[:, step : step + 1])
         seed = engine.extend(cache, prompt, logits=aligner.needs_logits and step + 1 < steps)
     return latents, seed
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What `speak_stepwise` decoded.
+
+    Attributes:
+        sequences: int64 [B, T + n], what it was given and the new tokens; behind a row's end the padding token.
+        new_tokens: int64 [B] on the CPU, how many are a row's own.
+        stopped: bool [B] on the CPU, whether a criterion ended the row.
+        scores, logits: float32 [B, V] per new token, with and without the processors; None where not recorded.
+    """
+
+    sequences: Tensor
+    new_tokens: Tensor
+    stopped: Tensor
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+
+
+def speak_stepwise(
+    engine: Any,
+    cache: LatentCache,
+    sequences: Tensor,
+    logits: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    *,
+    max_new_tokens: int,
+    do_sample: bool,
+    padding: int | None,
+    streamer: Any = None,
+    record_scores: bool = False,
+    record_logits: bool = False,
+    feed_ended: bool = False,
+) -> Spoken:
+    """Decode text in the order of transformers' own loop, so that its processors and criteria mean the same here.
+
+    Args:
+        sequences: int64 [B, T], what processors and criteria see before the first new token.
+        logits: [B, V], of each row's last position.
+        padding: token behind a row's end. Needed where a criterion has an `eos_token_id`; as in transformers, rows that other
+            criteria stopped go on with the batch.
+        streamer: gets `put(tokens [B])` for each step.
+        feed_ended: feed the padding of ended rows as well, as transformers does: what is recorded and cached for them is
+            then the same.
+    """
+    batch, device = len(sequences), sequences.device
+    running = active = torch.ones(batch, dtype=torch.bool, device=device)
+    counts = torch.zeros(batch, dtype=torch.int64, device=device)
+    ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    scores: tuple[Tensor, ...] | None = () if record_scores else None
+    raw: tuple[Tensor, ...] | None = () if record_logits else None
+    for step in range(max_new_tokens):
+        logits = logits.float()
+        processed = processors(sequences, logits)  # type: ignore[arg-type]
+        scores = None if scores is None else (*scores, processed)
+        raw = None if raw is None else (*raw, logits)
+        tokens = torch.multinomial(processed.softmax(-1), 1)[:, 0] if do_sample else processed.argmax(-1)
+        if ends_rows:
+            assert padding is not None
+            tokens = torch.where(active, tokens, padding)
+        counts += active
+        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        if criteria:
+            running = running & ~criteria(sequences, scores)
+        if step + 1 == max_new_tokens or not running.any():
+            break
+        if ends_rows:
+            active = running
+        fed = torch.ones_like(active) if feed_ended else active
+        logits = engine.extend(cache, Prompt(fed.long().cpu(), tokens[:, None]), logits=True)
+    return Spoken(sequences, counts.cpu(), ~running.cpu(), scores, raw)

@@ -1,0 +1,286 @@
+"""A LatentCache in a file: what is saved, which model it belongs to, and how a file of unknown origin is read.
+
+The file is safetensors, so it holds numbers and text and nothing that is executed:
+
+    kv             [2, layers, B, kv_heads, S, head_dim]   keys and values of the first S slots, S the longest row's length
+    lengths        int64 [B]
+    next_position  int64 [B]
+    positions      int64 [B, S]
+    metadata       "latentmas": JSON with the format, the model's fingerprint and description, and the segments
+
+What lies behind a row's length is zero in `kv` and `positions`.
+"""
+
+import hashlib
+import json
+import os
+import reprlib
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import LatentCache, Segment
+from latentmas_kernels.storage import whole_file
+
+FORMAT = "latentmas-cache-1"
+TENSORS = ("kv", "lengths", "next_position", "positions")
+FACTS = {"format", "fingerprint", "model", "segments"}
+KINDS = get_args(get_type_hints(Segment)["kind"])
+HEADER_LIMIT = (
+    16 * 2**20
+)  # bytes; JSON becomes objects twenty times its size, which a hostile file could exhaust memory with
+POSITION_LIMIT = 2**31 - 1
+SAMPLES = 64  # elements of each parameter that the fingerprint looks at
+# Fields of a configuration that say nothing about keys and values: where it came from, how it is run, what ends a text.
+VOLATILE = {
+    "transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype",
+    "_attn_implementation", "attn_implementation", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states", "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> None:
+    """`LatentCache.save`."""
+    architecture = Architecture.of(model)
+    _, layers, batch, heads, _, width = cache.buffer.shape
+    got = _description("cache", layers, heads, width, cache.buffer.dtype)
+    want = _description("cache", architecture.layers, architecture.kv_heads, architecture.head_dim, architecture.dtype)
+    if got != want:
+        raise ValueError(f"got a {got}, {architecture.name} writes a {want}; pass the model that wrote this cache")
+    facts = json.dumps(
+        {
+            "format": FORMAT,
+            "fingerprint": model_fingerprint(model),
+            "model": _describe(architecture),
+            "segments": [vars(segment) for segment in cache.segments],
+        }
+    )
+    if len(facts) > HEADER_LIMIT // 2:  # its quotes are escaped once more in the header
+        raise ValueError(
+            f"this cache has {len(cache.segments)} segments of {batch} rows; their list may take up to "
+            f"{HEADER_LIMIT // 2**21} MB in a file and takes {len(facts) / 2**20:.0f}: save fewer rows at a time (select)"
+        )
+    slots = max(1, int(cache.lengths.max()))
+    own = LatentCache(
+        layers=layers, batch=batch, kv_heads=heads, capacity=slots, head_dim=width, dtype=cache.buffer.dtype
+    )
+    for layer in range(layers):  # one at a time: a device makes a temporary of what leaves it
+        own.keys[layer].copy_(cache.keys[layer, :, :, :slots])
+        own.values[layer].copy_(cache.values[layer, :, :, :slots])
+    positions = cache.positions[:, :slots].to("cpu", copy=True)
+    for row, length in enumerate(cache.lengths.tolist()):  # what lies behind is whatever the memory held before
+        own.buffer[:, :, row, :, length:] = 0
+        positions[row, length:] = 0
+    tensors = {
+        "kv": own.buffer,
+        "lengths": cache.lengths,
+        "next_position": cache.next_position.clone(),  # the format takes no two tensors of one memory
+        "positions": positions,
+    }
+    with whole_file(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"latentmas": facts})
+
+
+def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
+    """`LatentCache.load`."""
+    path = Path(path)
+    architecture = Architecture.of(model)
+    facts, tensors = _read(path)
+    kv = tensors.pop("kv")
+    _check_model(path, facts, kv, model, architecture)
+    _, _, batch, _, slots, _ = kv.shape
+    # Copies: what was checked stays so, whatever happens to the file.
+    lengths, next_position, positions = (tensors[name].clone() for name in TENSORS[1:])
+    _check_rows(path, batch, slots, lengths, next_position, positions)
+    segments = _segments(path, facts["segments"], lengths.tolist())
+
+    if architecture.device.type == "cpu":
+        cache = LatentCache.over(kv)
+    else:
+        cache = LatentCache.for_model(architecture, batch, slots)
+        cache.buffer.copy_(kv)
+    cache.lengths, cache.next_position, cache.segments = lengths, next_position, segments
+    cache.positions = positions.to(architecture.device)
+    return cache
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def model_fingerprint(model: Any) -> str:
+    """sha256 over what decides what keys and values mean: the configuration and a sample of the weights.
+
+    The sample is up to 64 elements of every parameter, evenly spaced, as float32: milliseconds where all weights would
+    take seconds. Whatever touches whole matrices is seen: a training step, a merged adapter, another checkpoint. Not seen
+    are changes of single elements or rows between the samples (one added token, say), changes that the dtype rounds away
+    in all of them, weights swapped on purpose, and hooks or a forward() of the caller's own.
+
+    The same before and after saving and loading, merging of the weights by the engines, and a subclass set on the model.
+    Not the same across dtypes that round differently, nor across versions of transformers that give the configuration
+    other fields.
+
+    Raises:
+        ValueError: where weights are not in memory (offloaded to the meta device).
+    """
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in VOLATILE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise ValueError(
+                f"the weight {name} of {type(model).__name__} is on the meta device; a fingerprint needs all weights in "
+                "memory: load the model without offloading"
+            )
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        size = parameter.numel()
+        count = min(SAMPLES, size)
+        # From the first element to the last: steps of size / count would stay in one column of most matrices.
+        places = torch.arange(count) * (size - 1) // max(count - 1, 1)
+        sample = parameter[torch.unravel_index(places.to(parameter.device), parameter.shape)]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe(architecture: Architecture) -> str:
+    return _description(
+        architecture.name, architecture.layers, architecture.kv_heads, architecture.head_dim, architecture.dtype
+    )
+
+
+def _description(name: str, layers: int, heads: int, width: int, dtype: torch.dtype) -> str:
+    return f"{name} of {layers} layers, {heads} KV heads of {width}, {dtype}"
+
+
+def _check_model(path: Path, facts: dict[str, Any], kv: Tensor, model: Any, architecture: Architecture) -> None:
+    """Raise ValueError where `kv` is no keys and values, or not of this model."""
+    fingerprint, writer = facts["fingerprint"], facts["model"]
+    if not (isinstance(fingerprint, str) and len(fingerprint) == 64 and set(fingerprint) <= set("0123456789abcdef")):
+        raise _refusal(path, f"the fingerprint {reprlib.repr(fingerprint)}", "a sha256 in hexadecimal")
+    if not (isinstance(writer, str) and writer.isprintable() and len(writer) <= 200):
+        raise _refusal(path, f"the model {reprlib.repr(writer)}", "a description of up to 200 characters")
+    if kv.dim() != 6 or kv.shape[0] != 2 or min(kv.shape) < 1 or not kv.is_floating_point():
+        raise _refusal(
+            path,
+            f"keys and values {list(kv.shape)} in {kv.dtype}",
+            "[2, layers, B, kv_heads, slots, head_dim], none of them 0, in a floating point dtype",
+        )
+    another = (
+        f"{path} is the cache of another model: {writer} wrote it (fingerprint {fingerprint[:12]}), got "
+        f"{_describe(architecture)} (fingerprint {{}}). Load it with the model that wrote it, with the same weights, or let "
+        "this one read the texts itself."
+    )
+    _, layers, _, heads, _, width = kv.shape
+    if (layers, heads, width) != (architecture.layers, architecture.kv_heads, architecture.head_dim):
+        raise ValueError(another.format("not taken, the shapes differ"))
+    if kv.dtype != architecture.dtype:
+        raise ValueError(
+            f"{path} holds keys and values in {kv.dtype}, {architecture.name} computes in {architecture.dtype}; supported "
+            f"is the dtype that the model runs in: load the model with dtype={kv.dtype}"
+        )
+    own = model_fingerprint(model)
+    if fingerprint != own:
+        raise ValueError(another.format(own[:12]))
+
+
+# ---- reading what may be anything ----------------------------------------------------------------------------------
+
+
+def _refusal(path: Path, found: str, supported: str) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read as a LatentCache: found {found}; supported is {supported}. "
+        "Save the cache again with LatentCache.save()."
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The facts of the metadata, whose values may still be anything, and the tensors, mapped copy-on-write."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise _refusal(path, "a folder or a device", "a safetensors file")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > size - 8:
+        raise _refusal(path, f"{size} bytes that are no safetensors file, or the first part of one", "a whole one")
+    if header > HEADER_LIMIT:
+        raise _refusal(path, f"a header of {header:,} bytes", f"up to {HEADER_LIMIT:,}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, sorted(file.keys())
+            if names != list(TENSORS):
+                raise _refusal(path, f"tensors named {reprlib.repr(names)}", f"just {', '.join(TENSORS)}")
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+    except SafetensorError as error:
+        raise _refusal(path, f"no whole safetensors file ({error})", "a whole one") from error
+    if any(tensor.data_ptr() % tensor.element_size() for tensor in tensors.values()):
+        raise _refusal(path, "tensors at odd addresses", "a header padded to a multiple of 8 bytes")
+
+    try:
+        facts = json.loads(metadata.get("latentmas", "null"))
+    except (ValueError, RecursionError) as error:
+        raise _refusal(path, f"metadata that is no JSON ({type(error).__name__})", "what save() writes") from error
+    if not isinstance(facts, dict) or "format" not in facts:
+        raise _refusal(path, "a safetensors file without the metadata of a LatentCache", f"the format {FORMAT}")
+    if facts["format"] != FORMAT:
+        raise _refusal(path, f"the format {reprlib.repr(facts['format'])}", FORMAT)
+    if set(facts) != FACTS:
+        raise _refusal(path, f"the fields {reprlib.repr(sorted(facts))}", f"{', '.join(sorted(FACTS))}")
+    return facts, tensors
+
+
+def _check_rows(path: Path, batch: int, slots: int, lengths: Tensor, next_position: Tensor, positions: Tensor) -> None:
+    """Raise ValueError where a call that goes on from these rows would leave the buffer or the positions of a model."""
+    for name, tensor, shape in (
+        ("lengths", lengths, [batch]),
+        ("next_position", next_position, [batch]),
+        ("positions", positions, [batch, slots]),
+    ):
+        if tensor.dtype != torch.int64 or list(tensor.shape) != shape:
+            raise _refusal(path, f"{name} {list(tensor.shape)} in {tensor.dtype}", f"{shape} in torch.int64")
+
+    def check(wrong: Tensor, name: str, tensor: Tensor, supported: str) -> None:
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise _refusal(path, f"{name} {reprlib.repr(tensor[row].tolist())} in row {row}", supported)
+
+    check((lengths < 0) | (lengths > slots), "the length", lengths, f"0 to the {slots} slots that there are")
+    limits = f"0 to {POSITION_LIMIT}"
+    check((next_position < 0) | (next_position > POSITION_LIMIT), "the next position", next_position, limits)
+    used = torch.arange(slots) < lengths[:, None]
+    rising = torch.cat([positions[:, :1] >= 0, positions[:, 1:] > positions[:, :-1]], dim=1)
+    check((used & ~rising).any(1), "positions", positions, "positions of at least 0 that rise from slot to slot")
+    beyond = (used & (positions >= next_position[:, None])).any(1)
+    check(beyond, "positions", positions, "positions below the row's next position")
+
+
+def _segments(path: Path, entries: Any, lengths: list[int]) -> list[Segment]:
+    if not isinstance(entries, list):
+        raise _refusal(path, f"segments {reprlib.repr(entries)}", "a list")
+    segments = []
+    for entry in entries:
+        if not isinstance(entry, dict) or set(entry) != {"agent", "kind", "start", "stop"}:
+            raise _refusal(path, f"the segment {reprlib.repr(entry)}", "an object of agent, kind, start and stop")
+        agent, kind, start, stop = entry["agent"], entry["kind"], entry["start"], entry["stop"]
+        if not isinstance(agent, str | None) or kind not in KINDS:
+            raise _refusal(
+                path,
+                f"a segment of kind {reprlib.repr(kind)} by {reprlib.repr(agent)}",
+                f"{', '.join(KINDS)}, by a name or null",
+            )
+        for ends in (start, stop):
+            if not isinstance(ends, list) or len(ends) != len(lengths) or any(type(end) is not int for end in ends):
+                raise _refusal(
+                    path, f"the ends {reprlib.repr(ends)} of a segment", f"{len(lengths)} integers, one per row"
+                )
+        if not all(0 <= a <= b <= length for a, b, length in zip(start, stop, lengths, strict=True)):
+            raise _refusal(
+                path,
+                f"a segment from {reprlib.repr(start)} to {reprlib.repr(stop)}",
+                f"slots within the lengths {reprlib.repr(lengths)}",
+            )
+        segments.append(Segment(agent, kind, tuple(start), tuple(stop)))
+    return segments

@@ -1,0 +1,151 @@
+"""accelerate(model): `model.generate()` runs on our engines, and takes `latent_steps`.
+
+The object stays the same; its class becomes a subclass of its class, of the same name, in which transformers' decoding loop
+(`_sample`, greedy search and sampling) is ours. Everything around the loop is transformers' own.
+"""
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.engines import check_engine_options
+from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.hf.decode import decode
+from latentmas_kernels.weights import unmerge
+
+_swapping = threading.Lock()
+
+
+class _Accelerated:
+    """What an accelerated model's class puts in front of its own."""
+
+    _original: ClassVar[Any]
+    _options: ClassVar[dict[str, Any]]
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        latent_steps: int = 0,
+        **model_kwargs: Any,
+    ) -> Any:
+        loop = functools.partial(
+            self._original._sample,
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+        )  # fmt: skip
+        return decode(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs,
+            loop=loop, latent_steps=latent_steps, **self._options,
+        )  # fmt: skip
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        own = {name: value for name, value in model_kwargs.items() if name != "latent_steps"}
+        super()._validate_model_kwargs(own)  # type: ignore[misc]
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        restore(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the original class: a reader need not have this package."""
+        plain = self._original.__new__(self._original)
+        plain.__dict__ = self.__dict__
+        return plain.__reduce_ex__(1)  # from 2 on pickle insists on the object's present class
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy is accelerated too, and runs on weights of its own."""
+        twin = memo[id(self)] = self._original.__new__(self._original)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__class__ = type(self)
+        return twin
+
+
+def _left_to_transformers(name: str) -> Callable[..., Any]:
+    """Another decoding loop of transformers: it runs unchanged, and says that latent steps are not for it."""
+    what = name.strip("_").replace("_", " ")
+
+    @functools.wraps(getattr(GenerationMixin, name))  # transformers looks at its parameters
+    def loop(self: Any, *args: Any, latent_steps: int = 0, **kwargs: Any) -> Any:
+        if latent_steps:
+            raise ValueError(
+                f"latent_steps={latent_steps} was given with options of {what}; latent steps go with greedy decoding and "
+                "sampling: leave one of the two out"
+            )
+        warn_once(f"{type(self).__name__}: {what} runs in transformers' own loop, at its speed")
+        return getattr(self._original, name)(self, *args, **kwargs)
+
+    return loop
+
+
+for _name in {name for name in GENERATION_MODES_MAPPING.values() if "/" not in name} - {"_sample"}:
+    setattr(_Accelerated, _name, _left_to_transformers(_name))
+
+
+def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", aligner: str | Aligner = "auto") -> Any:
+    """Let `model.generate()` run on our engines; also as `with accelerate(model) as model:`, which undoes it at the end.
+
+    Greedy decoding and sampling run here where an engine covers the model, with all of generate()'s options that belong to
+    them; the rest (beams, assisted decoding, other models, adapters, quantised layers, training mode) runs in transformers
+    unchanged, with one warning that says why. generate() takes `latent_steps=n` as well: so many latent steps between the
+    prompt and the first new token.
+
+    Args:
+        model: a transformers model that can generate. It is changed in place: its class becomes a subclass of the same name.
+            Calling it again changes the options.
+        engine, weights, aligner: as in `latent_generate`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: for an object that cannot be accelerated, and unknown options.
+    """
+    name = type(model).__name__
+    if not isinstance(model, GenerationMixin):
+        raise ValueError(
+            f"got a {name}; accelerate takes a transformers model that can generate (a ...ForCausalLM). Of a wrapper, pass the "
+            "model inside"
+        )
+    if "generate" in vars(model):
+        raise ValueError(
+            f"this {name} has a generate() of its own on the object (from its repository, or set by hand), which would pass "
+            "the engines by; remove it with `del model.generate`"
+        )
+    check_engine_options(engine, weights)
+    options = {"engine": engine, "weights": weights, "aligner": aligner}
+    with _swapping:
+        original = type(model)._original if isinstance(model, _Accelerated) else type(model)
+        body = {
+            "_original": original, "_options": options,
+            "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+        }  # fmt: skip
+        model.__class__ = type(original.__name__, (_Accelerated, original), body)
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Undo `accelerate(model)`, and what the engines moved: every parameter has a storage of its own again.
+
+    Returns:
+        The same object, of its original class. A model that is not accelerated is left as it is.
+    """
+    with _swapping:
+        if isinstance(model, _Accelerated):
+            model.__class__ = type(model)._original
+            unmerge(model)
+    return model

@@ -1,0 +1,181 @@
+"""What of transformers' `generate()` runs on our engines, and what is left to transformers' own loop."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from latentmas_kernels.cache import PLAIN_LAYERS, LatentCache
+from latentmas_kernels.engines import Decoding
+
+# What transformers hands to every decoding loop. `use_cache` and `logits_to_keep` do not change the tokens; `tokenizer`, given
+# for stop_strings, has done its work.
+KNOWN_INPUTS = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "tokenizer",
+}  # fmt: skip
+# Processors that the engines' own loops have, in the order in which transformers applies them.
+ORDER: tuple[type, ...] = (
+    RepetitionPenaltyLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)
+
+
+def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
+    """Why a call of transformers' decoding loop is left to transformers, as a clause; None where it is not.
+
+    Args:
+        inputs: what the loop got for the model's forward, input_ids included.
+    """
+    if synced_gpus:
+        return "its GPUs have to stay in step (synced_gpus)"
+    if generation_config.is_assistant:
+        return "it drafts for another model (assisted decoding)"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "attentions or hidden states of every step were asked for"
+    if generation_config.prefill_chunk_size is not None:
+        return "prefill_chunk_size was asked for"
+    prepares = model.prepare_inputs_for_generation
+    if "prepare_inputs_for_generation" in vars(model) or not prepares.__module__.startswith("transformers."):
+        return "its inputs are prepared by a function of its own (prepare_inputs_for_generation)"
+    other = sorted(name for name, value in inputs.items() if value is not None and name not in KNOWN_INPUTS)
+    if other:
+        return f"its forward gets {', '.join(other)}"
+    past = inputs.get("past_key_values")
+    if past is not None and not isinstance(past, LatentCache):
+        strange = sorted({type(layer).__name__ for layer in past.layers if type(layer) not in PLAIN_LAYERS})
+        if strange:
+            return f"its cache has layers of type {', '.join(strange)}"
+        if getattr(past, "offloading", False):
+            return "its cache is offloaded"
+    if inputs.get("position_ids") is None:
+        return "its forward takes no position_ids"
+    if known_columns(inputs) is None:
+        return "attention_mask and input_ids do not tell which tokens are new to the cache"
+    if not _positions_are_counted(inputs):
+        return "position_ids were given that do not count the tokens of attention_mask"
+    return None
+
+
+def past_columns(past: Cache | None) -> int:
+    """Columns of a cache, padding of a transformers cache included; of a LatentCache, its longest row."""
+    if isinstance(past, LatentCache):
+        return int(past.lengths.max())
+    return int(past.get_seq_length()) if past is not None and past.layers else 0
+
+
+def known_columns(inputs: dict[str, Any]) -> int | None:
+    """How many of the given columns are in the cache already; None where it cannot be told.
+
+    transformers takes the whole conversation (the mask is as long as the ids; always so with embeddings), or the new tokens
+    only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers.
+    """
+    embeds, past = inputs.get("inputs_embeds"), inputs.get("past_key_values")
+    given = (inputs["input_ids"] if embeds is None else embeds).shape[1]
+    held, seen = past_columns(past), _mask_columns(inputs)
+    if isinstance(past, LatentCache):
+        return 0 if seen in (given, held + given) else None
+    if seen == given > held:
+        return held
+    return 0 if seen == held + given and embeds is None else None
+
+
+def mask_of(inputs: dict[str, Any]) -> Tensor:
+    """int64 [B, columns], the mask that the caller gave or transformers made; it drops one that is all ones."""
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].new_ones(len(inputs["input_ids"]), _mask_columns(inputs)) if mask is None else mask
+
+
+def _mask_columns(inputs: dict[str, Any]) -> int:
+    """Known without the mask too: transformers makes the positions of it."""
+    mask = inputs.get("attention_mask")
+    return int((inputs["position_ids"] if mask is None else mask).shape[1])
+
+
+def _positions_are_counted(inputs: dict[str, Any]) -> bool:
+    positions, mask = inputs["position_ids"], mask_of(inputs)
+    counted = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    return positions.shape[1] == counted.shape[1] and bool((positions == counted[: len(positions)]).all())
+
+
+def own_loop(
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    input_ids: Tensor,
+    width: int,
+) -> Decoding | None:
+    """The call as an engine's own loop can run it, or None where processors or criteria need one step at a time.
+
+    Reads what transformers built, not the configuration: a processor that the caller passed may stand in for one of those.
+
+    Args:
+        width: of the logits.
+    """
+    kinds = [type(processor) for processor in processors]
+    if not set(kinds) <= set(ORDER) or kinds != sorted(set(kinds), key=ORDER.index):
+        return None
+    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
+        return None
+    if any(
+        getattr(p, "min_tokens_to_keep", 1) != 1 or getattr(p, "filter_value", 0) > float("-inf") for p in processors
+    ):
+        return None
+    columns, do_sample = input_ids.shape[1], bool(config.do_sample)
+    given: dict[type, Any] = {type(processor): processor for processor in processors}
+    if not do_sample and set(kinds) & set(ORDER[3:]):  # a warper that the caller passed to greedy decoding
+        return None
+    ends = sorted({int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()})
+    least = 0
+    for kind in (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor):
+        if kind in given:
+            if sorted({int(token) for token in given[kind].eos_token_id.flatten()}) != ends:
+                return None
+            wanted = given[kind]
+            short = columns if kind is MinLengthLogitsProcessor else columns - wanted.prompt_length_to_skip
+            least = max(
+                least, (wanted.min_length if kind is MinLengthLogitsProcessor else wanted.min_new_tokens) - short
+            )
+    penalty = given.get(RepetitionPenaltyLogitsProcessor)
+    seen = None
+    if penalty is not None:  # the processor itself knows which tokens it meets: not the padding, not a prompt to ignore
+        ones = torch.ones(len(input_ids), width, device=input_ids.device)
+        seen = (penalty(input_ids, ones) != 1) if columns else ones == 0
+    return Decoding(
+        max_new_tokens=most_new_tokens(criteria, columns),
+        min_new_tokens=least,
+        do_sample=do_sample,
+        temperature=given[TemperatureLogitsWarper].temperature if TemperatureLogitsWarper in given else 1.0,
+        top_k=given[TopKLogitsWarper].top_k if TopKLogitsWarper in given else 0,
+        top_p=given[TopPLogitsWarper].top_p if TopPLogitsWarper in given else 1.0,
+        ends=ends,
+        padding=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+        min_p=given[MinPLogitsWarper].min_p if MinPLogitsWarper in given else 0.0,
+        repetition_penalty=1.0 if penalty is None else penalty.penalty,
+        seen=seen,
+    )
+
+
+def most_new_tokens(criteria: StoppingCriteriaList, columns: int) -> int:
+    """New tokens until the first MaxLengthCriteria ends the call."""
+    return max(1, min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)) - columns)

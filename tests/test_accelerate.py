@@ -1,0 +1,635 @@
+"""What transformers documents of generate(), on accelerated models: one test each, beside the plain model.
+
+Options and their combinations are drawn in test_accelerate_grid.py; what becomes of an accelerated model is in
+test_after_accelerate.py.
+"""
+
+import copy
+import functools
+import threading
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB, ragged, real, tiny_model
+from tokenizers_offline import character_tokenizer
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    WatermarkingConfig,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from latentmas_kernels import LatentCache, latent_generate
+from latentmas_kernels.engines import NativeEngine
+from latentmas_kernels.hf import accelerate, latent_decode, restore
+
+LENGTHS = [3, 9, 1]
+
+
+class Pair:
+    """A plain model and an accelerated one of the same weights; what the latter left to transformers is in `left`."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> None:
+        self.plain = tiny_model(name, **overrides)
+        self.ours = accelerate(copy.deepcopy(self.plain))
+        self.left: list[str] = []
+        for module in ("decode", "accelerated"):
+            monkeypatch.setattr(f"latentmas_kernels.hf.{module}.warn_once", self.left.append)
+
+    def generate(self, *args: Any, seed: int = 0, **kwargs: Any) -> tuple[Any, Any]:
+        outs = []
+        for model in (self.plain, self.ours):
+            torch.manual_seed(seed)
+            outs.append(model.generate(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+        return outs[0], outs[1]
+
+    def assert_same(self, *args: Any, left: str | None = None, **kwargs: Any) -> Tensor:
+        """The same tokens, by our engine, or by transformers for a reason that has `left` in it."""
+        want, got = self.generate(*args, **kwargs)
+        assert torch.equal(got, want)
+        assert bool(self.left) == (left is not None), self.left
+        assert left is None or left in self.left[-1]
+        return got
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Pair:
+    return Pair("llama", monkeypatch)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    ids, mask = ragged(LENGTHS)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+
+    def put(self, value: Tensor) -> None:
+        self.pieces.append(value.tolist())
+
+    def end(self) -> None:
+        self.pieces.append("end")
+
+
+# ---- what to read ---------------------------------------------------------------------------------------------------
+
+
+def test_prompt_by_any_name(pair, batch):
+    want = pair.assert_same(**batch, max_new_tokens=6)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert torch.equal(pair.assert_same(ids, attention_mask=mask, max_new_tokens=6), want)
+    assert torch.equal(pair.assert_same(inputs=ids, attention_mask=mask, max_new_tokens=6), want)
+
+
+def test_no_prompt_starts_from_bos(pair):
+    assert pair.assert_same(max_new_tokens=5)[0, 0] == pair.plain.generation_config.bos_token_id
+
+
+def test_mask_is_inferred_from_padding_tokens(pair, batch):
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)  # 0 is the padding token
+    assert torch.equal(
+        pair.assert_same(ids, max_new_tokens=6)[:, -6:], pair.assert_same(**batch, max_new_tokens=6)[:, -6:]
+    )
+
+
+def test_padding_in_the_middle(pair, batch):
+    ids = torch.cat([batch["input_ids"], batch["input_ids"].flip(0)], dim=1)
+    mask = torch.cat([batch["attention_mask"], batch["attention_mask"].flip(0)], dim=1)
+    mask[:, -1] = 1
+    pair.assert_same(ids, attention_mask=mask, max_new_tokens=6)
+
+
+def test_right_padding_is_read_right_here(pair):
+    """The one place where tokens differ on purpose: transformers goes on behind the padding and says so in its log."""
+    ids, mask = ragged(LENGTHS, side="right")
+    got = pair.ours.generate(ids, attention_mask=mask, max_new_tokens=6, eos_token_id=None)
+    for row in range(len(LENGTHS)):
+        alone = pair.plain.generate(real(ids, mask, row), max_new_tokens=6, eos_token_id=None)
+        assert got[row, -6:].tolist() == alone[0, -6:].tolist()
+
+
+def test_row_of_nothing_but_padding_is_refused(pair, batch):
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"all zeros in row \[1\]"):
+        pair.ours.generate(**batch, max_new_tokens=3)
+
+
+def test_embeddings_instead_of_ids(pair, batch):
+    embeds = pair.plain.get_input_embeddings()(batch["input_ids"])  # with a gradient, as users get it
+    mask = batch["attention_mask"]
+    for own_ids in ({}, {"input_ids": batch["input_ids"]}):
+        got = [
+            m.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, **own_ids)
+            for m in (pair.plain, pair.ours)
+        ]
+        assert torch.equal(got[0], got[1])
+        assert got[1].shape[1] == 6 + (batch["input_ids"].shape[1] if own_ids else 0)
+    assert not pair.left
+
+
+def test_unknown_argument_is_an_error(pair, batch):
+    with pytest.raises(ValueError, match="latent_step'"):
+        pair.ours.generate(**batch, latent_step=3)
+
+
+def test_own_position_ids_go_to_transformers(pair, batch):
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    pair.assert_same(**batch, position_ids=positions, max_new_tokens=5)
+    pair.assert_same(**batch, position_ids=positions * 3, max_new_tokens=5, left="position_ids")
+
+
+# ---- how to choose --------------------------------------------------------------------------------------------------
+
+
+def test_config_object_and_model_defaults(pair, batch):
+    config = GenerationConfig(max_new_tokens=7, repetition_penalty=1.5, eos_token_id=[4, 5], pad_token_id=0)
+    as_object = pair.assert_same(**batch, generation_config=config)
+    for model in (pair.plain, pair.ours):
+        model.generation_config = copy.deepcopy(config)
+    assert torch.equal(pair.assert_same(**batch), as_object)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4, "eos_token_id": [5, 80], "min_new_tokens": 4},
+        {"no_repeat_ngram_size": 2},
+        {"sequence_bias": [[[11], 5.0], [[12, 13], -5.0]]},
+        {"bad_words_ids": [[14], [20, 21]]},
+        {"suppress_tokens": [14, 15], "begin_suppress_tokens": [8]},
+        {"forced_bos_token_id": 9, "forced_eos_token_id": 4},
+        {"exponential_decay_length_penalty": (3, 1.5), "eos_token_id": 7},
+        {"renormalize_logits": True},
+        {"remove_invalid_values": True},
+        {"guidance_scale": 1.5},
+        {"encoder_repetition_penalty": 1.5},
+        {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_every_processor(pair, batch, options):
+    if "sequence_bias" in options:
+        options["sequence_bias"] = [[list(k), v] for k, v in options["sequence_bias"]]
+    pair.assert_same(**batch, max_new_tokens=8, **options)
+
+
+def test_prefix_allowed_tokens(pair, batch):
+    got = pair.assert_same(**batch, max_new_tokens=5, prefix_allowed_tokens_fn=_odd)
+    assert (got[:, -5:] % 2 == 1).all()
+
+
+def _odd(row: int, ids: Tensor) -> list[int]:
+    return list(range(1, VOCAB, 2))
+
+
+class Forced(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, input_ids.shape[1] % VOCAB] = 0
+        return forced
+
+
+def test_custom_processor(pair, batch):
+    got = pair.assert_same(**batch, max_new_tokens=5, logits_processor=[Forced()])
+    assert got[0, -5:].tolist() == [9, 10, 11, 12, 13]
+
+
+def test_custom_processor_takes_precedence(pair, batch):
+    """A processor of a kind that generate() would have made stands in for it."""
+    options = {"do_sample": True, "temperature": 9.0, "top_k": 1, "max_new_tokens": 5}
+    pair.assert_same(**batch, **options, logits_processor=[TemperatureLogitsWarper(0.5)])
+
+
+def test_sampling_repeats_with_its_seed(pair, batch):
+    def drawn(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return pair.ours.generate(**batch, do_sample=True, max_new_tokens=10, temperature=1.5).tolist()
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_return_sequences_are_neighbours(pair, batch):
+    got = pair.ours.generate(**batch, do_sample=True, max_new_tokens=6, num_return_sequences=4, temperature=2.0)
+    assert got.shape[0] == 4 * len(LENGTHS)
+    assert torch.equal(got[:, :-6], batch["input_ids"].repeat_interleave(4, dim=0))
+    assert len({tuple(row.tolist()) for row in got[:4]}) > 1
+    with pytest.raises(ValueError, match="num_return_sequences"):  # transformers' own
+        pair.ours.generate(**batch, num_return_sequences=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"top_k": 7},
+        {"top_p": 0.7, "top_k": 0},
+        {"min_p": 0.2, "top_k": 0},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.6},
+        {"repetition_penalty": 0.5, "top_k": 0, "min_new_tokens": 1},
+    ],
+    ids=str,
+)
+def test_engine_draws_from_transformers_distribution(pair, options):
+    """Where the engine draws by itself, its first two tokens come as often as transformers' scores say."""
+    draws, ids = 4000, ragged([6])[0]
+    scored = pair.plain.generate(
+        ids, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **options
+    )
+    p = scored.scores[0][0].softmax(-1)
+    got = pair.ours.generate(ids, do_sample=True, max_new_tokens=2, num_return_sequences=draws, **options)
+    first = torch.bincount(got[:, -2], minlength=VOCAB) / draws
+    assert not first[p == 0].any(), "a token that transformers never takes"
+    _assert_drawn_from(first, p, draws)
+    likely = int(p.argmax())  # and the second, behind the most likely first
+    behind = got[got[:, -2] == likely, -1]
+    prefix = torch.cat([ids, torch.tensor([[likely]])], dim=1)
+    scored = pair.plain.generate(
+        prefix, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True,
+        **{**options, "min_new_tokens": None},
+    )  # fmt: skip
+    if len(behind) > 300 and "min_new_tokens" not in options:
+        _assert_drawn_from(
+            torch.bincount(behind, minlength=VOCAB) / len(behind), scored.scores[0][0].softmax(-1), len(behind)
+        )
+    assert not pair.left
+
+
+def _assert_drawn_from(frequency: Tensor, p: Tensor, draws: int) -> None:
+    """Each within five standard deviations, which one in a million misses by chance."""
+    deviation = (p * (1 - p) / draws).sqrt()
+    assert ((frequency - p).abs() <= 5 * deviation + 1 / draws).all()
+
+
+# ---- when to stop ---------------------------------------------------------------------------------------------------
+
+
+def test_list_of_end_tokens(pair, batch):
+    free = pair.assert_same(**batch, max_new_tokens=10, eos_token_id=None)
+    ends = [int(free[0, -8]), int(free[1, -4])]
+    got = pair.assert_same(**batch, max_new_tokens=10, eos_token_id=ends, pad_token_id=1)
+    assert got.shape[1] <= free.shape[1]
+    assert 1 in got[0, -9:]
+
+
+def test_max_length_counts_the_prompt(pair, batch):
+    assert pair.assert_same(**batch, max_length=12).shape[1] <= 12
+    with pytest.raises(ValueError, match="max_length"):
+        pair.ours.generate(**batch, max_length=4)
+
+
+def test_default_length_is_that_of_transformers(pair, batch):
+    assert pair.assert_same(**batch, eos_token_id=None).shape[1] == batch["input_ids"].shape[1] + 20
+
+
+def test_text_beyond_the_models_positions(monkeypatch, caplog):
+    short = Pair("llama", monkeypatch, max_position_embeddings=16)
+    ids, _ = ragged([9])
+    assert short.assert_same(ids, max_new_tokens=30, eos_token_id=None).shape[1] == 39
+
+
+class Bound(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        assert scores is None
+        return input_ids[:, -1] > 60
+
+
+def test_custom_criterion_ends_rows_one_by_one(pair, batch):
+    pair.assert_same(**batch, max_new_tokens=12, stopping_criteria=[Bound()])
+    pair.assert_same(**batch, max_new_tokens=12, stopping_criteria=[Bound()], eos_token_id=None)
+
+
+def test_own_length_criterion_takes_precedence(pair, batch):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(11)])
+    assert pair.assert_same(**batch, max_new_tokens=30, stopping_criteria=criteria, eos_token_id=None).shape[1] == 11
+
+
+def test_stop_strings(pair):
+    tokenizer = character_tokenizer()
+    ids, _ = ragged([5])
+    free = pair.assert_same(ids, max_new_tokens=12, eos_token_id=None)
+    stop = tokenizer.decode(free[0, -6])
+    got = pair.assert_same(ids, max_new_tokens=12, eos_token_id=None, stop_strings=[stop], tokenizer=tokenizer)
+    assert got.shape[1] < free.shape[1]
+
+
+def test_max_time(pair, batch):
+    got = pair.ours.generate(**batch, max_new_tokens=400, eos_token_id=None, max_time=1e-6)
+    assert got.shape[1] == batch["input_ids"].shape[1] + 1
+
+
+# ---- what comes back ------------------------------------------------------------------------------------------------
+
+
+def test_dict_with_scores_and_logits(pair, batch):
+    want, got = pair.generate(
+        **batch, max_new_tokens=6, return_dict_in_generate=True, output_scores=True, output_logits=True,
+        repetition_penalty=1.7, eos_token_id=[8, 14],
+    )  # fmt: skip
+    assert isinstance(got, GenerateDecoderOnlyOutput)
+    assert torch.equal(got.sequences, want.sequences)
+    for mine, theirs in ((got.scores, want.scores), (got.logits, want.logits)):
+        assert len(mine) == got.sequences.shape[1] - batch["input_ids"].shape[1]
+        for a, b in zip(mine, theirs, strict=True):  # ended rows too
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    scores = [m.compute_transition_scores(o.sequences, o.scores) for m, o in ((pair.plain, want), (pair.ours, got))]
+    torch.testing.assert_close(scores[0], scores[1], atol=2e-5, rtol=0)
+
+
+def test_attentions_and_hidden_states_come_from_transformers(pair, batch):
+    want, got = pair.generate(
+        **batch, max_new_tokens=3, return_dict_in_generate=True, output_attentions=True, output_hidden_states=True
+    )
+    assert "attentions or hidden states" in pair.left[-1]
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.equal(got.hidden_states[1][-1], want.hidden_states[1][-1])
+
+
+def test_streamer_gets_the_prompt_and_each_token(pair):
+    ids, _ = ragged([5])
+    for options in ({}, {"logits_processor": [Forced()]}, {"do_sample": True, "top_k": 1}):
+        pieces = []
+        for model in (pair.plain, pair.ours):
+            streamer = Recorder()
+            model.generate(ids, max_new_tokens=5, streamer=streamer, **options)
+            pieces.append(streamer.pieces)
+        assert pieces[0] == pieces[1]
+        assert pieces[1][0] == ids.tolist()
+        assert pieces[1][-1] == "end"
+        assert len(pieces[1]) == 7
+    assert not pair.left
+
+
+def test_error_in_a_streamer_reaches_the_caller(pair):
+    class Broken(Recorder):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.pieces) == 3:
+                raise RuntimeError("nobody reads")
+
+    with pytest.raises(RuntimeError, match="nobody reads"):
+        pair.ours.generate(ragged([5])[0], max_new_tokens=5, streamer=Broken())
+
+
+# ---- caches ---------------------------------------------------------------------------------------------------------
+
+
+def caches(model: Any) -> dict[str, Any]:
+    return {"dynamic": DynamicCache(config=model.config), "static": StaticCache(model.config, max_cache_len=60)}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-mixed"])
+@torch.no_grad()
+def test_conversation_in_one_cache_changing_hands(monkeypatch, name, kind):
+    """Four turns in one cache of transformers, extended in place: every second one by us, none of them noticed."""
+    pair = Pair(name, monkeypatch)
+    turns = [ragged([6, 6], seed=s)[0] for s in range(4)]
+    histories = []
+    for speakers in ((pair.plain,) * 4, (pair.ours, pair.plain) * 2, (pair.plain, pair.ours) * 2, (pair.ours,) * 4):
+        cache, history = caches(pair.plain)[kind], torch.empty(2, 0, dtype=torch.int64)
+        for model, turn in zip(speakers, turns, strict=True):
+            whole = torch.cat([history, turn], dim=1)
+            history = model.generate(
+                whole, past_key_values=cache, max_new_tokens=5, eos_token_id=[12, 30], pad_token_id=1
+            )
+            assert cache.get_seq_length() == history.shape[1] - 1
+        histories.append(history)
+    assert all(torch.equal(h, histories[0]) for h in histories[1:])
+    assert not pair.left
+
+
+def test_new_tokens_only_with_a_mask_over_the_past(pair, batch):
+    first = pair.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, eos_token_id=None)
+    new = torch.tensor([[5, 6], [7, 8], [9, 10]])
+    answers = []
+    for model, out in zip((pair.plain, pair.ours), first, strict=True):
+        seen = torch.cat([batch["attention_mask"], torch.ones(3, 3 + 2, dtype=torch.int64)], dim=1)
+        answers.append(
+            model.generate(new, attention_mask=seen, past_key_values=out.past_key_values, max_new_tokens=6).tolist()
+        )
+    assert answers[0] == answers[1]
+
+
+def test_cache_that_does_not_go_with_the_ids_fails_as_in_transformers(pair, batch):
+    """New tokens without a mask over the past: transformers takes them for the whole conversation, which is shorter."""
+    errors = []
+    for model in (pair.plain, pair.ours):
+        out = model.generate(**batch, max_new_tokens=9, return_dict_in_generate=True, eos_token_id=None)
+        with pytest.raises(RuntimeError) as caught:
+            model.generate(torch.tensor([[5]] * 3), past_key_values=out.past_key_values, max_new_tokens=3)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_without_use_cache(pair, batch):
+    pair.assert_same(**batch, max_new_tokens=6, use_cache=False)
+    want, got = pair.generate(**batch, max_new_tokens=6, use_cache=False, return_dict_in_generate=True)
+    assert got.past_key_values is None
+    assert want.past_key_values is None
+
+
+def test_cache_implementation_by_name(pair, batch):
+    want, got = pair.generate(**batch, max_new_tokens=6, cache_implementation="static", return_dict_in_generate=True)
+    assert isinstance(got.past_key_values, StaticCache)
+    assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
+    assert not pair.left
+
+
+def test_past_of_another_model_is_refused(pair):
+    other = tiny_model("llama", num_key_value_heads=4)
+    ids, _ = ragged([5])
+    past = other.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="another model: kv_heads 4 instead of 2"):
+        pair.ours.generate(torch.cat([ids, ids], 1), past_key_values=past, max_new_tokens=3)
+
+
+# ---- what is left to transformers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"num_beams": 3}, "beam search"),
+        ({"num_beams": 2, "do_sample": True}, "beam search"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+        ({"prefill_chunk_size": 4, "max_new_tokens": 6}, "prefill_chunk_size"),
+    ],
+    ids=["beams", "beam sampling", "prompt lookup", "chunked prefill"],
+)
+def test_left_to_transformers(pair, options, left):
+    ids, _ = ragged([8])
+    pair.assert_same(ids, **{"max_new_tokens": 8, **options}, left=left)
+
+
+def test_assisted_decoding_by_an_accelerated_assistant(pair):
+    assistant = accelerate(tiny_model("llama", num_hidden_layers=1))
+    ids, _ = ragged([8])
+    want = pair.plain.generate(ids, max_new_tokens=10)
+    assert torch.equal(pair.ours.generate(ids, max_new_tokens=10, assistant_model=assistant), want)
+    assert any("assisted decoding" in reason for reason in pair.left)
+
+
+def test_engine_by_name_does_not_fall_back(pair, batch):
+    native = accelerate(copy.deepcopy(pair.plain), engine="native")
+    assert torch.equal(native.generate(**batch, max_new_tokens=5), pair.plain.generate(**batch, max_new_tokens=5))
+    with pytest.raises(ValueError, match=r"engine='native' does not cover this call, since prefill_chunk_size"):
+        native.generate(**batch, max_new_tokens=5, prefill_chunk_size=2)
+    with pytest.raises(ValueError, match="supported are"):
+        accelerate(pair.plain, engine="fast")
+
+
+# ---- latent steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ridge", "soft"])
+@pytest.mark.parametrize(
+    "options", [{}, {"logits_processor": [Forced()]}, {"output_scores": True}], ids=["alone", "processor", "scores"]
+)
+def test_latent_steps_before_decoding(pair, batch, kind, options):
+    """The text is that behind latent_generate's memory: its last state chooses the first token."""
+    accelerate(pair.ours, aligner=kind)
+    got = pair.ours.generate(
+        **batch, latent_steps=5, max_new_tokens=6, eos_token_id=None, return_dict_in_generate=True, **options
+    )
+    thought = latent_generate(pair.plain, **batch, latent_steps=5, aligner=kind, engine="eager")
+    assert isinstance(got.past_key_values, LatentCache)
+    assert got.past_key_values.lengths.tolist() == [n + 5 + 5 for n in LENGTHS]
+    assert [s.kind for s in got.past_key_values.segments] == ["prompt", "latent", "text"]
+    logits = pair.plain.get_output_embeddings()(thought.last_hidden)
+    if "logits_processor" not in options:
+        assert got.sequences[:, -6].tolist() == logits.argmax(-1).tolist()
+    assert torch.equal(got.sequences[:, :-6], batch["input_ids"])
+    memory = thought.past_key_values
+    for layer in range(3):
+        for row, n in enumerate(LENGTHS):
+            mine, theirs = got.past_key_values.keys[layer, row, :, : n + 5], memory.keys[layer, row, :, : n + 5]
+            torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=0)
+
+
+def test_latent_memory_is_handed_on(pair, batch):
+    """Agent two goes on from agent one's memory, which is not changed; the mask covers the new tokens, or past and new."""
+    memory = pair.ours.generate(**batch, latent_steps=3, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    before = memory.lengths.clone()
+    new, mask = ragged([4, 2, 6], seed=5)
+    got = [
+        pair.ours.generate(new, attention_mask=m, past_key_values=memory, latent_steps=2, max_new_tokens=5).tolist()
+        for m in (mask, memory.attention_mask(mask))
+    ]
+    assert got[0] == got[1]
+    assert torch.equal(memory.lengths, before)
+    for row in range(3):
+        alone = pair.ours.generate(
+            real(new, mask, row), past_key_values=memory.select([row]), latent_steps=2, max_new_tokens=5
+        )
+        own = alone[0, -5:].tolist() if alone.shape[1] > 5 else alone[0].tolist()
+        assert got[0][row][-5:][: len(own)] == own
+
+
+def test_latent_steps_extend_the_callers_cache_in_place(pair):
+    ids, _ = ragged([6])
+    cache = DynamicCache(config=pair.ours.config)
+    pair.ours.generate(ids, past_key_values=cache, latent_steps=4, max_new_tokens=3, eos_token_id=None)
+    assert cache.get_seq_length() == 6 + 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "leave one of the two out"),
+        ({"prompt_lookup_num_tokens": 2}, "leave one of the two out"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "cannot be taken in this call"),
+        ({"latent_steps": -1}, "0 or more"),
+        ({"latent_steps": 2.0}, "0 or more"),
+        ({"latent_steps": True}, "0 or more"),
+    ],
+    ids=str,
+)
+def test_latent_steps_that_cannot_be_taken_are_refused(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        pair.ours.generate(ragged([6])[0], max_new_tokens=3, **{"latent_steps": 2, **options})
+
+
+def test_latent_decode_on_a_plain_model(pair, batch):
+    """The same without accelerate, by transformers' own way in."""
+    decode = functools.partial(latent_decode, aligner="ridge")
+    want = accelerate(pair.ours, aligner="ridge").generate(**batch, latent_steps=4, max_new_tokens=6)
+    got = pair.plain.generate(**batch, custom_generate=decode, latent_steps=4, max_new_tokens=6)
+    assert torch.equal(got, want)
+    streamer = Recorder()
+    again = pair.plain.generate(
+        batch["input_ids"][1:2], custom_generate=functools.partial(latent_decode, streamer=streamer), max_new_tokens=4
+    )
+    assert streamer.pieces[:-1] == [[t] for t in again[0, -4:].tolist()]
+    assert torch.equal(again, pair.plain.generate(batch["input_ids"][1:2], max_new_tokens=4))
+    with pytest.raises(ValueError, match="beam search"):
+        pair.plain.generate(**batch, custom_generate=latent_decode, num_beams=2, max_new_tokens=3)
+
+
+# ---- several at once ------------------------------------------------------------------------------------------------
+
+
+def test_two_threads_on_one_model(monkeypatch):
+    """Also its very first calls, which move the weights: every answer is that of a single thread."""
+    pair = Pair("llama", monkeypatch)
+    prompts = [ragged([3 + i, 12 - i], seed=i) for i in range(6)]
+    options = [{}, {"logits_processor": [Forced()]}, {"repetition_penalty": 1.4}]
+    jobs = [(i, j) for i in range(len(prompts)) for j in range(len(options))]
+    want = {
+        (i, j): pair.plain.generate(
+            prompts[i][0], attention_mask=prompts[i][1], max_new_tokens=12, **options[j]
+        ).tolist()
+        for i, j in jobs
+    }
+    got: dict[tuple[int, int], list] = {}
+    start = threading.Barrier(4)
+
+    def work(mine: list[tuple[int, int]]) -> None:
+        start.wait()
+        for i, j in mine:
+            ids, mask = prompts[i]
+            got[i, j] = pair.ours.generate(ids, attention_mask=mask, max_new_tokens=12, **options[j]).tolist()
+
+    threads = [threading.Thread(target=work, args=(jobs[k::4],)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == want
+    assert not pair.left
+
+
+def test_engine_is_the_native_one(pair, batch, monkeypatch):
+    """What the tests above rest on: no call of theirs ran in transformers' forward."""
+    spoken = []
+    speak = NativeEngine.speak
+    monkeypatch.setattr(NativeEngine, "speak", lambda self, *a: spoken.append(1) or speak(self, *a))
+    monkeypatch.setattr(
+        type(pair.ours.model.layers[0]), "forward", lambda *a, **k: pytest.fail("transformers' forward")
+    )
+    pair.ours.generate(**batch, max_new_tokens=4)
+    assert spoken
+
+
+def test_what_cannot_be_accelerated(pair):
+    with pytest.raises(ValueError, match="takes a transformers model that can generate"):
+        accelerate(pair.plain.model)
+    pair.plain.generate = lambda *a: None
+    with pytest.raises(ValueError, match=r"del model\.generate"):
+        accelerate(pair.plain)
+
+
+def test_restore_of_a_plain_model_does_nothing(pair):
+    assert restore(pair.plain) is pair.plain
