@@ -242,8 +242,9 @@ def test_return_sequences_are_neighbours(pair, batch):
     ],
     ids=str,
 )
-def test_engine_draws_from_transformers_distribution(pair, options):
+def test_engine_draws_from_transformers_distribution(pair, options, monkeypatch):
     """Where the engine draws by itself, its first two tokens come as often as transformers' scores say."""
+    monkeypatch.setattr("latentmas_kernels.hf.decode.speak_stepwise", lambda *a, **k: pytest.fail("one step at a time"))
     draws, ids = 4000, ragged([6])[0]
     scored = pair.plain.generate(
         ids, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **options

@@ -22,9 +22,15 @@ WEIGHTS = ("model", "int8")
 
 
 class Engine(Protocol):
-    """Appends positions to a LatentCache. The caller has checked that they fit."""
+    """Appends positions to a LatentCache. The caller has checked that they fit.
+
+    Attributes:
+        name: for metrics.
+        own_threads: whether it computes on CPU threads of its own, which torch's would be in the way of.
+    """
 
     name: str
+    own_threads: bool
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         """Run the prompt behind the cache and append it.

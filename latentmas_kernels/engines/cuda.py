@@ -133,6 +133,7 @@ class CudaEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "cuda"
+    own_threads = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         """Raises NotPackable for a model that `why_not` has a reason for."""

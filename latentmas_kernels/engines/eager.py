@@ -21,6 +21,7 @@ class EagerEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "eager"
+    own_threads = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.decoder, self.architecture = model, decoder_of(model), architecture

@@ -147,6 +147,7 @@ class GenericEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "cuda (generic)"
+    own_threads = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.eager, self.architecture = EagerEngine(model, architecture), architecture

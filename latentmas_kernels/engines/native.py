@@ -111,6 +111,7 @@ class NativeEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "native"
+    own_threads = True
 
     def __init__(self, model: Any, architecture: Architecture, *, int8: bool = False) -> None:
         """int8: products run on weights rounded to int8 by row, made once; the rest keeps the model's dtype.

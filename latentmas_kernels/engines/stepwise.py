@@ -1,15 +1,17 @@
 """Steps one `extend` at a time: for engines, kinds of feedback and ways to choose tokens that have no loop of their own."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.torch_threads import one_torch_thread
 from latentmas_kernels.prompt import Prompt
 
 
@@ -85,25 +87,29 @@ def speak_stepwise(
     ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     scores: tuple[Tensor, ...] | None = () if record_scores else None
     raw: tuple[Tensor, ...] | None = () if record_logits else None
-    for step in range(max_new_tokens):
-        logits = logits.float()
-        processed = processors(sequences, logits)  # type: ignore[arg-type]
-        scores = None if scores is None else (*scores, processed)
-        raw = None if raw is None else (*raw, logits)
-        tokens = torch.multinomial(processed.softmax(-1), 1)[:, 0] if do_sample else processed.argmax(-1)
-        if ends_rows:
-            assert padding is not None
-            tokens = torch.where(active, tokens, padding)
-        counts += active
-        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        if criteria:
-            running = running & ~criteria(sequences, scores)
-        if step + 1 == max_new_tokens or not running.any():
-            break
-        if ends_rows:
-            active = running
-        fed = torch.ones_like(active) if feed_ended else active
-        logits = engine.extend(cache, Prompt(fed.long().cpu(), tokens[:, None]), logits=True)
+    # A processor that runs a model of its own (guidance) is better off with torch's threads.
+    held = [value for processor in processors for value in getattr(processor, "__dict__", {}).values()]
+    runs_model = any(isinstance(value, nn.Module) for value in held)
+    with one_torch_thread() if engine.own_threads and not runs_model else nullcontext():
+        for step in range(max_new_tokens):
+            logits = logits.float()
+            processed = processors(sequences, logits)  # type: ignore[arg-type]
+            scores = None if scores is None else (*scores, processed)
+            raw = None if raw is None else (*raw, logits)
+            tokens = torch.multinomial(processed.softmax(-1), 1)[:, 0] if do_sample else processed.argmax(-1)
+            if ends_rows:
+                assert padding is not None
+                tokens = torch.where(active, tokens, padding)
+            counts += active
+            sequences = torch.cat([sequences, tokens[:, None]], dim=1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if criteria:
+                running = running & ~criteria(sequences, scores)
+            if step + 1 == max_new_tokens or not running.any():
+                break
+            if ends_rows:
+                active = running
+            fed = torch.ones_like(active) if feed_ended else active
+            logits = engine.extend(cache, Prompt(fed.long().cpu(), tokens[:, None]), logits=True)
     return Spoken(sequences, counts.cpu(), ~running.cpu(), scores, raw)

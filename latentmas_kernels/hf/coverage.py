@@ -29,6 +29,7 @@ KNOWN_INPUTS = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
     "tokenizer",
 }  # fmt: skip
+NEVER = float("-inf")
 # Processors that the engines' own loops have, in the order in which transformers applies them.
 ORDER: tuple[type, ...] = (
     RepetitionPenaltyLogitsProcessor,
@@ -137,9 +138,7 @@ def own_loop(
         return None
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
         return None
-    if any(
-        getattr(p, "min_tokens_to_keep", 1) != 1 or getattr(p, "filter_value", 0) > float("-inf") for p in processors
-    ):
+    if any(getattr(p, "min_tokens_to_keep", 1) != 1 or getattr(p, "filter_value", NEVER) != NEVER for p in processors):
         return None
     columns, do_sample = input_ids.shape[1], bool(config.do_sample)
     given: dict[type, Any] = {type(processor): processor for processor in processors}

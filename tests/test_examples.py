@@ -1,0 +1,376 @@
+"""The scripts in examples/: clients of transformers' generate() on an accelerated model, against the plain model."""
+
+import copy
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PlainLoop, feed_back
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from latentmas_kernels import LatentCache
+from latentmas_kernels.engines.native import NativeEngine
+from latentmas_kernels.hf import ModelWrapper, accelerate
+
+pytestmark = pytest.mark.real_model
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STEPS, NEW = 4, 10
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def twin(default_model):
+    return copy.deepcopy(default_model)
+
+
+@pytest.fixture
+def fast(twin):
+    """The default model once more, accelerated."""
+    return accelerate(twin, aligner="soft")
+
+
+@pytest.fixture
+def printed(twin, default_tokenizer, monkeypatch, capsys):
+    """What an example prints as a script, on a model that is loaded already."""
+
+    def run(name):
+        monkeypatch.setattr("latentmas.load_model", lambda: (twin, default_tokenizer))
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@contextmanager
+def engine_calls():
+    """Collects the native engine's calls; no call may be left to transformers, which would warn."""
+    calls = []
+
+    def counted(name):
+        method = getattr(NativeEngine, name)
+        return lambda self, *args, **kwargs: calls.append(name) or method(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for name in ("extend", "think", "speak"):
+            patch.setattr(NativeEngine, name, counted(name))
+        yield calls
+
+
+@pytest.fixture
+def native_calls():
+    with engine_calls() as calls:
+        yield calls
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.puts, self.ended = [], 0
+
+    def put(self, value):
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def text_of(tokenizer, ids, prompt):
+    return tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+# ---- transformers' pipeline ----------------------------------------------------------------------------------------
+
+
+def test_pipeline_chat(default_model, default_tokenizer, fast, native_calls, printed):
+    module = example("pipeline_chat")
+    want = module.answers(default_model, default_tokenizer, module.CHATS)
+    assert not native_calls
+    assert module.answers(fast, default_tokenizer, module.CHATS) == want
+    assert native_calls == ["extend", "speak"], "one batch"
+    assert module.answers(fast, default_tokenizer, module.CHATS, batch_size=1) == want
+    assert native_calls[2:] == ["extend", "speak"] * 2
+    assert all(want)
+    assert printed("pipeline_chat") == "".join(f"{text}\n" for text in want)
+
+
+# ---- LangChain -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def langchain_agents():
+    pytest.importorskip("langchain_huggingface")
+    return example("langchain_agents")
+
+
+def test_langchain_agents(langchain_agents, default_model, default_tokenizer, fast, native_calls):
+    topics = [{"topic": "a small cat"}, {"topic": "the sea in winter"}]
+    _, plain = langchain_agents.agents(default_model, default_tokenizer, NEW)
+    _, both = langchain_agents.agents(fast, default_tokenizer, NEW)
+    want = [plain.invoke(topics[0])]
+    assert not native_calls
+    assert both.invoke(topics[0]) == want[0]
+    assert native_calls == ["extend", "speak"] * 2
+    want.append(both.invoke(topics[1]))
+    assert both.batch(topics) == want, "in threads at the same time"
+    assert all(said["draft"] and said["review"] for said in want)
+
+
+def test_langchain_streams(langchain_agents, default_model, default_tokenizer, fast, native_calls, printed):
+    topic = {"topic": "the sea"}
+    plain, _ = langchain_agents.agents(default_model, default_tokenizer, NEW)
+    writer, both = langchain_agents.agents(fast, default_tokenizer, NEW)
+    want = list(plain.stream(topic))
+    assert not native_calls
+    assert list(writer.stream(topic)) == want
+    assert "extend" in native_calls
+    assert len([piece for piece in want if piece]) > 5
+    assert "".join(want) == writer.invoke(topic)
+    assert "".join(chunk.get("review", "") for chunk in both.stream(topic)) == both.invoke(topic)["review"]
+    lines = printed("langchain_agents").splitlines()
+    assert lines[0].startswith("".join(want))
+    assert "'draft': " in lines[1]
+    assert "'review': " in lines[1]
+
+
+def test_langchain_model_without_chat(langchain_agents, default_model, default_tokenizer, fast):
+    """HuggingFacePipeline itself: a batch as one call of the pipeline, and `stop` where langchain heeds it (streams)."""
+    plain = langchain_agents.chat_model(default_model, default_tokenizer, NEW).llm
+    llm = langchain_agents.chat_model(fast, default_tokenizer, NEW).llm
+    prompts = ["The sea is", "Once upon a time there was a small cat that"]
+    want = plain.batch(prompts)
+    with engine_calls() as calls:
+        assert llm.batch(prompts) == want
+    assert set(calls) == {"extend", "speak"}
+    stop = [default_tokenizer.tokenize(want[0])[6]]
+    short = list(plain.stream(prompts[0], stop=stop))
+    assert list(llm.stream(prompts[0], stop=stop)) == short
+    assert want[0].startswith("".join(short))
+    assert len("".join(short)) < len(want[0])
+
+
+# ---- streaming -----------------------------------------------------------------------------------------------------
+
+
+def test_streaming(default_model, default_tokenizer, fast, native_calls, printed):
+    module, prompt = example("streaming"), "Tell me a story."
+    inputs = example("custom_generate").read(default_model, default_tokenizer, prompt)
+    want = default_model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert not native_calls
+    pieces = list(module.stream(fast, default_tokenizer, prompt, max_new_tokens=NEW, do_sample=False))
+    assert "".join(pieces) == text_of(default_tokenizer, want, inputs.input_ids)
+    assert len([piece for piece in pieces if piece]) > 5
+    assert native_calls.count("extend") == NEW
+    said = printed("streaming")
+    assert said.startswith("".join(pieces))
+    assert said.count(".") == 3
+
+
+class Waiting(StoppingCriteria):
+    """Counts tokens, and lets a reader have the first before the tenth is written."""
+
+    def __init__(self):
+        self.tokens, self.seen = 0, threading.Event()
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.tokens += 1
+        assert self.tokens < 10 or self.seen.wait(30)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_pieces_arrive_before_the_end_and_closing_stops_the_model(default_tokenizer, fast, monkeypatch):
+    module, waiting, threads = example("streaming"), Waiting(), threading.active_count()
+    monkeypatch.setattr(module, "StoppingCriteriaList", lambda own: StoppingCriteriaList([waiting, *own]))
+    pieces = module.stream(fast, default_tokenizer, "Tell me a story.", max_new_tokens=1000, do_sample=False)
+    assert next(piece for piece in pieces if piece)
+    waiting.seen.set()
+    pieces.close()
+    assert 0 < waiting.tokens < 1000
+    assert threading.active_count() == threads, "its thread has ended"
+
+
+def test_an_error_in_the_thread_reaches_the_reader(default_tokenizer, fast):
+    stream = example("streaming").stream
+    with pytest.raises(ValueError, match="latent_steps must be"):
+        list(stream(fast, default_tokenizer, "Hello", max_new_tokens=8, latent_steps=-1))
+
+
+# ---- latent steps --------------------------------------------------------------------------------------------------
+
+
+def spoken(model, tokenizer, prompts, max_new_tokens):
+    """What the published loop thinks and says: prompts but the last are thought about."""
+    loop = PlainLoop(model, feed_back(model, "soft"))
+    for ids in prompts[:-1]:
+        loop.think(ids, STEPS)
+    tokens = loop.speak(prompts[-1], max_new_tokens)
+    end = model.generation_config.eos_token_id
+    return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_latent_generate(default_model, default_tokenizer, fast, native_calls, printed):
+    module = example("latent_generate")
+    roles = [*module.THINKERS, module.JUDGER]
+    ids = [module.read(default_model, default_tokenizer, r.format(module.QUESTION)).input_ids for r in roles]
+
+    text, memories = module.discuss(fast, default_tokenizer, module.QUESTION, STEPS, max_new_tokens=NEW)
+
+    assert native_calls.count("think") == 2
+    assert text == spoken(default_model, default_tokenizer, ids, NEW)
+    assert text
+    assert all(isinstance(memory, LatentCache) for memory in memories)
+    lengths = [ids[0].shape[1] + STEPS, ids[0].shape[1] + ids[1].shape[1] + 2 * STEPS]
+    assert [int(memory.lengths) for memory in memories[:2]] == lengths
+    assert memories[2].lengths > lengths[1] + ids[2].shape[1]
+    *shown, answer = printed("latent_generate").splitlines()
+    assert [line.split()[-1] for line in shown] == ["latent", "latent", "text"]
+    assert answer
+
+
+@torch.no_grad()
+def test_model_wrapper(default_model, default_tokenizer, native_calls, printed):
+    module = example("model_wrapper")
+    wrapper = ModelWrapper(default_model, default_tokenizer, aligner="soft")
+    texts, memory = module.discuss(wrapper, module.QUESTIONS, STEPS, max_new_tokens=NEW)
+    assert native_calls.count("think") == 2
+    for row, question in enumerate(module.QUESTIONS):
+        turns = [[{"role": "user", "content": role.format(question)}] for role in (*module.THINKERS, module.JUDGER)]
+        prompts = [wrapper.prepare_chat_input(turn)[1] for turn in turns]
+        assert texts[row] == spoken(default_model, default_tokenizer, prompts, NEW).strip()
+        assert memory.lengths[row] > sum(ids.shape[1] for ids in prompts) + 2 * STEPS
+    assert printed("model_wrapper").splitlines()[::2] == module.QUESTIONS
+
+
+# ---- custom_generate -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by(tmp_path, monkeypatch):
+    """The example's two ways; transformers copies the folder's code to a cache of the test's own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return example("custom_generate")
+
+
+@pytest.mark.parametrize("latent_steps", [0, STEPS])
+@pytest.mark.parametrize("way", ["by_function", "by_folder"])
+def test_custom_generate(way, latent_steps, default_model, default_tokenizer, fast, by, native_calls):
+    inputs = by.read(default_model, default_tokenizer, by.PROMPT)
+    options = {"latent_steps": latent_steps, "max_new_tokens": NEW, "do_sample": False}
+    want, got = Recorder(), Recorder()
+    ids = fast.generate(**inputs, streamer=want, **options)
+    seen = len(native_calls)
+    assert torch.equal(getattr(by, way)(default_model, inputs, streamer=got, aligner="soft", **options), ids)
+    assert native_calls[seen:] == native_calls[:seen]
+    assert got.puts == want.puts == [inputs.input_ids.tolist(), *([token] for token in ids[0, -NEW:].tolist())]
+    assert got.ended == want.ended == 1
+    if not latent_steps:
+        assert torch.equal(default_model.generate(**inputs, max_new_tokens=NEW, do_sample=False), ids)
+
+
+@pytest.mark.parametrize("way", ["by_function", "by_folder"])
+def test_custom_generate_samples_repeatably(way, default_model, default_tokenizer, fast, by):
+    inputs = by.read(default_model, default_tokenizer, by.PROMPT)
+    options = {"latent_steps": STEPS, "max_new_tokens": 8, "do_sample": True, "temperature": 1.5}
+
+    def seeded(seed, generate, *args, **own):
+        torch.manual_seed(seed)
+        return generate(*args, **options, **own)
+
+    first = seeded(1, getattr(by, way), default_model, inputs, aligner="soft")
+    assert torch.equal(seeded(1, getattr(by, way), default_model, inputs, aligner="soft"), first)
+    assert torch.equal(seeded(1, fast.generate, **inputs), first)
+    assert not torch.equal(seeded(2, getattr(by, way), default_model, inputs, aligner="soft"), first)
+
+
+@pytest.mark.parametrize("where", ["argument", "configuration", "model"])
+def test_folder_stops_at_strings(where, default_model, default_tokenizer, fast, by, monkeypatch):
+    inputs = by.read(default_model, default_tokenizer, by.PROMPT)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    stop = {"stop_strings": ["fundamental"]}
+    ids = fast.generate(**inputs, tokenizer=default_tokenizer, **options, **stop)
+    said = default_tokenizer.decode(ids[0, inputs.input_ids.shape[1] :])
+    assert said.endswith("fundamental")
+
+    given = dict(options)
+    if where == "argument":
+        given |= stop
+    elif where == "configuration":
+        given = {"generation_config": GenerationConfig(**options, **stop)}
+    else:
+        monkeypatch.setattr(default_model.generation_config, "stop_strings", stop["stop_strings"])
+    assert torch.equal(by.by_folder(default_model, inputs, tokenizer=default_tokenizer, **given), ids)
+    with pytest.raises(ValueError, match="you must pass the model's tokenizer"):
+        by.by_folder(default_model, inputs, **given)
+
+
+def test_folder_hands_on_processors_criteria_and_a_cache(default_model, default_tokenizer, by):
+    inputs = by.read(default_model, default_tokenizer, by.PROMPT)
+    options = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 1.3, "return_dict_in_generate": True}
+    lengths = []
+
+    class Count(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            lengths.append(input_ids.shape[1])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def least_likely_next(input_ids, scores):
+        return -scores
+
+    more = {"logits_processor": [least_likely_next], "stopping_criteria": StoppingCriteriaList([Count()])}
+    want = default_model.generate(**inputs, **options, **more)
+    assert len(lengths) == 8
+    got = by.by_folder(default_model, inputs, **options, **more)
+    assert lengths[8:] == lengths[:8]
+    assert torch.equal(got.sequences, want.sequences)
+    follow = default_model.generate(
+        want.sequences, past_key_values=want.past_key_values, max_new_tokens=4, do_sample=False
+    )
+    inputs = {"inputs": got.sequences, "past_key_values": got.past_key_values}
+    assert torch.equal(by.by_folder(default_model, inputs, max_new_tokens=4, do_sample=False), follow)
+
+
+@pytest.mark.parametrize("way", ["by_function", "by_folder"])
+def test_beams_are_refused(way, default_model, default_tokenizer, by):
+    inputs = by.read(default_model, default_tokenizer, by.PROMPT)
+    with pytest.raises(ValueError, match="got options of beam search; latent_decode is greedy or samples"):
+        getattr(by, way)(default_model, inputs, max_new_tokens=4, latent_steps=2, num_beams=2)
+
+
+def test_folder_refuses_an_assistant_model(default_model, default_tokenizer, by):
+    inputs = by.read(default_model, default_tokenizer, by.PROMPT)
+    with pytest.raises(ValueError, match="got an assistant_model"):
+        by.by_folder(default_model, inputs, max_new_tokens=4, assistant_model=default_model)
+
+
+def test_custom_generate_prints(printed, by):
+    streamed, whole = printed("custom_generate").splitlines()
+    assert streamed == whole != ""
+
+
+# ---- as scripts ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_as_a_script(default_folder):
+    environment = {**os.environ, "LATENTMAS_CACHE": str(default_folder.parents[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "pipeline_chat.py"], capture_output=True, text=True, env=environment
+    )
+    assert not done.returncode, done.stderr
+    assert len(done.stdout.splitlines()) == 2
