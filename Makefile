@@ -4,7 +4,12 @@ BIN := .venv/bin
 # The native extension is built again when one of these changes.
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test lint bench clean
+# What transformers' versions decide: generation, caches, the drop-in.
+MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_after_accelerate.py tests/test_architecture.py \
+  tests/test_examples.py tests/test_generation.py tests/test_model_wrapper.py tests/test_native_engine.py
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+.PHONY: demo test test-matrix test-oldest lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/latentmas run
@@ -14,6 +19,14 @@ test: .venv/.installed-test
 	$(BIN)/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	$(BIN)/python -m pytest
 
+# The versions of constraints.txt, and the oldest transformers that pyproject.toml allows.
+test-matrix: .venv/.installed-test test-oldest
+	$(BIN)/python -m pytest $(MATRIX)
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
+	.venv-oldest/bin/python -m pytest $(MATRIX)
+
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,6 +35,7 @@ lint: .venv/.installed-test
 bench: .venv/.installed-test .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks/bench_realign.py
 	$(BIN)/python benchmarks/bench_native.py
+	$(BIN)/python benchmarks/bench_drop_in.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -34,5 +48,11 @@ bench: .venv/.installed-test .venv/.installed-bench
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
 	@touch $@
 
+.venv-oldest/.installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt -e ".[test]"
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info latentmas_kernels/*.so
+	rm -rf .venv .venv-oldest build *.egg-info latentmas_kernels/*.so

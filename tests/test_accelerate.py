@@ -139,6 +139,18 @@ def test_embeddings_instead_of_ids(pair, batch):
     assert not pair.left
 
 
+def test_penalty_with_embeddings_of_padded_rows(pair, batch):
+    """transformers takes the padding of the prompt for tokens to leave out, and leaves out that many new ones."""
+    embeds = pair.plain.get_input_embeddings()(batch["input_ids"])
+    options = {"repetition_penalty": 0.3, "max_new_tokens": 8, "eos_token_id": None}
+    got = [
+        m.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **options)
+        for m in (pair.plain, pair.ours)
+    ]
+    assert torch.equal(got[0], got[1])
+    assert not pair.left
+
+
 def test_unknown_argument_is_an_error(pair, batch):
     with pytest.raises(ValueError, match="latent_step'"):
         pair.ours.generate(**batch, latent_step=3)

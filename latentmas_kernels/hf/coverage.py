@@ -157,6 +157,9 @@ def own_loop(
             )
     penalty = given.get(RepetitionPenaltyLogitsProcessor)
     seen = None
+    ignored = getattr(penalty, "prompt_ignore_length", None)
+    if ignored is not None and int(torch.as_tensor(ignored).max()) > columns:
+        return None  # with embeddings transformers leaves out as many new tokens as the prompt had padding
     if penalty is not None:  # the processor itself knows which tokens it meets: not the padding, not a prompt to ignore
         ones = torch.ones(len(input_ids), width, device=input_ids.device)
         seen = (penalty(input_ids, ones) != 1) if columns else ones == 0
