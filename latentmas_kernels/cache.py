@@ -58,8 +58,12 @@ class Slots(NamedTuple):
     ragged: bool
 
 
+class NoRoomError(ValueError):
+    """A buffer is larger than the memory that is free."""
+
+
 def _check_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError where a buffer does not fit what is free: a CPU would hand out the pages and kill us at the last."""
+    """Raise NoRoomError where a buffer does not fit what is free: a CPU would hand out the pages and kill us at the last."""
     if device.type == "cpu":
         free = psutil.virtual_memory().available
     elif device.type == "cuda":
@@ -71,7 +75,7 @@ def _check_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     need = math.prod(shape) * dtype.itemsize
     if need > free:
         _, layers, batch, heads, capacity, width = shape
-        raise ValueError(
+        raise NoRoomError(
             f"a cache of {batch} rows of {capacity} slots needs {need / 2**20:,.0f} MB ({layers} layers, {heads} heads of "
             f"{width} in {dtype}); free on {device} are {free / 2**20:,.0f} MB: take fewer rows at a time (a smaller batch), "
             "or shorter ones"

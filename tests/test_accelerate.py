@@ -7,8 +7,10 @@ test_after_accelerate.py.
 import copy
 import functools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import VOCAB, ragged, real, tiny_model
@@ -485,6 +487,14 @@ def test_past_of_another_model_is_refused(pair):
 def test_left_to_transformers(pair, options, left):
     ids, _ = ragged([8])
     pair.assert_same(ids, **{"max_new_tokens": 8, **options}, left=left)
+
+
+def test_a_buffer_that_does_not_fit_is_left_to_a_cache_that_grows(pair, batch, monkeypatch):
+    """max_new_tokens is often a generous limit: transformers' cache takes only what the text comes to."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50_000))
+    pair.assert_same(**batch, max_new_tokens=40, left="slots needs")
+    with pytest.raises(ValueError, match="latent_steps=2 cannot be taken in this call, since a cache of 3 rows"):
+        pair.ours.generate(**batch, max_new_tokens=40, latent_steps=2)
 
 
 def test_assisted_decoding_by_an_accelerated_assistant(pair):

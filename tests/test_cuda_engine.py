@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
-from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
+from latentmas_kernels import LatentCache, accelerate, build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines import Decoding, cuda, open_engine
 from latentmas_kernels.engines.cuda import CudaEngine, memory_report
@@ -404,3 +404,32 @@ def test_empty_think_gives_the_seed_back(small):
     latents, last = engine.think(cache, seed, build_aligner(small, "identity"), 0, None)
     assert latents.shape == (2, 0, 24)
     assert last is seed
+
+
+@pytest.mark.parametrize("on", ["own loop", "one step at a time", "latent steps", "cache", "embeddings"])
+def test_interpreter_drop_in_equals_transformers(small, on):
+    """generate() of an accelerated model, on this engine."""
+    ids, mask = prompt([5, 2])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "eos_token_id": [60, 80], "pad_token_id": 0}
+    inputs = {"input_ids": ids}
+    if on == "one step at a time":  # what this engine's own loop does not have
+        options |= {"repetition_penalty": 1.5, "logits_processor": [SuppressTokensLogitsProcessor([7], device=DEVICE)]}
+    elif on == "embeddings":
+        inputs = {"inputs_embeds": small.get_input_embeddings()(ids)}
+    elif on == "cache":
+        options["return_dict_in_generate"] = True
+    elif on == "latent steps":
+        ours = accelerate(copy.deepcopy(small), engine="cuda", aligner="ridge")
+        theirs = accelerate(copy.deepcopy(small), engine="eager", aligner="ridge")
+        outs = [m.generate(**inputs, **options, latent_steps=2, return_dict_in_generate=True) for m in (ours, theirs)]
+        assert torch.equal(outs[0].sequences, outs[1].sequences)
+        assert_same_cache(outs[0].past_key_values, outs[1].past_key_values)
+        return
+    want = small.generate(**inputs, **options)
+    got = accelerate(copy.deepcopy(small), engine="cuda").generate(**inputs, **options)
+    if on == "cache":
+        assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
+        for a, b in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+            torch.testing.assert_close(a.keys[0], b.keys[0], rtol=1e-4, atol=2e-5)  # the row without padding
+        got, want = got.sequences, want.sequences
+    assert torch.equal(got, want)

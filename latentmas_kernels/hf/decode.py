@@ -16,7 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError, check_finite_weights
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache import LatentCache, NoRoomError
 from latentmas_kernels.engines import EagerEngine, Engine, Speaker, check_engine_options, fast_engine
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
@@ -115,7 +115,7 @@ def decode(
                 call = _Call(model, architecture, runner, inputs, generation_config, latent_steps, streamer)
                 return call.run(logits_processor, stopping_criteria, aligner)
             reason = runner
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, NoRoomError) as error:  # both come before any work
         reason = str(error)
     if latent_steps:
         raise ValueError(f"latent_steps={latent_steps} cannot be taken in this call, since {reason}")
