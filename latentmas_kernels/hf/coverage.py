@@ -40,6 +40,7 @@ ORDER: tuple[type, ...] = (
     TopPLogitsWarper,
     MinPLogitsWarper,
 )
+WARPERS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 
 
 def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
@@ -136,46 +137,53 @@ def own_loop(
     kinds = [type(processor) for processor in processors]
     if not set(kinds) <= set(ORDER) or kinds != sorted(set(kinds), key=ORDER.index):
         return None
-    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
-        return None
     if any(getattr(p, "min_tokens_to_keep", 1) != 1 or getattr(p, "filter_value", NEVER) != NEVER for p in processors):
         return None
-    columns, do_sample = input_ids.shape[1], bool(config.do_sample)
-    given: dict[type, Any] = {type(processor): processor for processor in processors}
-    if not do_sample and set(kinds) & set(ORDER[3:]):  # a warper that the caller passed to greedy decoding
+    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
         return None
+    given: dict[type, Any] = {type(processor): processor for processor in processors}
+    if not config.do_sample and set(kinds) & WARPERS:  # the caller's own: transformers makes them for sampling only
+        return None
+    columns = input_ids.shape[1]
     ends = sorted({int(t) for c in criteria if isinstance(c, EosTokenCriteria) for t in c.eos_token_id.flatten()})
-    least = 0
-    for kind in (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor):
-        if kind in given:
-            if sorted({int(token) for token in given[kind].eos_token_id.flatten()}) != ends:
-                return None
-            wanted = given[kind]
-            short = columns if kind is MinLengthLogitsProcessor else columns - wanted.prompt_length_to_skip
-            least = max(
-                least, (wanted.min_length if kind is MinLengthLogitsProcessor else wanted.min_new_tokens) - short
-            )
+    at_least = [given[kind] for kind in (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor) if kind in given]
+    if any(sorted({int(token) for token in p.eos_token_id.flatten()}) != ends for p in at_least):
+        return None
     penalty = given.get(RepetitionPenaltyLogitsProcessor)
-    seen = None
     ignored = getattr(penalty, "prompt_ignore_length", None)
     if ignored is not None and int(torch.as_tensor(ignored).max()) > columns:
         return None  # with embeddings transformers leaves out as many new tokens as the prompt had padding
-    if penalty is not None:  # the processor itself knows which tokens it meets: not the padding, not a prompt to ignore
-        ones = torch.ones(len(input_ids), width, device=input_ids.device)
-        seen = (penalty(input_ids, ones) != 1) if columns else ones == 0
+
+    def setting(kind: type, name: str, otherwise: float) -> Any:
+        return getattr(given[kind], name) if kind in given else otherwise
+
     return Decoding(
         max_new_tokens=most_new_tokens(criteria, columns),
-        min_new_tokens=least,
-        do_sample=do_sample,
-        temperature=given[TemperatureLogitsWarper].temperature if TemperatureLogitsWarper in given else 1.0,
-        top_k=given[TopKLogitsWarper].top_k if TopKLogitsWarper in given else 0,
-        top_p=given[TopPLogitsWarper].top_p if TopPLogitsWarper in given else 1.0,
+        min_new_tokens=max([0, *(_least_new_tokens(p, columns) for p in at_least)]),
+        do_sample=bool(config.do_sample),
+        temperature=setting(TemperatureLogitsWarper, "temperature", 1.0),
+        top_k=setting(TopKLogitsWarper, "top_k", 0),
+        top_p=setting(TopPLogitsWarper, "top_p", 1.0),
         ends=ends,
         padding=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
-        min_p=given[MinPLogitsWarper].min_p if MinPLogitsWarper in given else 0.0,
+        min_p=setting(MinPLogitsWarper, "min_p", 0.0),
         repetition_penalty=1.0 if penalty is None else penalty.penalty,
-        seen=seen,
+        seen=None if penalty is None else _penalised(penalty, input_ids, width),
     )
+
+
+def _least_new_tokens(processor: Any, columns: int) -> int:
+    if isinstance(processor, MinLengthLogitsProcessor):
+        return processor.min_length - columns
+    return processor.min_new_tokens - (columns - processor.prompt_length_to_skip)
+
+
+def _penalised(penalty: RepetitionPenaltyLogitsProcessor, input_ids: Tensor, width: int) -> Tensor:
+    """bool [B, width], asked of the processor itself: it leaves out padding, and a prompt that is to be ignored."""
+    if input_ids.shape[1] == 0:
+        return torch.zeros(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
+    ones = torch.ones(len(input_ids), width, device=input_ids.device)
+    return penalty(input_ids, ones) != 1
 
 
 def most_new_tokens(criteria: StoppingCriteriaList, columns: int) -> int:

@@ -43,8 +43,9 @@ def latent_decode(
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """For `model.generate(..., custom_generate=latent_decode, latent_steps=10)`: think, then decode, on a fast engine.
 
-    transformers calls it with what it prepared. It does not hand on the streamer (nor the tokenizer, which stop_strings
-    need): pass `functools.partial(latent_decode, streamer=streamer)`, or use `accelerate(model)`.
+    transformers calls it with what it prepared, and hands a function neither the streamer (which has had the prompt) nor the
+    tokenizer, which stop_strings need, nor an assistant model. Pass `functools.partial(latent_decode, streamer=streamer)`
+    besides `streamer=streamer`, or use `accelerate(model)`, where all of them work or are refused.
 
     Args:
         latent_steps: latent steps between the prompt and the first new token (LatentMAS, arXiv 2511.20639, section 3); they
