@@ -92,6 +92,7 @@ std::unique_ptr<Runner> make_runner(const py::dict& model, const py::list& layer
   d.head_dim = number("head_dim");
   d.intermediate = number("intermediate");
   d.embedding = address("embedding");
+  d.embedding_rows = model["embedding_rows"].cast<std::int64_t>();
   d.final_gain = address("final_gain");
   d.lm_head = weight_of(model["lm_head"].cast<WeightTuple>(), d.dtype);
   d.lm_head_bias = address("lm_head_bias");
@@ -207,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("seen"),
            py::arg("tokens"), py::arg("on_token"))
       .def_property_readonly("scratch_bytes", &Runner::scratch_bytes);
-  m.def("checksum", &checksum_of, py::arg("address"), py::arg("bytes"), "The sum of memory's 64-bit words.");
+  m.def("checksum", &checksum_of, py::arg("address"), py::arg("bytes"), "csrc/cpu/checksum.h says of what.");
   m.def("available_isas", [] { return std::string(available_isas()); });
   m.def("active_isa", [] { return std::string(active_isa()); });
   m.def("threads", &team_size, "Threads that the kernels run on.");

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,7 +129,8 @@ class LatentCache(Cache):
         self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=buffer.device)
         self.segments: list[Segment] = []
         self._donated = False
-        super().__init__(layers=[_UniformLayer(self, index) for index in range(layers)])
+        super().__init__(layers=[])
+        self._look_like_layers()
 
     @classmethod
     def over(cls, buffer: Tensor) -> "LatentCache":
@@ -153,6 +155,17 @@ class LatentCache(Cache):
     @property
     def buffer(self) -> Tensor:
         return self._buffer
+
+    def _look_like_layers(self) -> None:
+        self.layers = [_UniformLayer(self, index) for index in range(self._buffer.shape[1])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "layers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles get layers of their own."""
+        vars(self).update(state)
+        self._look_like_layers()
 
     @property
     def keys(self) -> Tensor:
@@ -528,7 +541,14 @@ class _UniformLayer(CacheLayerMixin):
     is_initialized = True
 
     def __init__(self, cache: LatentCache, index: int) -> None:
-        self._cache, self._index = cache, index
+        # Not a cycle: buffers of gigabytes would wait for the garbage collector.
+        self._of, self._index = weakref.ref(cache), index
+
+    @property
+    def _cache(self) -> LatentCache:
+        cache = self._of()
+        assert cache is not None, "layers do not outlive their cache"
+        return cache
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]

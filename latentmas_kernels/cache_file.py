@@ -31,16 +31,15 @@ FORMAT = "latentmas-cache-1"
 TENSORS = ("kv", "lengths", "next_position", "positions")
 FACTS = {"format", "fingerprint", "model", "segments"}
 KINDS = get_args(get_type_hints(Segment)["kind"])
-HEADER_LIMIT = (
-    16 * 2**20
-)  # bytes; JSON becomes objects twenty times its size, which a hostile file could exhaust memory with
+# Bytes; JSON becomes objects twenty times its size, which a hostile file could exhaust memory with.
+HEADER_LIMIT = 16 * 2**20
 POSITION_LIMIT = 2**31 - 1
-SAMPLES = 64  # elements of each parameter that the fingerprint looks at
-# Fields of a configuration that say nothing about keys and values: where it came from, how it is run, what ends a text.
+SAMPLES = 64  # elements of each weight that the fingerprint looks at
+# Fields of a configuration that say nothing about keys and values: where it came from, how it is run, what ends a text, names.
 VOLATILE = {
-    "transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype",
-    "_attn_implementation", "attn_implementation", "use_cache", "return_dict", "output_attentions",
-    "output_hidden_states", "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id",
+    "transformers_version", "architectures", "dtype", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states", "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
+    "tokenizer_class", "task_specific_params", "problem_type", "finetuning_task",
 }  # fmt: skip
 
 
@@ -83,7 +82,10 @@ def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> 
         "positions": positions,
     }
     with whole_file(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={"latentmas": facts})
+        try:
+            save_file(tensors, temporary, metadata={"latentmas": facts})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
@@ -116,34 +118,49 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
 def model_fingerprint(model: Any) -> str:
     """sha256 over what decides what keys and values mean: the configuration and a sample of the weights.
 
-    The sample is up to 64 elements of every parameter, evenly spaced, as float32: milliseconds where all weights would
-    take seconds. Whatever touches whole matrices is seen: a training step, a merged adapter, another checkpoint. Not seen
-    are changes of single elements or rows between the samples (one added token, say), changes that the dtype rounds away
-    in all of them, weights swapped on purpose, and hooks or a forward() of the caller's own.
+    The sample is up to 64 elements of every parameter and stored buffer, spread over it, as float32: milliseconds where all
+    weights would take seconds. Whatever touches whole matrices is seen: a training step, another checkpoint, an adapter, merged
+    or not, and which one is active. Not seen are changes of single elements or rows between the samples (one added token,
+    say), changes that the dtype rounds away in all of them, weights swapped on purpose, and hooks or a forward() of the
+    caller's own.
 
     The same before and after saving and loading, merging of the weights by the engines, and a subclass set on the model.
     Not the same across dtypes that round differently, nor across versions of transformers that give the configuration
     other fields.
 
     Raises:
-        ValueError: where weights are not in memory (offloaded to the meta device).
+        ValueError: where weights are not in memory (offloaded to the meta device), or are no tensors.
     """
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in VOLATILE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    for name, weight in sorted(model.state_dict().items()):
+        if name in tied:
+            continue
+        if not isinstance(weight, Tensor) or weight.is_meta:
             raise ValueError(
-                f"the weight {name} of {type(model).__name__} is on the meta device; a fingerprint needs all weights in "
-                "memory: load the model without offloading"
+                f"the weight {name} of {type(model).__name__} is no tensor in memory (offloaded, or packed by a quantizer); a "
+                "fingerprint needs all of them: load the model without that"
             )
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        size = parameter.numel()
-        count = min(SAMPLES, size)
-        # From the first element to the last: steps of size / count would stay in one column of most matrices.
-        places = torch.arange(count) * (size - 1) // max(count - 1, 1)
-        sample = parameter[torch.unravel_index(places.to(parameter.device), parameter.shape)]
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        sample = weight[torch.unravel_index(_places(weight.numel()).to(weight.device), weight.shape)]
         digest.update(sample.float().cpu().numpy().tobytes())
+    for name, module in model.named_modules():  # adapters that are not merged: their weights are there either way
+        state = [
+            getattr(module, field, None)
+            for field in ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+        ]
+        if hasattr(module, "merged_adapters"):
+            digest.update(f"{name} {state}".encode())
     return digest.hexdigest()
+
+
+def _places(size: int) -> Tensor:
+    """int64, up to SAMPLES places below `size`, in steps of the golden ratio: steps of a fraction of the size stay in one
+    column of many matrices."""
+    if size <= SAMPLES:
+        return torch.arange(size)
+    return (torch.arange(SAMPLES, dtype=torch.float64) * 0.6180339887498949 % 1 * size).long()
 
 
 def _describe(architecture: Architecture) -> str:
@@ -214,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if names != list(TENSORS):
                 raise _refusal(path, f"tensors named {reprlib.repr(names)}", f"just {', '.join(TENSORS)}")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter where it is too large to be mapped
         raise _refusal(path, f"no whole safetensors file ({error})", "a whole one") from error
     if any(tensor.data_ptr() % tensor.element_size() for tensor in tensors.values()):
         raise _refusal(path, "tensors at odd addresses", "a header padded to a multiple of 8 bytes")

@@ -2,7 +2,8 @@
 
 Queries, keys and values are one matrix, and so are gate and up: one launch each reads them. There is no second copy.
 Where they do not lie one behind the other yet, they are moved there, and the model's parameters become views of the merged
-tensor; saving, loading and tying work as before, and `unmerge` gives every parameter its own storage again.
+tensor; save_pretrained, state_dict, loading and tying work as before. Tools that go by storage do not (safetensors'
+save_model refuses, accelerate's drops what shares one): `unmerge` gives every parameter its own again.
 
 Nothing of this is kept between calls: `read_weights` looks at the modules each time. `.to()`, `.bfloat16()`, `deepcopy`,
 a LoRA or quantised layers change what it finds, and `Weights.addresses` tells whether graphs captured before still hold.
@@ -28,6 +29,7 @@ PASSIVE_HOOKS = "transformers.utils.output_capturing"
 OWN_MODULES = ("transformers.models.", "transformers.activations")
 PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
 MERGED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 _merging = threading.Lock()  # two threads that merge at once would each make a copy
 
 
@@ -173,7 +175,7 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
 @torch.no_grad()
 def unmerge(model: Any) -> None:
     """Give every parameter that is a view of a merged tensor a storage of its own again."""
-    with _merging:
+    with _merging, torch.inference_mode(False):
         for path, parameter in model.named_parameters():
             is_view = parameter.untyped_storage().nbytes() > parameter.nbytes
             if is_view and path.rpartition(".")[0].endswith(MERGED):
@@ -201,11 +203,12 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
         expected += parameter.nbytes
     else:
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-    merged = torch.cat([p.data for p in parameters])
-    start = 0
-    for parameter in parameters:
-        parameter.data = merged[start : start + len(parameter)]
-        start += len(parameter)
+    with torch.inference_mode(False):  # what is made in inference mode could not be trained afterwards
+        merged = torch.cat([p.data for p in parameters])
+        start = 0
+        for parameter in parameters:
+            parameter.data = merged[start : start + len(parameter)]
+            start += len(parameter)
     if merged.device.type == "cpu":
         _give_back()
     return merged
@@ -235,6 +238,10 @@ def _check(model: Any, architecture: Architecture) -> None:
         raise NotPackable(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
     if architecture.dtype not in DTYPES:
         raise NotPackable(f"its dtype is {architecture.dtype}; covered are bfloat16 and float32")
+    if any(GLOBAL_HOOKS):
+        raise NotPackable(
+            "there are hooks on all modules (register_module_forward_hook), which the kernels would pass by"
+        )
     for path, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if "forward" in vars(module) or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
@@ -243,6 +250,8 @@ def _check(model: Any, architecture: Architecture) -> None:
             _check_weight(path, module.weight, architecture)
         elif type(module) not in PLAIN_MODULES and not type(module).__module__.startswith(OWN_MODULES):
             raise NotPackable(f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain layer")
+        if not type(module).forward.__module__.startswith(("transformers.", "torch.")):
+            raise NotPackable(f"the forward of {type(module).__name__} was replaced, which the kernels would pass by")
 
 
 def _check_weight(path: str, weight: Any, architecture: Architecture) -> None:

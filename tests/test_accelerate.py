@@ -25,13 +25,15 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     WatermarkingConfig,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from latentmas_kernels import LatentCache, latent_generate
-from latentmas_kernels.engines import NativeEngine
+from latentmas_kernels.engines import EagerEngine, NativeEngine
 from latentmas_kernels.hf import accelerate, latent_decode, restore
 
 LENGTHS = [3, 9, 1]
@@ -514,6 +516,157 @@ def test_engine_by_name_does_not_fall_back(pair, batch):
         accelerate(pair.plain, engine="fast")
 
 
+def test_engine_by_name_refuses_beams_too(pair):
+    native = accelerate(copy.deepcopy(pair.plain), engine="native")
+    with pytest.raises(ValueError, match="engine='native' does not cover beam search"):
+        native.generate(ragged([6])[0], max_new_tokens=3, num_beams=2)
+
+
+def test_synced_gpus_are_left_to_transformers(pair, batch):
+    for model in (pair.plain, pair.ours):
+        with pytest.raises(ValueError, match="process group"):
+            model.generate(**batch, max_new_tokens=3, synced_gpus=True)
+    assert "in step" in pair.left[-1]
+
+
+def test_autocast_is_left_to_transformers(pair, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        pair.assert_same(**batch, max_new_tokens=6, left="autocast")
+
+
+class Sink(DynamicCache):
+    """A cache with an update() of its own: keeps the last four tokens."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(keys, values, layer, *args, **kwargs)
+        return keys[:, :, -4:], values[:, :, -4:]
+
+
+def test_cache_of_the_callers_own_kind_is_left_to_transformers(pair):
+    answers = []
+    for model in (pair.plain, pair.ours):
+        cache = Sink(config=model.config)
+        try:
+            answers.append(model.generate(ragged([1])[0], past_key_values=cache, max_new_tokens=3).tolist())
+        except RuntimeError as error:  # what its masks make of it is transformers' affair
+            answers.append(str(error))
+    assert answers[0] == answers[1]
+    assert "Sink" in pair.left[-1]
+
+
+def test_latent_cache_is_no_cache_for_other_loops(pair):
+    memory = pair.ours.generate(ragged([6])[0], latent_steps=2, max_new_tokens=2, return_dict_in_generate=True)
+    past = memory.past_key_values
+    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="give it to_hf"):
+            pair.ours.generate(
+                torch.tensor([[5]]), attention_mask=past.attention_mask(torch.ones(1, 1)), past_key_values=past,
+                max_new_tokens=3, **options,
+            )  # fmt: skip
+
+
+# ---- what must not go wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_is_not_ours(pair, batch, dtype):
+    want = pair.plain.generate(**batch, max_new_tokens=8)
+    torch.set_default_dtype(dtype)
+    try:
+        got = pair.ours.generate(**batch, max_new_tokens=8)
+        stepwise = pair.ours.generate(**batch, max_new_tokens=8, logits_processor=[_same])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+    assert torch.equal(stepwise, want)
+
+
+def _same(input_ids: Tensor, scores: Tensor) -> Tensor:
+    return scores
+
+
+@pytest.mark.parametrize("padding", [-1, VOCAB, 10**9])
+def test_padding_token_without_an_embedding_is_an_error_where_it_is_fed(pair, batch, padding):
+    first = int(pair.plain.generate(**batch, max_new_tokens=1)[0, -1])
+    options = {"max_new_tokens": 8, "eos_token_id": [first], "pad_token_id": padding, "return_dict_in_generate": True}
+    for model in (pair.plain, pair.ours):
+        with pytest.raises(IndexError):
+            model.generate(**batch, **options)
+
+
+def test_token_without_an_embedding_is_an_error(pair):
+    for model in (pair.plain, pair.ours):
+        model.lm_head = torch.nn.Linear(48, 5000, bias=False)
+        torch.nn.init.normal_(model.lm_head.weight)
+        with pytest.raises(IndexError):
+            model.generate(ragged([4])[0], max_new_tokens=12, eos_token_id=None)
+
+
+def test_warper_passed_to_greedy_decoding(pair, batch):
+    pair.assert_same(**batch, max_new_tokens=6, logits_processor=[TopPLogitsWarper(0.1, filter_value=0.0)])
+    pair.assert_same(**batch, max_new_tokens=6, logits_processor=[TemperatureLogitsWarper(1e-3)])
+
+
+def test_warper_with_settings_of_its_own(pair, batch):
+    """They are not those of the engine's loop: top-p of nearly nothing, but never fewer than forty tokens."""
+    ids = batch["input_ids"][1:2]
+    options = {"do_sample": True, "top_k": 0, "top_p": 0.5, "max_new_tokens": 1, "num_return_sequences": 200}
+    got = pair.ours.generate(ids, **options, logits_processor=[TopPLogitsWarper(1e-6, min_tokens_to_keep=40)])
+    assert len(got[:, -1].unique()) > 10
+    filled = TopKLogitsWarper(2, filter_value=5.0)
+    got = pair.ours.generate(ids, **{**options, "top_k": 9, "top_p": None}, logits_processor=[filled])
+    assert len(got[:, -1].unique()) > 10
+
+
+def test_the_larger_of_two_least_lengths_counts(pair):
+    ids = ragged([4])[0]
+    first = int(pair.plain.generate(ids, max_new_tokens=1)[0, -1])
+    for least in ({"min_new_tokens": 5}, {"min_length": 9}):
+        pair.assert_same(ids, max_new_tokens=9, eos_token_id=first, pad_token_id=0, **least)
+
+
+def test_length_criterion_of_the_callers_own_kind(pair, batch):
+    class New(MaxLengthCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] - 9 >= self.max_length)
+
+    assert pair.assert_same(**batch, max_new_tokens=30, stopping_criteria=[New(4)], eos_token_id=None).shape[1] == 13
+
+
+def test_criteria_come_before_the_streamer(pair):
+    for model in (pair.plain, pair.ours):
+        order: list[str] = []
+
+        class Noted(Recorder):
+            def put(self, value: Tensor, order: list[str] = order) -> None:
+                order.append("put")
+
+        def criterion(ids: Tensor, scores: Any, order: list[str] = order, **kwargs: Any) -> Tensor:
+            order.append("criterion")
+            return torch.zeros(1, dtype=torch.bool)
+
+        model.generate(ragged([4])[0], max_new_tokens=2, streamer=Noted(), stopping_criteria=[criterion])
+        assert order == ["put", "criterion", "put", "criterion", "put"]
+
+
+def test_donated_memory_survives_an_error(pair, batch):
+    """And can be used again, to the same end."""
+    memory = latent_generate(pair.plain, **batch, latent_steps=2, aligner="ridge", max_cache_len=60).past_key_values
+    want = pair.ours.generate(**batch, past_key_values=memory, max_new_tokens=6).tolist()
+    before = memory.lengths.clone(), list(memory.segments)
+
+    def broken(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > 11:
+            raise KeyError("processor")
+        return scores
+
+    with pytest.raises(KeyError):
+        pair.ours.generate(**batch, past_key_values=memory.donate(), max_new_tokens=6, logits_processor=[broken])
+    assert torch.equal(memory.lengths, before[0])
+    assert memory.segments == before[1]
+    assert pair.ours.generate(**batch, past_key_values=memory.donate(), max_new_tokens=6).tolist() == want
+
+
 # ---- latent steps ---------------------------------------------------------------------------------------------------
 
 
@@ -585,6 +738,20 @@ def test_latent_steps_that_cannot_be_taken_are_refused(pair, options, message):
         pair.ours.generate(ragged([6])[0], max_new_tokens=3, **{"latent_steps": 2, **options})
 
 
+def test_latent_steps_of_a_configuration(pair, batch):
+    want = pair.ours.generate(**batch, latent_steps=3, max_new_tokens=5).tolist()
+    config = GenerationConfig(latent_steps=3, max_new_tokens=5, eos_token_id=2, pad_token_id=0)
+    assert pair.ours.generate(**batch, generation_config=config).tolist() == want
+    with pytest.raises(ValueError, match="latent steps were asked for"):
+        pair.ours.generate(**batch, generation_config=config, num_beams=2)
+    pair.ours.generation_config.latent_steps = 3
+    assert pair.ours.generate(**batch, max_new_tokens=5).tolist() == want
+    assert (
+        pair.ours.generate(**batch, max_new_tokens=5, latent_steps=0).tolist()
+        == pair.plain.generate(**batch, max_new_tokens=5).tolist()
+    )
+
+
 def test_latent_decode_on_a_plain_model(pair, batch):
     """The same without accelerate, by transformers' own way in."""
     decode = functools.partial(latent_decode, aligner="ridge")
@@ -639,9 +806,7 @@ def test_engine_is_the_native_one(pair, batch, monkeypatch):
     spoken = []
     speak = NativeEngine.speak
     monkeypatch.setattr(NativeEngine, "speak", lambda self, *a: spoken.append(1) or speak(self, *a))
-    monkeypatch.setattr(
-        type(pair.ours.model.layers[0]), "forward", lambda *a, **k: pytest.fail("transformers' forward")
-    )
+    monkeypatch.setattr(EagerEngine, "extend", lambda *a, **k: pytest.fail("the eager engine"))
     pair.ours.generate(**batch, max_new_tokens=4)
     assert spoken
 

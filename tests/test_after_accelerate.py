@@ -16,6 +16,7 @@ import torch
 from conftest import OTHERS, VOCAB, ragged, tiny_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from latentmas_kernels.hf import accelerate, restore
 from latentmas_kernels.weights import read_weights
@@ -101,6 +102,25 @@ def test_context_manager_undoes_it_after_an_error():
     with pytest.raises(ZeroDivisionError), accelerate(plain):
         raise ZeroDivisionError
     assert type(plain) is LlamaForCausalLM
+
+
+def test_context_managers_nest():
+    plain = tiny_model("llama")
+    with accelerate(plain, engine="eager"):
+        with accelerate(plain, engine="native"):
+            assert type(plain)._options["engine"] == "native"
+        assert type(plain)._options["engine"] == "eager"
+    assert type(plain) is LlamaForCausalLM
+
+
+def test_first_use_in_inference_mode_leaves_a_model_that_trains(model):
+    with torch.inference_mode():
+        answer(model)
+    model.train()
+    model(IDS, attention_mask=MASK, labels=IDS).loss.backward()
+    with torch.inference_mode():
+        restore(model)
+    model(IDS, attention_mask=MASK, labels=IDS).loss.backward()
 
 
 def test_twice_changes_the_options_and_once_undoes_it(model):
@@ -225,7 +245,7 @@ def test_a_training_step_between_two_answers(model, reasons, weights):
     assert not reasons
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "new data", "new parameter", "bias"])
+@pytest.mark.parametrize("change", ["in place", "data", "order", "head", "new data", "new parameter", "bias"])
 def test_change_of_a_weight_is_seen(model, reasons, weights, change):
     accelerate(model, weights=weights)
     before = logits(model)
@@ -235,6 +255,10 @@ def test_change_of_a_weight_is_seen(model, reasons, weights, change):
             projection.weight.mul_(1.5)
         elif change == "data":
             projection.weight.data.mul_(1.5)  # counted by no version
+        elif change == "order":  # of rows: the sum of all words stays
+            projection.weight.data[:] = projection.weight.data.flip(0)
+        elif change == "head":
+            model.lm_head.weight.data.mul_(1.5)
         elif change == "new data":
             projection.weight.data = projection.weight.data * 1.5
         elif change == "new parameter":
@@ -321,6 +345,31 @@ def test_hooks_run_in_transformers(model, reasons):
     reasons.clear()
     assert torch.equal(answer(model), want)
     assert not reasons
+
+
+def test_hooks_on_all_modules_run_in_transformers(model, reasons):
+    want = answer(model)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 1.5 if isinstance(module, nn.Linear) else None
+    )
+    try:
+        assert not torch.equal(answer(model), want)
+    finally:
+        handle.remove()
+    assert "hooks on all modules" in reasons[-1]
+    assert torch.equal(answer(model), want)
+
+
+def test_a_replaced_forward_runs_in_transformers(model, reasons, monkeypatch):
+    want = answer(model)
+    forward = LlamaMLP.forward
+
+    def louder(self: Any, x: Tensor) -> Tensor:
+        return 1.5 * forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", louder)
+    assert not torch.equal(answer(model), want)
+    assert "forward of LlamaMLP was replaced" in reasons[-1]
 
 
 class ScaledLinear(nn.Linear):

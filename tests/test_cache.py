@@ -1,6 +1,9 @@
 """LatentCache: ragged writes, copies, and both directions to transformers."""
 
 import copy
+import gc
+import pickle
+import weakref
 from types import SimpleNamespace
 
 import psutil
@@ -437,3 +440,28 @@ def test_a_copy_that_does_not_fit_leaves_the_cache_as_it_was(monkeypatch):
     with pytest.raises(ValueError, match="1 rows of 10 slots needs"):
         cache.fork(10)
     assert cache.fork().lengths.tolist() == cache.lengths.tolist() == [3]
+
+
+def test_copies_and_pickles_have_layers_of_their_own():
+    cache = LatentCache(layers=2, batch=2, kv_heads=1, capacity=6, head_dim=8, dtype=torch.float32)
+    cache.buffer.normal_()
+    cache.advance(torch.tensor([3, 3]))
+    new = torch.ones(2, cache.keys.shape[2], 1, cache.keys.shape[4])
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        for layer in range(len(cache)):
+            copied.update(new, new, layer)
+        assert copied.lengths.tolist() == [4, 4]
+        assert cache.lengths.tolist() == [3, 3]
+        assert torch.equal(copied.keys[..., :3, :], cache.keys[..., :3, :])
+
+
+def test_memory_is_free_when_a_cache_is_dropped():
+    """Without the garbage collector: a buffer may be gigabytes."""
+    gc.disable()
+    try:
+        cache = LatentCache(layers=2, batch=1, kv_heads=1, capacity=4, head_dim=8, dtype=torch.float32)
+        seen = weakref.ref(cache)
+        del cache
+        assert seen() is None
+    finally:
+        gc.enable()

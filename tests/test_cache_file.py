@@ -1,6 +1,7 @@
 """LatentCache.save and load: what comes back, which model it is for, and files that are not what they should be."""
 
 import copy
+import gc
 import itertools
 import json
 import os
@@ -216,6 +217,7 @@ def test_loading_reads_nothing_of_the_keys_and_values(tmp_path):
     cache.save(path, MODEL)
     size = cache.kv_bytes
     del cache
+    gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
     loaded = LatentCache.load(path, MODEL)
@@ -288,9 +290,7 @@ def test_every_column_of_a_square_matrix_can_be_seen():
 
 
 def test_weights_that_are_not_in_memory_have_no_fingerprint():
-    with pytest.raises(
-        ValueError, match="lm_head.weight of LlamaForCausalLM is on the meta device.*without offloading"
-    ):
+    with pytest.raises(ValueError, match="lm_head.weight of LlamaForCausalLM is no tensor in memory.*without that"):
         model_fingerprint(tiny_model("llama").to("meta"))
 
 
@@ -638,3 +638,48 @@ def test_a_file_with_any_bytes_changed_is_refused_or_sound(data):
         used = [-1, *loaded.positions[row, :length].tolist(), int(loaded.next_position[row])]
         assert length == 0 or all(a < b for a, b in itertools.pairwise(used))
         assert all(s.stop[row] <= length for s in loaded.segments)
+
+
+def test_the_fingerprint_looks_everywhere_in_a_matrix():
+    """In the last of many rows and in every column, whatever the sizes are."""
+    for rows, columns in ((126, 48), (97, 48), (128, 64)):
+        model = tiny_model("llama", vocab_size=rows, hidden_size=columns)
+        before = model_fingerprint(model)
+        for region in (slice(rows // 2, None), slice(0, rows // 2)):
+            with torch.no_grad():
+                model.model.embed_tokens.weight[region, : columns // 2] += 1
+            assert model_fingerprint(model) != before
+            before = model_fingerprint(model)
+
+
+def test_the_fingerprint_knows_names_and_buffers():
+    model, before = tiny_model("llama"), model_fingerprint(tiny_model("llama"))
+    attention = model.model.layers[0].self_attn
+    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+    assert model_fingerprint(model) != before
+    model.register_buffer("extra", torch.zeros(3))
+    with_buffer = model_fingerprint(model)
+    model.extra += 1
+    assert model_fingerprint(model) != with_buffer
+
+
+def test_the_fingerprint_knows_the_active_adapter():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    for name in ("a", "b"):
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), name)
+    seen = set()
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        seen.add(model_fingerprint(model))
+    model.disable_adapters()
+    seen.add(model_fingerprint(model))
+    assert len(seen) == 3
+
+
+def test_odd_configurations_have_a_fingerprint():
+    model, before = tiny_model("llama"), model_fingerprint(tiny_model("llama"))
+    model.config.id2label = {0: "no", 1: "yes"}
+    assert model_fingerprint(model) == before
+    model.config.note = torch.float16
+    assert model_fingerprint(model) != before

@@ -93,6 +93,7 @@ struct Model {
     decoder.head_dim = s.head_dim;
     decoder.intermediate = s.intermediate;
     decoder.embedding = vector(s.vocabulary * s.width, 0);
+    decoder.embedding_rows = s.vocabulary;
     decoder.final_gain = vector(s.width, 1);
     decoder.lm_head = weight(s.vocabulary, s.width);
     decoder.eps = 1e-5f;

@@ -30,7 +30,7 @@ std::uint64_t checksum(const void* data, std::int64_t bytes) {
         const Argument& a = *static_cast<const Argument*>(given);
         const Range mine = me.share(a.words);
         std::uint64_t sum = 0;
-        for (std::int64_t i = mine.begin; i < mine.end; ++i) sum += word(a.data, i);
+        for (std::int64_t i = mine.begin; i < mine.end; ++i) sum += word(a.data, i) * (2 * static_cast<std::uint64_t>(i) + 1);
         a.sum += sum;
       },
       &argument, team_size());

@@ -5,7 +5,8 @@
 
 namespace latentmas {
 
-// The sum of the memory's 64-bit words, the last one filled up with zeros; read by the whole team, at the speed of memory.
+// The sum of the memory's 64-bit words, each times an odd number that is its place's own (an order that changed shows), and of
+// its last bytes. Read by the whole team, at the speed of memory.
 std::uint64_t checksum(const void* data, std::int64_t bytes);
 
 }  // namespace latentmas

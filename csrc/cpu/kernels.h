@@ -55,7 +55,8 @@ struct Decoder {
   DType dtype;  // of the model: float32 or bfloat16
   const Layer* layers;
   std::int64_t layer_count, width, query_heads, kv_heads, head_dim, intermediate;
-  const void* embedding;  // [vocabulary, width]
+  const void* embedding;  // [embedding_rows, width]
+  std::int64_t embedding_rows;
   Vector final_gain;
   Weight lm_head;
   Vector lm_head_bias;

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 namespace latentmas {
 namespace {
@@ -94,6 +96,13 @@ std::int64_t Runner::scratch_bytes() const {
   return static_cast<std::int64_t>(floats * sizeof(float));
 }
 
+std::int64_t Runner::embedded(std::int64_t token) const {
+  if (token < 0 || token >= decoder_.embedding_rows)
+    throw std::out_of_range("token " + std::to_string(token) + " has no row in the input embedding, which has " +
+                            std::to_string(decoder_.embedding_rows) + ": use token ids, a padding token and an lm_head of that size");
+  return token;
+}
+
 void Runner::run(Step& step, std::int64_t longest, Workspace& workspace) const {
   const Decoder& d = decoder_;
   const int threads = team_size();
@@ -179,7 +188,7 @@ void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<st
       const std::int64_t given = b * columns + columns - counts[b] + t;
       listed.add(b, rows, t);
       if (tokens)
-        ids.push_back(tokens[given]);
+        ids.push_back(embedded(tokens[given]));
       else
         places.push_back(at(embeds, given * width, decoder_.dtype));
       if (t + 1 == counts[b]) {
@@ -255,7 +264,7 @@ void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, 
       tokens[b * how.max_new_tokens + n] = token;
       if (std::find(how.ends.begin(), how.ends.end(), token) != how.ends.end()) continue;
       going.push_back(b);
-      chosen.push_back(token);
+      if (n + 1 < how.max_new_tokens) chosen.push_back(embedded(token));
       listed.add(b, rows, n);
     }
     if (between) between(n);

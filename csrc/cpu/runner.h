@@ -78,6 +78,8 @@ class Runner {
   };
 
   void run(Step& step, std::int64_t longest, Workspace& workspace) const;
+  // The token, or std::out_of_range where the input embedding has no row for it.
+  std::int64_t embedded(std::int64_t token) const;
 
   std::vector<Layer> layers_;
   std::vector<float> inv_freq_;

@@ -103,6 +103,9 @@ std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling
   if (!how.draw) return best;
   for (float& value : z) value /= how.temperature;
   const float top = z[best];
+  if (!std::isfinite(top))
+    throw std::invalid_argument("the temperature is so small that logits divided by it overflow; supported are temperatures above "
+                                "1e-36, and greedy decoding for none");
   float floor = kNever;
   if (how.top_k > 0 && how.top_k < vocabulary) floor = kth_largest(z, how.top_k);
   std::vector<std::int64_t> kept;  // in the order of the vocabulary

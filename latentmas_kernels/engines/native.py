@@ -80,6 +80,7 @@ class State:
             "head_dim": weights.head_dim,
             "intermediate": weights.intermediate,
             "embedding": weights.embedding.data_ptr(),
+            "embedding_rows": len(weights.embedding),
             "final_gain": weights.final_gain.data_ptr(),
             "lm_head": product(weights.lm_head),
             "lm_head_bias": 0 if weights.lm_head_bias is None else weights.lm_head_bias.data_ptr(),
@@ -137,9 +138,9 @@ class NativeEngine:
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         batch, a = len(prompt.counts), self.architecture
         if logits:
-            result = torch.zeros(batch, self.weights.lm_head.shape[0])
+            result = torch.zeros(batch, self.weights.lm_head.shape[0], dtype=torch.float32, device="cpu")
         else:
-            result = torch.zeros(batch, a.hidden_size, dtype=a.dtype)
+            result = torch.zeros(batch, a.hidden_size, dtype=a.dtype, device="cpu")
         ids = None if prompt.input_ids is None else prompt.input_ids.long().contiguous()
         embeds = None if prompt.inputs_embeds is None else prompt.inputs_embeds.contiguous()
         self.runner.extend(

@@ -102,10 +102,10 @@ def speak_stepwise(
                 tokens = torch.where(active, tokens, padding)
             counts += active
             sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
             if criteria:
                 running = running & ~criteria(sequences, scores)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
             if step + 1 == max_new_tokens or not running.any():
                 break
             if ends_rows:

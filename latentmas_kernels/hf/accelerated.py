@@ -16,50 +16,23 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from latentmas_kernels.alignment import Aligner
+from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines import check_engine_options
 from latentmas_kernels.engines.once import warn_once
-from latentmas_kernels.hf.decode import decode
+from latentmas_kernels.hf.decode import decode, steps_of
 from latentmas_kernels.weights import unmerge
 
 _swapping = threading.Lock()
 
 
 class _Accelerated:
-    """What an accelerated model's class puts in front of its own."""
+    """What marks an accelerated model's class, and what needs none of its options."""
 
     _original: ClassVar[Any]
     _options: ClassVar[dict[str, Any]]
 
-    @torch.no_grad()
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        latent_steps: int = 0,
-        **model_kwargs: Any,
-    ) -> Any:
-        loop = functools.partial(
-            self._original._sample,
-            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
-        )  # fmt: skip
-        return decode(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs,
-            loop=loop, latent_steps=latent_steps, **self._options,
-        )  # fmt: skip
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        own = {name: value for name, value in model_kwargs.items() if name != "latent_steps"}
-        super()._validate_model_kwargs(own)  # type: ignore[misc]
-
     def __enter__(self) -> Any:
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        restore(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original class: a reader need not have this package."""
@@ -74,26 +47,76 @@ class _Accelerated:
         twin.__class__ = type(self)
         return twin
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        own = {name: value for name, value in model_kwargs.items() if name != "latent_steps"}
+        super()._validate_model_kwargs(own)  # type: ignore[misc]
 
-def _left_to_transformers(name: str) -> Callable[..., Any]:
-    """Another decoding loop of transformers: it runs unchanged, and says that latent steps are not for it."""
+
+def _class_of(original: Any, options: dict[str, Any], previous: Any) -> Any:
+    """The subclass of `original` that runs with the options. Its functions hold all they need: a call that is under way may
+    find the object's class changed by another thread.
+
+    Args:
+        previous: the class that leaving a `with` block gives back.
+    """
+
+    @torch.no_grad()
+    def _sample(
+        self: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        latent_steps: int | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        loop = functools.partial(
+            original._sample,
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+        )  # fmt: skip
+        return decode(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs,
+            loop=loop, latent_steps=latent_steps, **options,
+        )  # fmt: skip
+
+    def __exit__(self: Any, *exception: object) -> None:
+        with _swapping:
+            self.__class__ = previous
+            if previous is original:
+                unmerge(self)
+
+    body: dict[str, Any] = {
+        "_original": original, "_options": options, "_sample": _sample, "__exit__": __exit__,
+        "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+    }  # fmt: skip
+    for name in {name for name in GENERATION_MODES_MAPPING.values() if "/" not in name} - {"_sample"}:
+        body[name] = _left_to_transformers(getattr(original, name), name, options["engine"])
+    return type(original.__name__, (_Accelerated, original), body)
+
+
+def _left_to_transformers(loop: Callable[..., Any], name: str, engine: str) -> Callable[..., Any]:
+    """Another decoding loop of transformers: it runs unchanged, where nothing was asked for that it cannot do."""
     what = name.strip("_").replace("_", " ")
 
-    @functools.wraps(getattr(GenerationMixin, name))  # transformers looks at its parameters
-    def loop(self: Any, *args: Any, latent_steps: int = 0, **kwargs: Any) -> Any:
-        if latent_steps:
+    @functools.wraps(loop)  # transformers looks at its parameters
+    def unchanged(self: Any, *args: Any, latent_steps: int | None = None, **kwargs: Any) -> Any:
+        if steps_of(latent_steps, kwargs["generation_config"]):
             raise ValueError(
-                f"latent_steps={latent_steps} was given with options of {what}; latent steps go with greedy decoding and "
-                "sampling: leave one of the two out"
+                f"latent steps were asked for with options of {what}; they go with greedy decoding and sampling: leave one of "
+                "the two out"
             )
+        if isinstance(kwargs.get("past_key_values"), LatentCache):
+            raise ValueError(
+                f"got a LatentCache with options of {what}, which transformers runs; give it to_hf() with attention_mask()"
+            )
+        if engine not in ("auto", "eager"):
+            raise ValueError(f"engine={engine!r} does not cover {what}. Use engine='auto'")
         warn_once(f"{type(self).__name__}: {what} runs in transformers' own loop, at its speed")
-        return getattr(self._original, name)(self, *args, **kwargs)
+        return loop(self, *args, **kwargs)
 
-    return loop
-
-
-for _name in {name for name in GENERATION_MODES_MAPPING.values() if "/" not in name} - {"_sample"}:
-    setattr(_Accelerated, _name, _left_to_transformers(_name))
+    return unchanged
 
 
 def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", aligner: str | Aligner = "auto") -> Any:
@@ -106,7 +129,8 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
 
     Args:
         model: a transformers model that can generate. It is changed in place: its class becomes a subclass of the same name.
-            Calling it again changes the options.
+            Calling it again changes the options. Calls may come from several threads; change the class from one, while none
+            of them is in generate().
         engine, weights, aligner: as in `latent_generate`.
 
     Returns:
@@ -129,12 +153,9 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
     check_engine_options(engine, weights)
     options = {"engine": engine, "weights": weights, "aligner": aligner}
     with _swapping:
-        original = type(model)._original if isinstance(model, _Accelerated) else type(model)
-        body = {
-            "_original": original, "_options": options,
-            "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
-        }  # fmt: skip
-        model.__class__ = type(original.__name__, (_Accelerated, original), body)
+        previous: Any = type(model)
+        original = previous._original if isinstance(model, _Accelerated) else previous
+        model.__class__ = _class_of(original, options, previous)
     return model
 
 

@@ -57,6 +57,8 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return "attentions or hidden states of every step were asked for"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size was asked for"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
     prepares = model.prepare_inputs_for_generation
     if "prepare_inputs_for_generation" in vars(model) or not prepares.__module__.startswith("transformers."):
         return "its inputs are prepared by a function of its own (prepare_inputs_for_generation)"
@@ -65,6 +67,8 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return f"its forward gets {', '.join(other)}"
     past = inputs.get("past_key_values")
     if past is not None and not isinstance(past, LatentCache):
+        if not type(past).__module__.startswith("transformers."):
+            return f"its cache is a {type(past).__name__}, which may do something of its own"
         strange = sorted({type(layer).__name__ for layer in past.layers if type(layer) not in PLAIN_LAYERS})
         if strange:
             return f"its cache has layers of type {', '.join(strange)}"
@@ -72,6 +76,9 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
             return "its cache is offloaded"
     if inputs.get("position_ids") is None:
         return "its forward takes no position_ids"
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        return "attention_mask holds other values than 0 and 1"
     if known_columns(inputs) is None:
         return "attention_mask and input_ids do not tell which tokens are new to the cache"
     if not _positions_are_counted(inputs):
@@ -188,4 +195,4 @@ def _penalised(penalty: RepetitionPenaltyLogitsProcessor, input_ids: Tensor, wid
 
 def most_new_tokens(criteria: StoppingCriteriaList, columns: int) -> int:
     """New tokens until the first MaxLengthCriteria ends the call."""
-    return max(1, min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)) - columns)
+    return max(1, int(min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)) - columns)

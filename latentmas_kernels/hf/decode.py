@@ -5,6 +5,7 @@ on to transformers' own loop with the same arguments, with one warning.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def latent_decode(
     synced_gpus: bool = False,
     streamer: Any = None,
     *,
-    latent_steps: int = 0,
+    latent_steps: int | None = None,
     aligner: str | Aligner = "auto",
     engine: str = "auto",
     weights: str = "model",
@@ -49,7 +50,7 @@ def latent_decode(
 
     Args:
         latent_steps: latent steps between the prompt and the first new token (LatentMAS, arXiv 2511.20639, section 3); they
-            take no place in the ids.
+            take no place in the ids. None: as many as the generation_config says (`latent_steps`, an entry of your own), or 0.
         aligner, engine, weights: as in `latent_generate`. Without latent steps "auto" leaves a model that no fast engine
             covers to transformers' own loop.
 
@@ -95,14 +96,13 @@ def decode(
     model_kwargs: dict[str, Any],
     *,
     loop: Callable[..., Any],
-    latent_steps: int,
+    latent_steps: int | None,
     aligner: str | Aligner,
     engine: str,
     weights: str,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """`latent_decode`, given the loop of transformers (it gets the model_kwargs) that runs what no engine covers."""
-    if isinstance(latent_steps, bool) or not isinstance(latent_steps, int) or latent_steps < 0:
-        raise ValueError(f"latent_steps must be an integer of 0 or more; got {latent_steps!r}")
+    latent_steps = steps_of(latent_steps, generation_config)
     check_engine_options(engine, weights)
     inputs = {"input_ids": input_ids, **model_kwargs}
     # transformers' loop cannot do these.
@@ -129,6 +129,14 @@ def decode(
         raise ValueError(f"engine={engine!r} does not cover this call, since {reason}. Use engine='auto'")
     warn_once(f"{type(model).__name__}: generate() runs in transformers' own loop, since {reason}")
     return loop(**model_kwargs)
+
+
+def steps_of(latent_steps: int | None, generation_config: GenerationConfig) -> int:
+    """Latent steps that a call asks for, by argument or in its configuration."""
+    asked = getattr(generation_config, "latent_steps", 0) if latent_steps is None else latent_steps
+    if isinstance(asked, bool) or not hasattr(asked, "__index__") or operator.index(asked) < 0:
+        raise ValueError(f"latent_steps must be an integer of 0 or more; got {asked!r}")
+    return operator.index(asked)
 
 
 def _engine(engine: str, model: Any, architecture: Architecture, weights: str, *, needed: bool) -> Engine | str:
