@@ -7,6 +7,8 @@ test_after_accelerate.py.
 import copy
 import functools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +201,22 @@ def test_every_processor(pair, batch, options):
     if "sequence_bias" in options:
         options["sequence_bias"] = [[list(k), v] for k, v in options["sequence_bias"]]
     pair.assert_same(**batch, max_new_tokens=8, **options)
+
+
+def test_guidance_keeps_torchs_threads(pair, batch, monkeypatch):
+    """Its processor runs the model; the others are better off without (engines/torch_threads.py)."""
+    entered: list[int] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr("latentmas_kernels.engines.stepwise.one_torch_thread", noted)
+    pair.ours.generate(**batch, max_new_tokens=2, guidance_scale=1.5)
+    assert not entered
+    pair.ours.generate(**batch, max_new_tokens=2, no_repeat_ngram_size=2)
+    assert entered
 
 
 def test_prefix_allowed_tokens(pair, batch):

@@ -108,6 +108,8 @@ def test_context_managers_nest():
     plain = tiny_model("llama")
     with accelerate(plain, engine="eager"):
         with accelerate(plain, engine="native"):
+            with accelerate(plain):
+                assert type(plain)._options["engine"] == "auto"
             assert type(plain)._options["engine"] == "native"
         assert type(plain)._options["engine"] == "eager"
     assert type(plain) is LlamaForCausalLM

@@ -52,12 +52,13 @@ class _Accelerated:
         super()._validate_model_kwargs(own)  # type: ignore[misc]
 
 
-def _class_of(original: Any, options: dict[str, Any], previous: Any) -> Any:
+def _class_of(original: Any, options: dict[str, Any], outer: dict[str, Any] | None) -> Any:
     """The subclass of `original` that runs with the options. Its functions hold all they need: a call that is under way may
     find the object's class changed by another thread.
 
     Args:
-        previous: the class that leaving a `with` block gives back.
+        outer: the options that leaving a `with` block gives back; None gives back the original class. Not the class itself,
+            since a program that accelerates before every call would make a chain of them.
     """
 
     @torch.no_grad()
@@ -83,8 +84,8 @@ def _class_of(original: Any, options: dict[str, Any], previous: Any) -> Any:
 
     def __exit__(self: Any, *exception: object) -> None:
         with _swapping:
-            self.__class__ = previous
-            if previous is original:
+            self.__class__ = original if outer is None else _class_of(original, outer, None)
+            if outer is None:
                 unmerge(self)
 
     body: dict[str, Any] = {
@@ -153,9 +154,11 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
     check_engine_options(engine, weights)
     options = {"engine": engine, "weights": weights, "aligner": aligner}
     with _swapping:
-        previous: Any = type(model)
-        original = previous._original if isinstance(model, _Accelerated) else previous
-        model.__class__ = _class_of(original, options, previous)
+        present: Any = type(model)
+        if isinstance(model, _Accelerated):
+            model.__class__ = _class_of(present._original, options, present._options)
+        else:
+            model.__class__ = _class_of(present, options, None)
     return model
 
 
