@@ -6,13 +6,28 @@
 #include "threads.h"
 
 namespace latentmas {
-
 namespace {
+
+constexpr int kLanes = 8;  // the compiler makes vectors of them
 
 std::uint64_t word(const void* data, std::int64_t index, std::size_t bytes = 8) {
   std::uint64_t value = 0;
   std::memcpy(&value, static_cast<const char*>(data) + index * 8, bytes);
   return value;
+}
+
+// Sums, and sums of the sums so far, which know the order. Additions alone: with a product by each word's place it was 20 GB/s.
+std::uint64_t checksum_of(const void* data, Range words) {
+  std::uint64_t sum[kLanes] = {}, sums[kLanes] = {}, result = 0;
+  std::int64_t i = words.begin;
+  for (; i + kLanes <= words.end; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sum[lane] += word(data, i + lane);
+      sums[lane] += sum[lane];
+    }
+  for (; i < words.end; ++i) sums[0] += sum[0] += word(data, i);
+  for (int lane = 0; lane < kLanes; ++lane) result = (result + sum[lane]) * 0x9E3779B97F4A7C15ull + sums[lane];
+  return result;
 }
 
 }  // namespace
@@ -28,10 +43,7 @@ std::uint64_t checksum(const void* data, std::int64_t bytes) {
   run_on_team(
       [](const void* given, const Member& me) {
         const Argument& a = *static_cast<const Argument*>(given);
-        const Range mine = me.share(a.words);
-        std::uint64_t sum = 0;
-        for (std::int64_t i = mine.begin; i < mine.end; ++i) sum += word(a.data, i) * (2 * static_cast<std::uint64_t>(i) + 1);
-        a.sum += sum;
+        a.sum += checksum_of(a.data, me.share(a.words)) * (2 * static_cast<std::uint64_t>(me.index) + 1);
       },
       &argument, team_size());
   return argument.sum;

@@ -5,8 +5,8 @@
 
 namespace latentmas {
 
-// The sum of the memory's 64-bit words, each times an odd number that is its place's own (an order that changed shows), and of
-// its last bytes. Read by the whole team, at the speed of memory.
+// A number for the memory, its order included, that is the same as long as neither it nor the number of threads changes. Read
+// by the whole team, at the speed of memory.
 std::uint64_t checksum(const void* data, std::int64_t bytes);
 
 }  // namespace latentmas
