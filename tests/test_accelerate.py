@@ -1,29 +1,23 @@
 """What transformers documents of generate(), on accelerated models: one test each, beside the plain model.
 
-Options and their combinations are drawn in test_accelerate_grid.py; what becomes of an accelerated model is in
-test_after_accelerate.py.
+Caches and what is left to transformers are in test_accelerate_caches.py, latent steps in test_accelerate_latent.py, options
+and their combinations in test_accelerate_grid.py, and what becomes of an accelerated model in test_after_accelerate.py.
 """
 
 import copy
-import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from conftest import VOCAB, ragged, real, tiny_model
+from conftest import LENGTHS, VOCAB, Forced, Pair, Recorder, ragged, real
 from tokenizers_offline import character_tokenizer
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     MaxLengthCriteria,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -32,62 +26,10 @@ from transformers import (
     WatermarkingConfig,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.streamers import BaseStreamer
 
-from latentmas_kernels import LatentCache, latent_generate
+from latentmas_kernels import latent_generate
 from latentmas_kernels.engines import EagerEngine, NativeEngine
-from latentmas_kernels.hf import accelerate, latent_decode, restore
-
-LENGTHS = [3, 9, 1]
-
-
-class Pair:
-    """A plain model and an accelerated one of the same weights; what the latter left to transformers is in `left`."""
-
-    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> None:
-        self.plain = tiny_model(name, **overrides)
-        self.ours = accelerate(copy.deepcopy(self.plain))
-        self.left: list[str] = []
-        for module in ("decode", "accelerated"):
-            monkeypatch.setattr(f"latentmas_kernels.hf.{module}.warn_once", self.left.append)
-
-    def generate(self, *args: Any, seed: int = 0, **kwargs: Any) -> tuple[Any, Any]:
-        outs = []
-        for model in (self.plain, self.ours):
-            torch.manual_seed(seed)
-            outs.append(model.generate(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-        return outs[0], outs[1]
-
-    def assert_same(self, *args: Any, left: str | None = None, **kwargs: Any) -> Tensor:
-        """The same tokens, by our engine, or by transformers for a reason that has `left` in it."""
-        want, got = self.generate(*args, **kwargs)
-        assert torch.equal(got, want)
-        assert bool(self.left) == (left is not None), self.left
-        assert left is None or left in self.left[-1]
-        return got
-
-
-@pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Pair:
-    return Pair("llama", monkeypatch)
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    ids, mask = ragged(LENGTHS)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-class Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.pieces: list[Any] = []
-
-    def put(self, value: Tensor) -> None:
-        self.pieces.append(value.tolist())
-
-    def end(self) -> None:
-        self.pieces.append("end")
-
+from latentmas_kernels.hf import accelerate, restore
 
 # ---- what to read ---------------------------------------------------------------------------------------------------
 
@@ -226,13 +168,6 @@ def test_prefix_allowed_tokens(pair, batch):
 
 def _odd(row: int, ids: Tensor) -> list[int]:
     return list(range(1, VOCAB, 2))
-
-
-class Forced(LogitsProcessor):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, input_ids.shape[1] % VOCAB] = 0
-        return forced
 
 
 def test_custom_processor(pair, batch):
@@ -418,171 +353,6 @@ def test_error_in_a_streamer_reaches_the_caller(pair):
         pair.ours.generate(ragged([5])[0], max_new_tokens=5, streamer=Broken())
 
 
-# ---- caches ---------------------------------------------------------------------------------------------------------
-
-
-def caches(model: Any) -> dict[str, Any]:
-    return {"dynamic": DynamicCache(config=model.config), "static": StaticCache(model.config, max_cache_len=60)}
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "qwen3-mixed"])
-@torch.no_grad()
-def test_conversation_in_one_cache_changing_hands(monkeypatch, name, kind):
-    """Four turns in one cache of transformers, extended in place: every second one by us, none of them noticed."""
-    pair = Pair(name, monkeypatch)
-    turns = [ragged([6, 6], seed=s)[0] for s in range(4)]
-    histories = []
-    for speakers in ((pair.plain,) * 4, (pair.ours, pair.plain) * 2, (pair.plain, pair.ours) * 2, (pair.ours,) * 4):
-        cache, history = caches(pair.plain)[kind], torch.empty(2, 0, dtype=torch.int64)
-        for model, turn in zip(speakers, turns, strict=True):
-            whole = torch.cat([history, turn], dim=1)
-            history = model.generate(
-                whole, past_key_values=cache, max_new_tokens=5, eos_token_id=[12, 30], pad_token_id=1
-            )
-            assert cache.get_seq_length() == history.shape[1] - 1
-        histories.append(history)
-    assert all(torch.equal(h, histories[0]) for h in histories[1:])
-    assert not pair.left
-
-
-def test_new_tokens_only_with_a_mask_over_the_past(pair, batch):
-    first = pair.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, eos_token_id=None)
-    new = torch.tensor([[5, 6], [7, 8], [9, 10]])
-    answers = []
-    for model, out in zip((pair.plain, pair.ours), first, strict=True):
-        seen = torch.cat([batch["attention_mask"], torch.ones(3, 3 + 2, dtype=torch.int64)], dim=1)
-        answers.append(
-            model.generate(new, attention_mask=seen, past_key_values=out.past_key_values, max_new_tokens=6).tolist()
-        )
-    assert answers[0] == answers[1]
-
-
-def test_cache_that_does_not_go_with_the_ids_fails_as_in_transformers(pair, batch):
-    """New tokens without a mask over the past: transformers takes them for the whole conversation, which is shorter."""
-    errors = []
-    for model in (pair.plain, pair.ours):
-        out = model.generate(**batch, max_new_tokens=9, return_dict_in_generate=True, eos_token_id=None)
-        with pytest.raises(RuntimeError) as caught:
-            model.generate(torch.tensor([[5]] * 3), past_key_values=out.past_key_values, max_new_tokens=3)
-        errors.append(str(caught.value))
-    assert errors[0] == errors[1]
-
-
-def test_without_use_cache(pair, batch):
-    pair.assert_same(**batch, max_new_tokens=6, use_cache=False)
-    want, got = pair.generate(**batch, max_new_tokens=6, use_cache=False, return_dict_in_generate=True)
-    assert got.past_key_values is None
-    assert want.past_key_values is None
-
-
-def test_cache_implementation_by_name(pair, batch):
-    want, got = pair.generate(**batch, max_new_tokens=6, cache_implementation="static", return_dict_in_generate=True)
-    assert isinstance(got.past_key_values, StaticCache)
-    assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length()
-    assert not pair.left
-
-
-def test_past_of_another_model_is_refused(pair):
-    other = tiny_model("llama", num_key_value_heads=4)
-    ids, _ = ragged([5])
-    past = other.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-    with pytest.raises(ValueError, match="another model: kv_heads 4 instead of 2"):
-        pair.ours.generate(torch.cat([ids, ids], 1), past_key_values=past, max_new_tokens=3)
-
-
-# ---- what is left to transformers -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "left"),
-    [
-        ({"num_beams": 3}, "beam search"),
-        ({"num_beams": 2, "do_sample": True}, "beam search"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
-        ({"prefill_chunk_size": 4, "max_new_tokens": 6}, "prefill_chunk_size"),
-    ],
-    ids=["beams", "beam sampling", "prompt lookup", "chunked prefill"],
-)
-def test_left_to_transformers(pair, options, left):
-    ids, _ = ragged([8])
-    pair.assert_same(ids, **{"max_new_tokens": 8, **options}, left=left)
-
-
-def test_a_buffer_that_does_not_fit_is_left_to_a_cache_that_grows(pair, batch, monkeypatch):
-    """max_new_tokens is often a generous limit: transformers' cache takes only what the text comes to."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=50_000))
-    pair.assert_same(**batch, max_new_tokens=40, left="slots needs")
-    with pytest.raises(ValueError, match="latent_steps=2 cannot be taken in this call, since a cache of 3 rows"):
-        pair.ours.generate(**batch, max_new_tokens=40, latent_steps=2)
-
-
-def test_assisted_decoding_by_an_accelerated_assistant(pair):
-    assistant = accelerate(tiny_model("llama", num_hidden_layers=1))
-    ids, _ = ragged([8])
-    want = pair.plain.generate(ids, max_new_tokens=10)
-    assert torch.equal(pair.ours.generate(ids, max_new_tokens=10, assistant_model=assistant), want)
-    assert any("assisted decoding" in reason for reason in pair.left)
-
-
-def test_engine_by_name_does_not_fall_back(pair, batch):
-    native = accelerate(copy.deepcopy(pair.plain), engine="native")
-    assert torch.equal(native.generate(**batch, max_new_tokens=5), pair.plain.generate(**batch, max_new_tokens=5))
-    with pytest.raises(ValueError, match=r"engine='native' does not cover this call, since prefill_chunk_size"):
-        native.generate(**batch, max_new_tokens=5, prefill_chunk_size=2)
-    with pytest.raises(ValueError, match="supported are"):
-        accelerate(pair.plain, engine="fast")
-
-
-def test_engine_by_name_refuses_beams_too(pair):
-    native = accelerate(copy.deepcopy(pair.plain), engine="native")
-    with pytest.raises(ValueError, match="engine='native' does not cover beam search"):
-        native.generate(ragged([6])[0], max_new_tokens=3, num_beams=2)
-
-
-def test_synced_gpus_are_left_to_transformers(pair, batch):
-    for model in (pair.plain, pair.ours):
-        with pytest.raises(ValueError, match="process group"):
-            model.generate(**batch, max_new_tokens=3, synced_gpus=True)
-    assert "in step" in pair.left[-1]
-
-
-def test_autocast_is_left_to_transformers(pair, batch):
-    with torch.autocast("cpu", torch.bfloat16):
-        pair.assert_same(**batch, max_new_tokens=6, left="autocast")
-
-
-class Sink(DynamicCache):
-    """A cache with an update() of its own: keeps the last four tokens."""
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(keys, values, layer, *args, **kwargs)
-        return keys[:, :, -4:], values[:, :, -4:]
-
-
-def test_cache_of_the_callers_own_kind_is_left_to_transformers(pair):
-    answers = []
-    for model in (pair.plain, pair.ours):
-        cache = Sink(config=model.config)
-        try:
-            answers.append(model.generate(ragged([1])[0], past_key_values=cache, max_new_tokens=3).tolist())
-        except RuntimeError as error:  # what its masks make of it is transformers' affair
-            answers.append(str(error))
-    assert answers[0] == answers[1]
-    assert "Sink" in pair.left[-1]
-
-
-def test_latent_cache_is_no_cache_for_other_loops(pair):
-    memory = pair.ours.generate(ragged([6])[0], latent_steps=2, max_new_tokens=2, return_dict_in_generate=True)
-    past = memory.past_key_values
-    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="give it to_hf"):
-            pair.ours.generate(
-                torch.tensor([[5]]), attention_mask=past.attention_mask(torch.ones(1, 1)), past_key_values=past,
-                max_new_tokens=3, **options,
-            )  # fmt: skip
-
-
 # ---- what must not go wrong ------------------------------------------------------------------------------------------
 
 
@@ -618,6 +388,12 @@ def test_token_without_an_embedding_is_an_error(pair):
         torch.nn.init.normal_(model.lm_head.weight)
         with pytest.raises(IndexError):
             model.generate(ragged([4])[0], max_new_tokens=12, eos_token_id=None)
+
+
+def test_temperature_that_overflows_is_an_error(pair, batch):
+    for model, error in ((pair.plain, RuntimeError), (pair.ours, ValueError)):
+        with pytest.raises(error):
+            model.generate(**batch, max_new_tokens=2, do_sample=True, temperature=1e-39)
 
 
 def test_warper_passed_to_greedy_decoding(pair, batch):
@@ -683,107 +459,6 @@ def test_donated_memory_survives_an_error(pair, batch):
     assert torch.equal(memory.lengths, before[0])
     assert memory.segments == before[1]
     assert pair.ours.generate(**batch, past_key_values=memory.donate(), max_new_tokens=6).tolist() == want
-
-
-# ---- latent steps ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["ridge", "soft"])
-@pytest.mark.parametrize(
-    "options", [{}, {"logits_processor": [Forced()]}, {"output_scores": True}], ids=["alone", "processor", "scores"]
-)
-def test_latent_steps_before_decoding(pair, batch, kind, options):
-    """The text is that behind latent_generate's memory: its last state chooses the first token."""
-    accelerate(pair.ours, aligner=kind)
-    got = pair.ours.generate(
-        **batch, latent_steps=5, max_new_tokens=6, eos_token_id=None, return_dict_in_generate=True, **options
-    )
-    thought = latent_generate(pair.plain, **batch, latent_steps=5, aligner=kind, engine="eager")
-    assert isinstance(got.past_key_values, LatentCache)
-    assert got.past_key_values.lengths.tolist() == [n + 5 + 5 for n in LENGTHS]
-    assert [s.kind for s in got.past_key_values.segments] == ["prompt", "latent", "text"]
-    logits = pair.plain.get_output_embeddings()(thought.last_hidden)
-    if "logits_processor" not in options:
-        assert got.sequences[:, -6].tolist() == logits.argmax(-1).tolist()
-    assert torch.equal(got.sequences[:, :-6], batch["input_ids"])
-    memory = thought.past_key_values
-    for layer in range(3):
-        for row, n in enumerate(LENGTHS):
-            mine, theirs = got.past_key_values.keys[layer, row, :, : n + 5], memory.keys[layer, row, :, : n + 5]
-            torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=0)
-
-
-def test_latent_memory_is_handed_on(pair, batch):
-    """Agent two goes on from agent one's memory, which is not changed; the mask covers the new tokens, or past and new."""
-    memory = pair.ours.generate(**batch, latent_steps=3, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-    before = memory.lengths.clone()
-    new, mask = ragged([4, 2, 6], seed=5)
-    got = [
-        pair.ours.generate(new, attention_mask=m, past_key_values=memory, latent_steps=2, max_new_tokens=5).tolist()
-        for m in (mask, memory.attention_mask(mask))
-    ]
-    assert got[0] == got[1]
-    assert torch.equal(memory.lengths, before)
-    for row in range(3):
-        alone = pair.ours.generate(
-            real(new, mask, row), past_key_values=memory.select([row]), latent_steps=2, max_new_tokens=5
-        )
-        own = alone[0, -5:].tolist() if alone.shape[1] > 5 else alone[0].tolist()
-        assert got[0][row][-5:][: len(own)] == own
-
-
-def test_latent_steps_extend_the_callers_cache_in_place(pair):
-    ids, _ = ragged([6])
-    cache = DynamicCache(config=pair.ours.config)
-    pair.ours.generate(ids, past_key_values=cache, latent_steps=4, max_new_tokens=3, eos_token_id=None)
-    assert cache.get_seq_length() == 6 + 4 + 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 2}, "leave one of the two out"),
-        ({"prompt_lookup_num_tokens": 2}, "leave one of the two out"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "cannot be taken in this call"),
-        ({"latent_steps": -1}, "0 or more"),
-        ({"latent_steps": 2.0}, "0 or more"),
-        ({"latent_steps": True}, "0 or more"),
-    ],
-    ids=str,
-)
-def test_latent_steps_that_cannot_be_taken_are_refused(pair, options, message):
-    with pytest.raises(ValueError, match=message):
-        pair.ours.generate(ragged([6])[0], max_new_tokens=3, **{"latent_steps": 2, **options})
-
-
-def test_latent_steps_of_a_configuration(pair, batch):
-    want = pair.ours.generate(**batch, latent_steps=3, max_new_tokens=5).tolist()
-    config = GenerationConfig(latent_steps=3, max_new_tokens=5, eos_token_id=2, pad_token_id=0)
-    assert pair.ours.generate(**batch, generation_config=config).tolist() == want
-    with pytest.raises(ValueError, match="latent steps were asked for"):
-        pair.ours.generate(**batch, generation_config=config, num_beams=2)
-    pair.ours.generation_config.latent_steps = 3
-    assert pair.ours.generate(**batch, max_new_tokens=5).tolist() == want
-    assert (
-        pair.ours.generate(**batch, max_new_tokens=5, latent_steps=0).tolist()
-        == pair.plain.generate(**batch, max_new_tokens=5).tolist()
-    )
-
-
-def test_latent_decode_on_a_plain_model(pair, batch):
-    """The same without accelerate, by transformers' own way in."""
-    decode = functools.partial(latent_decode, aligner="ridge")
-    want = accelerate(pair.ours, aligner="ridge").generate(**batch, latent_steps=4, max_new_tokens=6)
-    got = pair.plain.generate(**batch, custom_generate=decode, latent_steps=4, max_new_tokens=6)
-    assert torch.equal(got, want)
-    streamer = Recorder()
-    again = pair.plain.generate(
-        batch["input_ids"][1:2], custom_generate=functools.partial(latent_decode, streamer=streamer), max_new_tokens=4
-    )
-    assert streamer.pieces[:-1] == [[t] for t in again[0, -4:].tolist()]
-    assert torch.equal(again, pair.plain.generate(batch["input_ids"][1:2], max_new_tokens=4))
-    with pytest.raises(ValueError, match="beam search"):
-        pair.plain.generate(**batch, custom_generate=latent_decode, num_beams=2, max_new_tokens=3)
 
 
 # ---- several at once ------------------------------------------------------------------------------------------------

@@ -58,7 +58,9 @@ def exact(queries, keys, values, lengths, scale, window=None, positions=None, qu
 
 def assert_right(got, queries, keys, values, lengths, scale, window=None, positions=None, query_positions=None):
     given = (queries, keys, values, lengths, scale, window, positions, query_positions)
-    assert_as_good_as_torch(got, decode_attention_reference(*given), exact(*given))
+    # Values that cancel in the mean: with two of them in all, plain torch is right to the last bit by chance.
+    size = exact(queries, keys, values.abs(), lengths, scale, window, positions, query_positions)
+    assert_as_good_as_torch(got, decode_attention_reference(*given), exact(*given), size=size)
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)

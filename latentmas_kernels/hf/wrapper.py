@@ -20,7 +20,7 @@ Messages = Sequence[Mapping[str, Any]]
 class ModelWrapper:
     """A model and its tokenizer behind the method names of the LatentMAS code (arXiv 2511.20639) and its forks.
 
-    Code written against those methods runs as it is, and row b of a padded batch gets what it gets alone. Neither the
+    The methods take and give what they do there, and row b of a padded batch gets what it gets alone. Neither the
     model nor the tokenizer is changed: the tokenizer needs no padding token, and its padding side does not matter.
 
     Every method that takes `attention_mask` takes it over the new tokens [B, T] or over past and new [B, past + T], with
