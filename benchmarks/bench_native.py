@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate, native
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import Decoding, NativeEngine
+from latentmas_kernels.engines import Decoding, NativeEngine, Thinking
 from latentmas_kernels.ops.realign import realign_reference
 from latentmas_kernels.prompt import Prompt
 
@@ -63,8 +63,10 @@ class Native:
         self.hidden = self.runner.extend(self.cache, Prompt(counts, ids), logits=False)
 
     def latent(self, steps: int) -> Tensor:
-        latents, self.hidden = self.runner.think(self.cache, self.hidden, self.aligner, steps, None)
-        return latents
+        thinking = Thinking(torch.full((len(self.hidden),), steps))
+        thought = self.runner.think(self.cache, self.hidden, self.aligner, thinking, None)
+        self.hidden = thought.last_hidden
+        return thought.latents
 
     def token(self, token: Tensor, steps: int) -> Tensor:
         """Greedy; the tokens that were chosen on the way."""

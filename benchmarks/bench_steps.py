@@ -27,7 +27,7 @@ from torch import Tensor
 
 from latentmas_kernels import LatentCache, build_aligner
 from latentmas_kernels.architecture import Architecture, decoder_of
-from latentmas_kernels.engines import ENGINES, open_engine
+from latentmas_kernels.engines import ENGINES, Thinking, open_engine
 from latentmas_kernels.prompt import Prompt
 
 PHASES = ("prefill", "latent", "token")
@@ -54,8 +54,9 @@ class Ours:
         self.hidden = self.runner.extend(self.cache, Prompt(self.one_each * ids.shape[1], ids), logits=False)
 
     def latent(self, steps: int) -> Tensor:
-        latents, self.hidden = self.runner.think(self.cache, self.hidden, self.aligner, steps, None)
-        return latents
+        thought = self.runner.think(self.cache, self.hidden, self.aligner, Thinking(self.one_each * steps), None)
+        self.hidden = thought.last_hidden
+        return thought.latents
 
     def token(self, token: Tensor, steps: int) -> Tensor:
         for _ in range(steps):

@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from latentmas_kernels import LatentCache
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture, decoder_of
-from latentmas_kernels.engines import Decoding
+from latentmas_kernels.engines import Decoding, Thinking
 from latentmas_kernels.engines.cuda import BUCKETS, CudaEngine
 from latentmas_kernels.engines.graphs import CudaGraphs, PlainCalls
 from latentmas_kernels.ops.realign import realign_reference
@@ -92,7 +92,8 @@ class Ours:
         self.start.rewind()
 
     def latent(self, steps: int) -> Tensor:
-        return self.runner.think(self.start.memory, self.start.hidden, self.start.aligner, steps, None)[1]
+        thinking = Thinking(torch.full((len(self.first),), steps))
+        return self.runner.think(self.start.memory, self.start.hidden, self.start.aligner, thinking, None).last_hidden
 
     def token(self, steps: int) -> Tensor:
         decoding = Decoding(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)  # the last token is not fed in

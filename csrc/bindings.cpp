@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -133,12 +134,21 @@ std::unique_ptr<Runner> make_runner(const py::dict& model, const py::list& layer
   return std::make_unique<Runner>(d, std::move(layers), std::move(inv_freq));
 }
 
-// (keys, values, layer stride, row stride, head stride, positions, stride of positions)
-using MemoryTuple = std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, Address, std::int64_t>;
+// (keys, values, layer stride, row stride, head stride, positions, stride of positions, lenders, borrowed)
+using MemoryTuple =
+    std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, Address, std::int64_t, Address, Address>;
 
 Memory memory_of(const MemoryTuple& given) {
-  const auto [keys, values, layer, row, head, positions, positions_stride] = given;
-  return {pointer<void>(keys), pointer<void>(values), layer, row, head, pointer<std::int64_t>(positions), positions_stride};
+  const auto [keys, values, layer, row, head, positions, positions_stride, lenders, borrowed] = given;
+  return {pointer<void>(keys),
+          pointer<void>(values),
+          layer,
+          row,
+          head,
+          pointer<std::int64_t>(positions),
+          positions_stride,
+          pointer<const std::int64_t>(lenders),
+          pointer<const std::int64_t>(borrowed)};
 }
 
 // What happens between two steps: the caller's function, and Ctrl-C.
@@ -161,16 +171,17 @@ void extend(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, c
                 pointer<const void>(embeds), pointer<void>(states), pointer<float>(logits), between);
 }
 
-void think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
-           Address aligner, float target_norm, std::int64_t likely, std::int64_t steps, Address latents, Address states,
-           const py::object& on_step) {
-  check(steps > 0, "latent steps must be 1 or more");
+Numbers think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
+              Address aligner, float target_norm, std::int64_t likely, const Numbers& steps, float settle, Address latents,
+              Address states, Address recorded, const py::object& on_step) {
+  check(!steps.empty() && steps.size() == lengths.size() && *std::min_element(steps.begin(), steps.end()) > 0,
+        "latent steps must be 1 or more for each row");
   check(likely >= 0 && likely <= kMostLikely, "soft feedback mixes up to " + std::to_string(kMostLikely) + " tokens");
   const Between between = between_of(on_step);
   py::gil_scoped_release release;
-  runner.think(memory_of(memory), {lengths, positions}, pointer<const void>(seed),
-               {pointer<const float>(aligner), target_norm, likely}, steps, pointer<void>(latents), pointer<void>(states),
-               between);
+  return runner.think(memory_of(memory), {lengths, positions}, pointer<const void>(seed),
+                      {pointer<const float>(aligner), target_norm, likely}, {steps, settle}, pointer<void>(latents),
+                      pointer<void>(states), pointer<void>(recorded), between);
 }
 
 void speak(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address logits,
@@ -202,8 +213,8 @@ PYBIND11_MODULE(_C, m) {
       .def("extend", &extend, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("counts"),
            py::arg("columns"), py::arg("tokens"), py::arg("embeds"), py::arg("states"), py::arg("logits"))
       .def("think", &think, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("seed"),
-           py::arg("aligner"), py::arg("target_norm"), py::arg("likely"), py::arg("steps"), py::arg("latents"),
-           py::arg("states"), py::arg("on_step"))
+           py::arg("aligner"), py::arg("target_norm"), py::arg("likely"), py::arg("steps"), py::arg("settle"),
+           py::arg("latents"), py::arg("states"), py::arg("recorded"), py::arg("on_step"))
       .def("speak", &speak, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("logits"),
            py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("seen"),
            py::arg("tokens"), py::arg("on_token"))

@@ -69,6 +69,13 @@ class Aligner:
         """Whether the map starts from logits [B, V] (soft) rather than from hidden states [B, D]."""
         return self.kind == "soft"
 
+    @property
+    def width(self) -> int | None:
+        """D_out, of the embeddings; None where it is that of the states."""
+        if self.embedding is not None:
+            return self.embedding.embedding_dim
+        return None if self.weight is None else self.weight.shape[0]
+
     def __call__(self, seed: Tensor) -> Tensor:
         """Embeddings [B, D_out] from hidden states [B, D_in], or from logits [B, V] where `needs_logits`."""
         if self.embedding is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -115,6 +115,21 @@ def decoder_of(model: Any) -> Any:
     if decoder is model:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder of its own below the lm_head; {SUPPORTED}")
     return decoder
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of states [..., D] after the final norm, scaled and capped as the model's own forward does."""
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config
+    if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
+        logits = (
+            logits * config.logits_scaling if config.model_type == "hyperclovax" else logits / config.logits_scaling
+        )
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
+        logits = (logits / config.final_logit_softcapping).tanh() * config.final_logit_softcapping
+    return logits
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:

@@ -6,8 +6,8 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -23,21 +23,14 @@ from transformers.cache_utils import (
 )
 
 from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.segments import Kind, Segment, after_cut, named, slots_of
 
 # Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
 PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
 # quanto, HQQ and what else derives from it. Newer transformers have a wider base, for FP8, which keeps no residual.
 QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A named run of slots: row b holds it in the slots start[b] to stop[b] - 1."""
-
-    agent: str | None
-    kind: Literal["prompt", "latent", "text"]
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
+LENT_SLOTS = 64
+"""Rows lend each other whole runs of so many slots: what engines attend to at once then lies in one row."""
 
 
 class Slots(NamedTuple):
@@ -59,12 +52,26 @@ class Slots(NamedTuple):
     ragged: bool
 
 
+class Part(NamedTuple):
+    """Rows of a cache from the slots start[i] of each on; what `LatentCache.concat` takes. Segments without an agent are this
+    one's."""
+
+    cache: "LatentCache"
+    rows: Tensor
+    start: Tensor
+    agent: str | None = None
+
+
 class NoRoomError(ValueError):
     """A buffer is larger than the memory that is free."""
 
 
-def _check_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise NoRoomError where a buffer does not fit what is free: a CPU would hand out the pages and kill us at the last."""
+def check_room(need: int, device: torch.device, what: str, detail: str = "") -> None:
+    """Raise NoRoomError where so many bytes are not free: a CPU would hand out the pages and kill us at the last.
+
+    Args:
+        what, detail: of the message: "what needs so many MB (detail)".
+    """
     if device.type == "cpu":
         free = psutil.virtual_memory().available
     elif device.type == "cuda":
@@ -73,13 +80,11 @@ def _check_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         return
-    need = math.prod(shape) * dtype.itemsize
     if need > free:
-        _, layers, batch, heads, capacity, width = shape
+        told = f" ({detail})" if detail else ""
         raise NoRoomError(
-            f"a cache of {batch} rows of {capacity} slots needs {need / 2**20:,.0f} MB ({layers} layers, {heads} heads of "
-            f"{width} in {dtype}); free on {device} are {free / 2**20:,.0f} MB: take fewer rows at a time (a smaller batch), "
-            "or shorter ones"
+            f"{what} needs {need / 2**20:,.0f} MB{told}; free on {device} are {free / 2**20:,.0f} MB: take fewer rows at a "
+            "time (a smaller batch), or shorter ones"
         )
 
 
@@ -99,6 +104,8 @@ class LatentCache(Cache):
             and the rest kept its positions.
         positions: int64 [B, capacity] on the cache's device, position of each slot in use.
         segments: what the slots hold, in the order of writing.
+        lenders, borrowed: int64 [B] on the CPU. The first borrowed[b] slots of row b, a multiple of LENT_SLOTS, are those of
+            row lenders[b], which borrows none itself; its own memory for them is not used. See `spread`.
     """
 
     def __init__(
@@ -118,7 +125,10 @@ class LatentCache(Cache):
                 f"capacity={capacity}, head_dim={head_dim}"
             )
         shape = (2, layers, batch, kv_heads, capacity, head_dim)
-        _check_memory(shape, dtype, torch.device(device))
+        check_room(
+            math.prod(shape) * dtype.itemsize, torch.device(device), f"a cache of {batch} rows of {capacity} slots",
+            f"{layers} layers, {kv_heads} heads of {head_dim} in {dtype}",
+        )  # fmt: skip
         self._adopt(torch.empty(shape, dtype=dtype, device=device))
 
     def _adopt(self, buffer: Tensor) -> None:
@@ -128,7 +138,11 @@ class LatentCache(Cache):
         self.next_position = torch.zeros(batch, dtype=torch.int64)
         self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=buffer.device)
         self.segments: list[Segment] = []
+        self.lenders = torch.arange(batch)
+        self.borrowed = torch.zeros(batch, dtype=torch.int64)
         self._donated = False
+        self._writing = False  # a call is extending it: it may use slots behind its lengths
+        self._sharers: weakref.WeakSet[LatentCache] = weakref.WeakSet([self])
         super().__init__(layers=[])
         self._look_like_layers()
 
@@ -160,11 +174,15 @@ class LatentCache(Cache):
         self.layers = [_UniformLayer(self, index) for index in range(self._buffer.shape[1])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "layers"}
+        state = {name: value for name, value in vars(self).items() if name not in ("layers", "_sharers")}
+        if len(self._sharers) > 1:  # branches in one object would share their copy, and not know it
+            state["_buffer"] = self._buffer.clone()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles get layers of their own."""
-        vars(self).update(state)
+        vars(self).update(state, _writing=False)
+        self._sharers = weakref.WeakSet([self])
         self._look_like_layers()
 
     @property
@@ -186,9 +204,14 @@ class LatentCache(Cache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values in use, over all rows."""
+        """Bytes of the keys and values in use, over all rows; what rows borrow is counted once."""
+        return int((self.lengths - self.borrowed).sum()) * self.slot_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one slot of one row, over all layers."""
         _, layers, _, heads, _, width = self._buffer.shape
-        return int(self.lengths.sum()) * 2 * layers * heads * width * self._buffer.element_size()
+        return 2 * layers * heads * width * self._buffer.element_size()
 
     def __repr__(self) -> str:
         return (
@@ -204,7 +227,8 @@ class LatentCache(Cache):
         Args:
             capacity: slots per row of the copy; this cache's own when None.
         """
-        return self._copy(torch.arange(self.batch_size), self.capacity if capacity is None else capacity)
+        capacity = self.capacity if capacity is None else capacity
+        return self._copy(torch.arange(self.batch_size), capacity, lending=True)
 
     def select(self, rows: Sequence[int] | Tensor) -> "LatentCache":
         """A copy with the given rows, in the given order; a row may come more than once."""
@@ -232,19 +256,60 @@ class LatentCache(Cache):
                 f"build it with max_cache_len={capacity} or more, or pass it without donate() to work on a larger fork"
             )
         self._donated = False
+        self._writing = True  # before the others are looked at: of two threads' branches, both copy rather than neither
+        self.own(since=self.lengths)
         return self
+
+    def branch(self, name: str | None = None) -> "LatentCache":
+        """A cache that goes on from here, or from the end of the segments of that name, without copying.
+
+        Both use the same memory until one of them writes to slots that the other uses; that one then moves to memory of
+        its own. So the first to go on from a common end does so in place, where it was `donate()`d or is used inside a
+        transformers model, and the next one pays for a copy.
+
+        Raises:
+            ValueError: where there is no segment of that name.
+        """
+        branch = LatentCache.over(self._buffer)
+        for attribute in ("positions", "lengths", "next_position", "lenders", "borrowed"):
+            setattr(branch, attribute, getattr(self, attribute).clone())
+        branch.segments = list(self.segments)
+        branch._sharers = self._sharers
+        branch._sharers.add(branch)
+        if name is not None:
+            branch.rewind(name)
+        return branch
+
+    def own(self, since: Tensor | None = None) -> None:
+        """Move to memory of its own where a branch uses slots that are about to be written.
+
+        Args:
+            since: int64 [B], first slot of each row that will be written to. None is all of them: then nothing is borrowed
+                any more, either.
+        """
+        others = [other for other in self._sharers if other is not self]
+        if since is None:
+            shared = bool(others) or bool(self.borrowed.any())
+        else:
+            shared = any(other._writing or bool((other.lengths > since).any()) for other in others)
+        if shared:
+            self._become(self.fork() if since is not None else self.select(range(self.batch_size)))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """On any exception, Ctrl-C included, forget what was appended inside the block."""
         before = self.lengths.clone(), self.next_position.clone(), list(self.segments)
+        self._writing = True
         try:
             yield
         except BaseException:
             self.lengths, self.next_position, self.segments = before
             raise
+        finally:
+            self._writing = False
 
-    def _copy(self, rows: Tensor, capacity: int) -> "LatentCache":
+    def _copy(self, rows: Tensor, capacity: int, *, lending: bool = False) -> "LatentCache":
+        """With lending, for all rows in their order, they go on lending each other what they lend now."""
         _, layers, _, heads, _, width = self._buffer.shape
         used = int(self.lengths[rows].max())
         if capacity < used:
@@ -255,18 +320,124 @@ class LatentCache(Cache):
             layers=layers, batch=len(rows), kv_heads=heads, capacity=capacity, head_dim=width,
             dtype=self._buffer.dtype, device=self._buffer.device,
         )  # fmt: skip
-        index = rows.to(self._buffer.device)
-        source = self._buffer[..., :used, :]
-        whole = rows.tolist() == list(range(self.batch_size))  # spares the temporary that index_select makes
-        copy._buffer[..., :used, :] = source if whole else source.index_select(2, index)
-        copy.positions[:, :used] = self.positions[index, :used]
-        copy.lengths, copy.next_position = self.lengths[rows].clone(), self.next_position[rows].clone()
         order = rows.tolist()
+        if lending:
+            copy.lenders, copy.borrowed = self.lenders.clone(), self.borrowed.clone()
+        if bool(self.borrowed.any()):
+            for row, source in enumerate(order):
+                own = int(copy.borrowed[row])
+                self.copy_slots(source, own, int(self.lengths[source]), copy, row, own)
+        else:
+            source = self._buffer[..., :used, :]
+            whole = order == list(range(self.batch_size))  # spares the temporary that index_select makes
+            index = rows.to(self._buffer.device)
+            copy._buffer[..., :used, :] = source if whole else source.index_select(2, index)
+        copy.positions[:, :used] = self.positions[rows.to(self._buffer.device), :used]
+        copy.lengths, copy.next_position = self.lengths[rows].clone(), self.next_position[rows].clone()
         copy.segments = [
             replace(s, start=tuple(s.start[r] for r in order), stop=tuple(s.stop[r] for r in order))
             for s in self.segments
         ]
         return copy
+
+    def copy_slots(self, row: int, start: int, stop: int, to: "LatentCache", to_row: int, at: int) -> None:
+        """Copy keys and values of the slots from start to stop - 1 of a row, borrowed or not, to a row of another cache."""
+        own = min(max(int(self.borrowed[row]), start), stop)
+        for source, first, last in ((int(self.lenders[row]), start, own), (row, own, stop)):
+            if first < last:
+                target = to._buffer[:, :, to_row, :, at + first - start : at + last - start]
+                target.copy_(self._buffer[:, :, source, :, first:last])
+
+    # ---- cutting and merging ----------------------------------------------------------------------------------------
+
+    def keep(self, what: str | Sequence[str] | Tensor) -> None:
+        """Keep some slots and forget the others, in place. What is kept moves together and keeps its positions.
+
+        Keys stay as they were rotated: the gaps are recorded in `positions` and `next_position`, every engine here goes on
+        behind them exactly, and `rebase` closes them.
+
+        Args:
+            what: names of segments ("planner", "planner:latent"), or bool [B, longest row], true for slots to keep.
+
+        Raises:
+            ValueError: for a name that there is not, or a mask of another shape.
+        """
+        from latentmas_kernels.cache_edits import keep_slots  # it needs LatentCache itself
+
+        width = int(self.lengths.max())
+        if not isinstance(what, Tensor):
+            what = slots_of(self.named(what), self.batch_size, width)
+        elif what.dtype != torch.bool or list(what.shape) != [self.batch_size, width]:
+            raise ValueError(
+                f"keep takes names of segments, or bool {[self.batch_size, width]}; got {what.dtype} {list(what.shape)}"
+            )
+        keep_slots(self, what.cpu())
+
+    def drop(self, what: str | Sequence[str]) -> None:
+        """Forget the segments of these names, in place; as `keep` for all others."""
+        self.keep(~slots_of(self.named(what), self.batch_size, int(self.lengths.max())))
+
+    def rewind(self, name: str) -> None:
+        """Forget all that was written behind the last segment of that name; nothing moves."""
+        self.cut_to(torch.tensor(self.named(name)[-1].stop))
+
+    def rebase(self, model: Any) -> None:
+        """Give the slots of each row the positions 0, 1, 2, ... and rotate the keys to them, in place.
+
+        Args:
+            model: the causal LM that wrote this cache.
+
+        Raises:
+            ValueError: where the positions of that model's keys cannot be changed afterwards (anything but plain RoPE).
+        """
+        from latentmas_kernels.cache_edits import rebase  # it needs LatentCache itself
+
+        rebase(self, model)
+
+    @classmethod
+    def concat(cls, parts: "Sequence[LatentCache | Part]", model: Any, *, capacity: int | None = None) -> "LatentCache":
+        """One memory out of several of the same rows, one behind the other. Positions are 0, 1, 2, ... in the order of the
+        slots, keys are rotated to them; the parts stay as they are.
+
+        Args:
+            parts: caches of one model with as many rows each, or runs of their slots (`part`).
+            model: the causal LM that wrote them.
+            capacity: slots per row of the result; what is in use when None.
+
+        Raises:
+            ValueError: where the parts do not fit together, or keys cannot be moved (as `rebase`).
+        """
+        from latentmas_kernels.cache_edits import concat  # it needs LatentCache itself
+
+        return concat(parts, model, capacity)
+
+    def part(self, rows: Sequence[int], start: Tensor | None = None, agent: str | None = None) -> "Part":
+        """Rows of this cache from the slots start[i] of each on, to be merged by `concat`; copies nothing."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return Part(self, index, torch.zeros_like(index) if start is None else start, agent)
+
+    def spread(self, times: int, capacity: int) -> "LatentCache":
+        """Each row `times` times, one behind the other, for that many ways to go on. What they have in common is held once:
+        the first of them lends it to the others, in whole runs of LENT_SLOTS slots."""
+        from latentmas_kernels.cache_edits import spread  # it needs LatentCache itself
+
+        return spread(self, times, capacity)
+
+    def named(self, names: str | Sequence[str]) -> list[Segment]:
+        """The segments of these names in the order of the slots; ValueError where there is none of a name."""
+        return [s for name in ([names] if isinstance(names, str) else names) for s in named(self.segments, name)]
+
+    def cut_to(self, lengths: Tensor) -> None:
+        """Forget what lies behind lengths[b] slots of row b; nothing moves."""
+        if bool((lengths == self.lengths).all()):
+            return
+        lent = torch.zeros_like(self.lengths).scatter_reduce(0, self.lenders, self.borrowed, "amax")
+        if bool((lengths < torch.maximum(self.borrowed, lent)).any()):
+            self.own()
+        slots = torch.arange(int(self.lengths.max()))
+        self.segments = after_cut(self.segments, (slots < lengths[:, None]) & (slots < self.lengths[:, None]))
+        ends = self.positions.gather(1, (lengths - 1).clamp_min(0)[:, None].to(self.positions.device))[:, 0].cpu() + 1
+        self.lengths, self.next_position = lengths.clone(), torch.where(lengths > 0, ends, 0)
 
     # ---- kept on disk -----------------------------------------------------------------------------------------------
 
@@ -283,7 +454,7 @@ class LatentCache(Cache):
         """
         from latentmas_kernels.cache_file import save_cache  # it needs LatentCache itself
 
-        save_cache(self, path, model)
+        save_cache(self.select(range(self.batch_size)) if bool(self.borrowed.any()) else self, path, model)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> "LatentCache":
@@ -337,7 +508,7 @@ class LatentCache(Cache):
         self.lengths = self.lengths + counts
         self.next_position = self.next_position + counts
 
-    def add_segment(self, kind: Literal["prompt", "latent", "text"], start: Tensor) -> None:
+    def add_segment(self, kind: Kind, start: Tensor) -> None:
         """Record that the slots from start[b] to the present length of each row hold `kind`.
 
         Goes on with the last segment where that has no agent yet, is of the same kind and ends there.
@@ -372,6 +543,8 @@ class LatentCache(Cache):
             ValueError: where positions have gaps, which a transformers cache cannot express.
         """
         self._check_counted("to_hf")
+        if bool(self.borrowed.any()):
+            return self.select(range(self.batch_size)).to_hf()
         width = int(self.lengths.max())
         slot = torch.arange(width)[None, :] - (width - self.lengths[:, None])
         index = slot.clamp_min(0).to(self._buffer.device)[None, :, None, :, None]
@@ -505,16 +678,12 @@ class LatentCache(Cache):
                 f"crop takes minus the number of tokens to remove, at most {int(self.lengths.min())} here; "
                 f"got {tokens_to_remove}"
             )
-        self.lengths, self.next_position = self.lengths - count, self.next_position - count
-        ends = self.lengths.tolist()
-        cut = [
-            replace(s, stop=tuple(map(min, s.stop, ends)), start=tuple(map(min, s.start, ends))) for s in self.segments
-        ]
-        self.segments = [s for s in cut if s.start != s.stop]
+        self.cut_to(self.lengths - count)
 
     def reset(self) -> None:
         """Forget everything; the buffer stays."""
         self.lengths, self.next_position = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
+        self.borrowed = torch.zeros_like(self.lengths)
         self.segments = []
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -527,8 +696,10 @@ class LatentCache(Cache):
         self._become(self.select(torch.arange(self.batch_size).repeat_interleave(repeats)))
 
     def _become(self, other: "LatentCache") -> None:
-        for name in ("_buffer", "lengths", "next_position", "positions", "segments"):
+        for name in ("_buffer", "lengths", "next_position", "positions", "segments", "lenders", "borrowed"):
             setattr(self, name, getattr(other, name))
+        self._sharers.discard(self)
+        self._sharers = weakref.WeakSet([self])
 
 
 class _UniformLayer(CacheLayerMixin):
@@ -548,6 +719,8 @@ class _UniformLayer(CacheLayerMixin):
     def _cache(self) -> LatentCache:
         cache = self._of()
         assert cache is not None, "layers do not outlive their cache"
+        if bool(cache.borrowed.any()):
+            cache.own()  # transformers reads each row in its own place
         return cache
 
     @property
@@ -576,6 +749,7 @@ class _UniformLayer(CacheLayerMixin):
             )
         if key_states.shape[0] != cache.batch_size:
             raise ValueError(f"this LatentCache has {cache.batch_size} rows, the inputs have {key_states.shape[0]}")
+        cache.own(since=cache.lengths)
         keys, values = cache.keys[self._index], cache.values[self._index]
         keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
         if self._index == len(cache) - 1:

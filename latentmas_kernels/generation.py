@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from latentmas_kernels.alignment import Aligner, build_aligner
-from latentmas_kernels.architecture import Architecture, check_finite_weights
+from latentmas_kernels.architecture import Architecture, check_finite_weights, logits_of
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines import Decoding, Speaker, open_engine
+from latentmas_kernels.engines import Decoding, Speaker, Thinking, Thought, open_engine
 from latentmas_kernels.engines.stepwise import speak_stepwise
 from latentmas_kernels.prompt import Prompt, read_prompt
 
@@ -57,15 +57,22 @@ class LatentOutput:
 
     Attributes:
         past_key_values: memory with the prompt and the latent steps.
-        latents: [B, latent_steps, D], the embeddings that were fed back, after W_a and the rescale.
-        last_hidden: [B, D], the state after the final norm at the last position.
+        latents: [B, n, D], the embeddings that were fed back, after W_a and the rescale; n is the longest row's number of
+            steps, behind a row's end there are zeros.
+        last_hidden: [B, D], the state after the final norm at each row's last position.
         metrics: counts and times.
+        latent_steps: per row, how many steps it took.
+        states: [B, n, D], the state after the final norm behind each step, or None where they were not asked for.
+        crossed: what each aligner of `cross` made of the states that the latents were made of, [B, n, D of its target].
     """
 
     past_key_values: LatentCache
     latents: Tensor
     last_hidden: Tensor
     metrics: Metrics
+    latent_steps: list[int]
+    states: Tensor | None = None
+    crossed: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -108,25 +115,30 @@ def latent_generate(
     attention_mask: Tensor | None = None,
     *,
     inputs_embeds: Tensor | None = None,
-    latent_steps: int = 10,
+    latent_steps: int | Sequence[int] = 10,
+    settle: float | None = None,
     past_key_values: Cache | None = None,
     aligner: str | Aligner = "auto",
     engine: str = "auto",
     weights: str = "model",
     max_cache_len: int | None = None,
     on_step: Callable[[int], None] | None = None,
+    output_states: bool = False,
+    cross: Sequence[Aligner] = (),
 ) -> LatentOutput:
     """Read a prompt and think `latent_steps` steps in hidden states (LatentMAS, arXiv 2511.20639, section 3).
 
     Each step maps the last hidden state to an input embedding (`build_aligner`) and feeds it in at the next position.
-    All latents are fed, so every row's memory grows by its prompt + latent_steps.
+    All latents are fed, so a row's memory grows by its prompt and the steps that it takes.
 
     Args:
         model: a decoder-only causal LM of transformers, in eval mode.
         input_ids: int [B, T] on the model's device. Rows may be padded left or right.
         attention_mask: [B, T], or [B, past + T]; 0 marks padding. None: no padding.
         inputs_embeds: [B, T, D] in the model's dtype, instead of input_ids.
-        latent_steps: 0 or more; 0 only reads the prompt.
+        latent_steps: 0 or more; 0 only reads the prompt. A sequence gives each row a number of its own, 1 or more.
+        settle: a row also ends with the first step, its second at the earliest, whose embedding has at least this cosine (-1
+            to 1) to that of the step before. None is off. Rows end by themselves and leave the others alone.
         past_key_values: memory to go on from. It is not changed (a fork is extended), unless it was `donate()`d.
         aligner: "auto", "ridge", "identity", "soft", or what `build_aligner` gave.
         engine: "auto", "eager", "native" (CPU) or "cuda".
@@ -135,6 +147,9 @@ def latent_generate(
         max_cache_len: slots per row to allocate, for later calls to extend in place; what this call needs when None.
         on_step: called with 0, 1, ... as the host issues each latent step, to show progress. A device may still be
             working on steps before it: the call does not wait.
+        output_states: keep the state behind each step; without it, none is collected.
+        cross: aligners to other models of the same tokenizer (`build_aligner(model, target_model=...)`), of the same sort as
+            `aligner` (all "soft" or none). What they make of the same thoughts is what those models can be fed.
 
     Returns:
         LatentOutput.
@@ -146,34 +161,44 @@ def latent_generate(
     architecture = Architecture.of(model)
     clock = _Clock(architecture.device)
     runner = open_engine(engine, model, architecture, weights=weights)
-    if isinstance(latent_steps, bool) or not isinstance(latent_steps, int) or latent_steps < 0:
-        raise ValueError(f"latent_steps must be an integer of 0 or more; got {latent_steps!r}")
+    if settle is not None and not -1 <= settle <= 1:
+        raise ValueError(f"settle is a cosine, from -1 to 1, or None; got {settle}")
     prompt, past = read_prompt(architecture, input_ids, attention_mask, inputs_embeds, past_key_values)
-    capacity = _capacity(architecture, prompt, past, latent_steps, "latent steps", max_cache_len)
+    steps = _steps(latent_steps, len(prompt.counts))
+    capacity = _capacity(architecture, prompt, past, steps, "latent steps", max_cache_len)
     check_finite_weights(model)
     if isinstance(aligner, str):
         aligner = build_aligner(model, aligner)
     if not isinstance(aligner, Aligner):
         raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
     aligner.check_fits(architecture)
+    _check_cross(cross, aligner, architecture)
+    think = int(steps.max()) > 0
     cache = _cache(architecture, prompt, past, capacity)
     metrics = Metrics(runner.name, aligner.kind, setup_seconds=clock.lap())
 
     with cache.transaction():
         start = cache.lengths
-        seed = runner.extend(cache, prompt, logits=aligner.needs_logits and latent_steps > 0)
+        seed = runner.extend(cache, prompt, logits=aligner.needs_logits and think)
         cache.add_segment("prompt", start)
         check_finite_states(seed, "prompt")
         metrics.prefill_tokens, metrics.prefill_seconds = int(prompt.counts.sum()), clock.lap()
 
         start = cache.lengths
-        latents, last_hidden = runner.think(cache, seed, aligner, latent_steps, on_step)
-        if latent_steps:
+        if think:
+            thought = runner.think(
+                cache, seed, aligner, Thinking(steps, settle, record=output_states or bool(cross)), on_step
+            )
             cache.add_segment("latent", start)
-        check_finite_states(last_hidden, "latent steps")
-        metrics.latent_tokens, metrics.latent_seconds = latent_steps * len(seed), clock.lap()
+        else:
+            nothing = seed.new_empty(len(seed), 0, architecture.hidden_size)
+            thought = Thought(nothing, seed, steps, nothing)
+        check_finite_states(thought.last_hidden, "latent steps", thought.states)
+        crossed = [_crossed(model, other, seed, thought) for other in cross]
+        metrics.latent_tokens, metrics.latent_seconds = int(thought.steps.sum()), clock.lap()
     metrics.kv_bytes = cache.kv_bytes
-    return LatentOutput(cache, latents, last_hidden, metrics)
+    states = thought.states if output_states else None
+    return LatentOutput(cache, thought.latents, thought.last_hidden, metrics, thought.steps.tolist(), states, crossed)
 
 
 @torch.no_grad()
@@ -229,7 +254,8 @@ def generate(
     prompt, past = read_prompt(architecture, input_ids, attention_mask, None, past_key_values)
     assert prompt.input_ids is not None
     # The last new token is not fed in, so it needs no slot.
-    capacity = _capacity(architecture, prompt, past, max_new_tokens - 1, "new tokens but the last", None)
+    more = torch.full_like(prompt.counts, max_new_tokens - 1)
+    capacity = _capacity(architecture, prompt, past, more, "new tokens but the last", None)
     check_finite_weights(model)
     ends = _end_tokens(model, eos_token_id)
     if pad_token_id is None:
@@ -280,11 +306,52 @@ def generate(
     )
 
 
+def _steps(latent_steps: int | Sequence[int], batch: int) -> Tensor:
+    """int64 [B], each row's own number."""
+    each = list(latent_steps) if isinstance(latent_steps, Sequence) else [latent_steps] * batch
+    if len(each) != batch or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in each):
+        raise ValueError(f"latent_steps must be an integer of 0 or more, or {batch} of them; got {latent_steps!r}")
+    if 0 in each and any(each):
+        raise ValueError(f"rows that think and rows that do not need calls of their own; got latent_steps={each}")
+    return torch.tensor(each)
+
+
+def _check_cross(cross: Sequence[Aligner], aligner: Aligner, architecture: Architecture) -> None:
+    """Raise ValueError for what cannot be made of this model's thoughts."""
+    for other in cross:
+        if not isinstance(other, Aligner) or other.needs_logits != aligner.needs_logits:
+            got = other.kind if isinstance(other, Aligner) else type(other).__name__
+            raise ValueError(
+                f"cross takes aligners that read what the own one reads, all 'soft' or none; got {got!r} beside "
+                f"{aligner.kind!r}"
+            )
+        if other.weight is not None and other.weight.shape[1] != architecture.hidden_size:
+            raise ValueError(
+                f"an aligner of cross maps to and from {list(other.weight.shape)}; {architecture.name} has states of width "
+                f"{architecture.hidden_size}: build it with build_aligner(model, target_model=...)"
+            )
+
+
+def _crossed(model: Any, aligner: Aligner, seed: Tensor, thought: Thought) -> Tensor:
+    """What the aligner makes of what the latents were made of, [B, n, D of its target]."""
+    assert thought.states is not None
+    batch, steps = thought.latents.shape[:2]
+    if steps == 0:
+        return thought.latents.new_empty(batch, 0, aligner.width or thought.latents.shape[2])
+    before = thought.states[:, : steps - 1]
+    if aligner.needs_logits:
+        seed, before = seed.float(), logits_of(model, before).float()
+    seeds = torch.cat([seed[:, None], before], dim=1)
+    embeddings = aligner(seeds.flatten(0, 1)).unflatten(0, (batch, steps))
+    behind = torch.arange(steps) >= thought.steps[:, None]
+    return embeddings.masked_fill(behind[:, :, None].to(embeddings.device), 0)
+
+
 def _capacity(
     architecture: Architecture,
     prompt: Prompt,
     past: LatentCache | None,
-    more: int,
+    more: Tensor,
     what: str,
     max_cache_len: int | None,
 ) -> int:
@@ -294,7 +361,7 @@ def _capacity(
     slots = held + prompt.counts + more
     row = int(slots.argmax())
     need = int(slots[row])
-    parts = f"past {int(held[row])} + prompt {int(prompt.counts[row])} + {what} {more}"
+    parts = f"past {int(held[row])} + prompt {int(prompt.counts[row])} + {what} {int(more[row])}"
     if max_cache_len is not None and need > max_cache_len:
         raise ValueError(
             f"row {row} needs {need} slots ({parts}), but max_cache_len is {max_cache_len}; "
@@ -314,13 +381,18 @@ def _cache(architecture: Architecture, prompt: Prompt, past: LatentCache | None,
     return LatentCache.for_model(architecture, len(prompt.counts), capacity) if past is None else past.take(capacity)
 
 
-def check_finite_states(result: Tensor, where: str) -> None:
-    """One read back per phase, not per step: what is NaN stays NaN in the steps behind it."""
+def check_finite_states(result: Tensor, where: str, states: Tensor | None = None) -> None:
+    """One read back per phase, not per step: what is NaN stays NaN in the steps behind it. With the states of all steps
+    the message says where it began."""
     finite = result.isfinite().all(dim=-1)
     if not bool(finite.all()):
         rows = (~finite).nonzero().flatten().tolist()
+        first = ""
+        if states is not None:
+            broken = (~states.isfinite().all(dim=-1)).any(dim=0).nonzero().flatten().tolist()
+            first = f" (first in step {broken[0] + 1})" if broken else ""
         raise ValueError(
-            f"the model's state holds NaN or Inf after the {where} in row {rows}; supported are finite states. "
+            f"the model's state holds NaN or Inf after the {where} in row {rows}{first}; supported are finite states. "
             f"In {result.dtype} that is mostly an overflow: load the model in bfloat16 or float32"
         )
 

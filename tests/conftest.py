@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from latentmas_kernels import accelerate
+from latentmas_kernels import LatentCache, accelerate
 
 VOCAB = 97
 TINY = {
@@ -60,6 +62,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", "sliding_window": 8, "attn_implementation": "eager"},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, **{"layer_types": MIXED["layer_types"]}},
     "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "hyperclovax": {"model_type": "hyperclovax", "logits_scaling": 3.0},
     "cohere2": {"model_type": "cohere2", "sliding_window": 8},
     "gpt2": {"model_type": "gpt2", "num_key_value_heads": 4, "head_dim": 12},
     "gpt-oss": {"model_type": "gpt_oss", "sliding_window": 8, "num_local_experts": 4, "attn_implementation": "eager"},
@@ -118,6 +121,27 @@ def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     if "default_folder" in request.fixturenames:
         request.getfixturevalue("default_folder")  # looked up in the user's cache, before that is hidden
     monkeypatch.setenv("LATENTMAS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def keys_are_moved_by_torch(monkeypatch):
+    """Not in Triton's interpreter, which takes a hundred times as long; the kernel has tests of its own."""
+    monkeypatch.setattr(sys.modules["latentmas_kernels.ops.rerotate_keys"], "runs_on", lambda tensor: tensor.is_cuda)
+
+
+def count_buffers(monkeypatch):
+    """Bytes of all KV buffers that were alive together, the most so far, in a list of one."""
+    alive, most = [], [0]
+    make = LatentCache.__init__
+
+    def counted(cache, **sizes):
+        make(cache, **sizes)
+        alive.append(weakref.ref(cache.buffer))
+        held = {b.data_ptr(): b.nbytes for b in (ref() for ref in alive) if b is not None}
+        most[0] = max(most[0], sum(held.values()))
+
+    monkeypatch.setattr(LatentCache, "__init__", counted)
+    return most
 
 
 def ragged(lengths: list[int], *, side: str = "left", vocab: int = VOCAB, seed: int = 1) -> tuple[Tensor, Tensor]:

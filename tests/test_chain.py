@@ -4,17 +4,20 @@ import json
 import time
 import warnings
 from bisect import bisect_left
+from dataclasses import replace
 from types import SimpleNamespace
 
+import latentmas.chain
 import psutil
 import pytest
 import torch
 from conftest import VOCAB, PlainLoop, feed_back, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentmas import chain as chain_module
+from latentmas import run as chain_module
 from latentmas.agents import Agent
 from latentmas.chain import Chain
+from latentmas.chain_file import serial
 from latentmas.methods import METHODS, latent_agents
 from latentmas.prompts import padded, turn_ids
 from latentmas.results import AgentMetrics
@@ -25,6 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from latentmas_kernels import LatentCache, build_aligner, generate, generation, latent_generate
 from latentmas_kernels.engines import EagerEngine
 
+pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '|' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -48,6 +52,7 @@ MIXED = [
     Agent("refiner", "Refine: {question}", latent_steps=3),
     Agent("judger", "Answer: {question}", max_new_tokens=9),
 ]
+FIRST = replace(AGENTS[2], name="first")
 CHAINS = {"alone": AGENTS[-1:], "thinkers": AGENTS, "readers": READERS, "mixed": MIXED}
 QUESTIONS = ["Why?", "What is 12 times 7, and why is it so?", "Name a colour.", "x"]
 PER_SLOT = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
@@ -68,8 +73,9 @@ def tokenizer():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the chain called, in order: (ids without padding, keyword arguments, result)."""
+    """What the chain called, in order: (ids without padding, keyword arguments, result). Nothing is read for several rows."""
     seen = []
+    monkeypatch.setattr(latentmas.chain, "SHARE_FROM", 10**9)
 
     def listen(name, function):
         def call(model, ids, mask, **options):
@@ -261,7 +267,7 @@ def test_a_chain_of_one_only_answers(model, tokenizer):
 
 def test_without_a_thinker_there_is_no_aligner(model, tokenizer, monkeypatch):
     """It is not even built: that may mean a solve, or text that the model writes."""
-    monkeypatch.setattr(chain_module, "build_aligner", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("latentmas.chain.build_aligner", lambda *_: pytest.fail("built"))
     chain = Chain(model, tokenizer, READERS, aligner="soft")
     assert chain.aligner is None
     assert chain.run(QUESTIONS[:1]).aligner is None
@@ -273,12 +279,9 @@ def test_methods_run_as_they_are(model, tokenizer, method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = Chain(model, tokenizer, METHODS[method](2, 5), aligner="ridge").run(["How many?"])
-    kinds = {
-        "single": [("solver", 0, 5)],
-        "text": [("planner", 0, 5), ("critic", 0, 5), ("refiner", 0, 5), ("judger", 0, 5)],
-        "latent": [("planner", 2, 0), ("critic", 2, 0), ("refiner", 2, 0), ("judger", 0, 5)],
-    }
-    assert [(agent.agent, agent.latent_steps, agent.new_tokens) for agent in result.agents] == kinds[method]
+    agents = serial(METHODS[method](2, 5))
+    kinds = [(agent.name, agent.latent_steps or 0, agent.max_new_tokens or 0) for agent in agents]
+    assert [(agent.agent, agent.latent_steps, agent.new_tokens) for agent in result.agents] == kinds
 
 
 def test_sampling_follows_the_seed(model, tokenizer):
@@ -610,7 +613,7 @@ def test_every_second_is_counted_once_and_where_it_belongs(model, tokenizer, mon
 
     chain = Chain(model, tokenizer, agents, aligner="ridge", engine="eager")
     takes(EagerEngine, "extend", forward)
-    takes(chain_module, "turn_ids", 1.0)
+    takes(latentmas.chain, "turn_ids", 1.0)
     takes(tokenizer, "decode", 1.0)
     takes(generation, "check_finite_weights", 1.0)
     takes(LatentCache, "name_segments", 1.0)
@@ -661,6 +664,7 @@ def test_results_turn_into_json_and_back(model, tokenizer, method):
     """All but the memory."""
     result = Chain(model, tokenizer, METHODS[method](2, 5), aligner="ridge").run(QUESTIONS)
     told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    thinks = any(agent.thinks for agent in serial(METHODS[method](2, 5)))
     assert told == result.to_dict()
     assert [(answer["question"], answer["text"]) for answer in told["answers"]] == list(
         zip(QUESTIONS, texts_of(result), strict=True)
@@ -668,7 +672,7 @@ def test_results_turn_into_json_and_back(model, tokenizer, method):
     assert [turn["text"] for turn in told["answers"][0]["turns"]] == [turn.text for turn in result.answers[0].turns]
     assert told["seconds"] == result.seconds > 0
     assert [agent["seconds"] for agent in told["agents"]] == [agent.seconds for agent in result.agents]
-    assert told["aligner"] == ({"kind": "ridge", "reason": "asked for"} if method == "latent" else None)
+    assert told["aligner"] == ({"kind": "ridge", "reason": "asked for"} if thinks else None)
     assert "memory" not in told
 
 
@@ -849,7 +853,7 @@ def test_memory_that_is_not_there_is_refused_before_the_model_runs(model, tokeni
     need = 200 * positions_of(tokenizer, AGENTS, QUESTIONS[1]) * PER_SLOT
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need - 1))
     model.get_decoder().register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(ValueError, match=rf"200 rows .* needs {need / 2**20:,.0f} MB .* free on cpu .* smaller batch"):
+    with pytest.raises(ValueError, match=rf"200 rows .* needs {need / 2**20:,.0f} MB.* free on cpu .* smaller batch"):
         chain.run([QUESTIONS[1]] * 200)
 
 
@@ -885,7 +889,11 @@ def test_bad_sampling_options_are_refused(model, tokenizer, calls, options, word
 BAD_CHAINS = {
     "none": ([], r"ends with an agent that writes \(max_new_tokens\); got no agents"),
     "no writer": (AGENTS[:2], "ends with an agent that writes .*; got 'critic', which thinks"),
-    "thinker last": ([*AGENTS, AGENTS[0]], "ends with an agent that writes .*; got 'planner', which thinks"),
+    "one name twice": ([*AGENTS, AGENTS[2]], "a name of its own.*more than one 'judger'"),
+    "thinker last": (
+        [*AGENTS, replace(AGENTS[0], name="late")],
+        "ends with an agent that writes .*; got 'late', which thinks",
+    ),
     "notes first": (READERS[1:], r"agent 'critic' reads \{notes\}, but nobody wrote any before it"),
     "notes alone": (READERS[2:], r"agent 'judger' reads \{notes\}, but nobody wrote any before it"),
     "notes behind a thinker": (
@@ -906,7 +914,7 @@ def test_agents_that_make_no_chain_are_refused(model, tokenizer, what):
         Chain(model, tokenizer, agents, aligner="ridge")
 
 
-@pytest.mark.parametrize("agents", [[AGENTS[2], AGENTS[2]], [AGENTS[2], *AGENTS], [AGENTS[0], AGENTS[2], READERS[2]]])
+@pytest.mark.parametrize("agents", [[FIRST, AGENTS[2]], [FIRST, *AGENTS], [AGENTS[0], FIRST, READERS[2]]])
 def test_writers_may_come_anywhere(model, tokenizer, agents):
     result = Chain(model, tokenizer, agents, aligner="ridge").run(["Why?"])
     assert [turn.agent for turn in result.answers[0].turns] == [agent.name for agent in agents]

@@ -20,10 +20,13 @@ import torch
 from conftest import tiny_config, tiny_model
 from latentmas import cli
 from latentmas.chain import Chain
+from latentmas.chain_file import read_chain, serial
+from latentmas.handover import HandOver
 from latentmas.methods import METHODS, latent_agents
 from latentmas.questions import SAMPLE, read_questions
 from tokenizers_offline import character_tokenizer
 
+pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 QUESTION = "How many rolls are left?"
 AGENTS = ["planner", "critic", "refiner", "judger"]
 FAST = ["--latent-steps", "2", "--max-new-tokens", "6", "--aligner", "ridge"]
@@ -155,7 +158,7 @@ def test_methods(command, tiny, three, method):
     assert [answer["question"] for answer in document["answers"]] == questions
     assert [agent["agent"] for agent in document["agents"]] == [agent.name for agent in chain.agents]
     assert document["method"] == method
-    assert (document["feedback"] is None) == (method != "latent")
+    assert (document["feedback"] is None) == (method in ("single", "text"))
 
 
 def test_batches_change_no_answer(command, tiny, three):
@@ -304,6 +307,124 @@ def test_help_says_what_there_is(command):
     assert [option for option in options if option not in out] == []
 
 
+# ---- chains --------------------------------------------------------------------------------------------------------
+
+
+CHAIN = """
+latent_steps: 3
+max_new_tokens: 4
+budget: 900 slots
+fields: {tone: calm}
+agents:
+  - parallel:
+      - {name: math, prompt: "{question} As a {tone} mathematician.", output: latent}
+      - {name: code, prompt: "{question} As a programmer.", output: latent, latent_steps: 2}
+  - {name: judger, prompt: "Answer: {question}", output: text, memory: last}
+"""
+
+
+def test_a_chain_from_a_file(command, tiny, three, tmp_path):
+    """Numbers given on the command line are defaults in place of the file's; a budget, too."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(CHAIN)
+    options = ["--questions", three, "--chain", str(file), "--aligner", "ridge", "--batch-size", "3", "--json"]
+    document = document_of(command("run", *options))
+    read = read_chain(file)
+    chain = Chain(*model_and_tokenizer(), read.agents, aligner="ridge", budget=read.budget)
+    want = chain.run([question.text for question in read_questions(three)[0]])
+    assert [answer["answer"] for answer in document["answers"]] == [answer.text for answer in want.answers]
+    assert [(a["agent"], a["latent_steps"], a["new_tokens"]) for a in document["agents"]] == [
+        ("math", 9, 0), ("code", 6, 0), ("judger", 0, 12)
+    ]  # fmt: skip
+    more = document_of(command("run", *options, "--latent-steps", "5", "--max-new-tokens", "2"))
+    assert [(a["latent_steps"], a["new_tokens"]) for a in more["agents"]] == [(15, 0), (6, 0), (0, 6)]
+
+
+def test_faults_of_a_chain_file_are_told_by_line(command, tiny, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(CHAIN.replace("latent_steps: 3", "latent_steps: three").replace("memory: last", "memory: lost"))
+    code, out, err = command("run", QUESTION, "--chain", str(file))
+    assert (code, out) == (2, "")
+    assert f"{file}:2: " in err
+    assert f"{file}:10: " in err
+    assert tiny == [], "before a model is loaded"
+
+
+def test_a_chain_that_changed_is_not_gone_on_with(command, tiny, three, tmp_path):
+    file, output = tmp_path / "mine.yaml", str(tmp_path / "results.jsonl")
+    file.write_text(CHAIN)
+    options = ["--questions", three, "--chain", str(file), "--aligner", "ridge", "--output", output]
+    assert command("run", *options)[0] == 0
+    assert command("run", *options, "--resume")[0] == 0
+    file.write_text(CHAIN.replace("calm", "loud"))
+    code, _, err = command("run", *options, "--resume")
+    assert code == 2
+    assert "chain_digest" in err
+
+
+@pytest.mark.parametrize("mode", ["parallel", "serial"])
+def test_hierarchical(command, tiny, mode):
+    document = document_of(command("run", QUESTION, *FAST, "--hierarchical", mode, "--json"))
+    agents = METHODS["hierarchical"](2, 6)
+    want = Chain(*model_and_tokenizer(), serial(agents) if mode == "serial" else agents, aligner="ridge").run(
+        [QUESTION]
+    )
+    assert document["answers"][0]["answer"] == want.answers[0].text
+    assert [agent["shared_tokens"] for agent in document["agents"]] == [a.shared_tokens for a in want.agents]
+    assert any(agent["shared_tokens"] for agent in document["agents"]) == (mode == "parallel")
+
+
+@pytest.mark.parametrize(("memory", "over"), [("last", HandOver(agents="last")), ("30", HandOver(slots=30))])
+def test_memory_goes_for_every_agent(command, tiny, memory, over):
+    document = document_of(command("run", QUESTION, *FAST, "--memory", memory, "--json"))
+    agents = [replace(agent, memory=over) for agent in latent_agents(2, 6)]
+    want = Chain(*model_and_tokenizer(), agents, aligner="ridge").run([QUESTION])
+    assert document["answers"][0]["answer"] == want.answers[0].text
+    assert document["agents"][-1]["kv_bytes"] == want.agents[-1].kv_bytes
+
+
+def test_the_need_is_told_before_the_first_question(command, tiny, three):
+    """Of the batch that needs the most."""
+    _, _, err = command("run", "--questions", three, *FAST)
+    chain = Chain(*model_and_tokenizer(), latent_agents(2, 6), aligner="ridge")
+    need = max(chain.kv_bytes([question.text]) for question in read_questions(three)[0])
+    said = err.splitlines()
+    assert f"keys and values take up to {need / 2**20:.1f} MB" in said[0]
+    _, _, err = command("run", QUESTION, *FAST, "--budget", "400 slots")
+    assert err.splitlines()[0].endswith("(budget: 400 slots)")
+
+
+def test_a_trace_is_shown_and_written(command, tiny, three, tmp_path):
+    """A table per question and thinking agent; the file has all batches."""
+    file = tmp_path / "trace.json"
+    options = ["--questions", three, *FAST, "--batch-size", "2", "--trace", str(file)]
+    code, out, err = command("run", *options)
+    assert code == 0, err
+    document = json.loads(file.read_text())
+    assert [question["number"] for question in document["questions"]] == [1, 2, 3]
+    for question in document["questions"]:
+        assert [(agent["agent"], len(agent["steps"])) for agent in question["agents"]] == [
+            ("planner", 2), ("critic", 2), ("refiner", 2)
+        ]  # fmt: skip
+    assert out.count("nearest") == 9
+    as_json = document_of(command("run", *options, "--json"))
+    assert len(as_json["answers"]) == 3
+    assert json.loads(file.read_text()) == document
+
+
+def test_interrupted_runs_keep_the_trace_of_what_is_finished(command, tiny, three, tmp_path, monkeypatch):
+    file, run = tmp_path / "trace.json", Chain.run
+
+    def interrupted(chain, questions, **options):
+        if questions[0] != QUESTION:
+            raise KeyboardInterrupt
+        return run(chain, questions, **options)
+
+    monkeypatch.setattr(Chain, "run", interrupted)
+    assert command("run", "--questions", three, *FAST, "--trace", str(file))[0] == 130
+    assert [question["number"] for question in json.loads(file.read_text())["questions"]] == [1]
+
+
 # ---- what the user can mend: one line, exit code 2 -----------------------------------------------------------------
 
 
@@ -313,12 +434,23 @@ def test_help_says_what_there_is(command):
         (["", *FAST], ["every question needs some text"]),
         ([" \n ", *FAST], ["every question needs some text"]),
         ([QUESTION, "--aligner", "magic"], ["--aligner magic", "auto, ridge, identity, soft"]),
-        ([QUESTION, "--latent-steps", "-1"], ["latent_steps must be 0 or more", "-1"]),
-        ([QUESTION, "--max-new-tokens", "0"], ["max_new_tokens must be 1 or more", "got 0"]),
+        ([QUESTION, "--latent-steps", "-1"], ["latent_steps must be an integer of 0 or more", "-1"]),
+        ([QUESTION, "--max-new-tokens", "0"], ["max_new_tokens must be an integer of 1 or more", "got 0"]),
         ([QUESTION, *FAST, "--temperature", "-1"], ["temperature must be 0 (greedy) or more", "-1"]),
         ([QUESTION, *FAST, "--temperature", "nan"], ["temperature must be 0 (greedy) or more", "nan"]),
         ([QUESTION, *FAST, "--top-p", "0"], ["top_p must be more than 0 and at most 1 (off)", "0"]),
-        ([QUESTION, "--method", "magic"], ["--method magic", "single, text, latent"]),
+        ([QUESTION, "--method", "magic"], ["--method magic", "single, text, latent, hierarchical"]),
+        ([QUESTION, "--method", "text", "--chain", "debate"], ["--chain debate and --method text", "one of them"]),
+        ([QUESTION, "--chain", "debat"], ["debat", "did you mean debate", "sequential"]),
+        ([QUESTION, "--hierarchical", "both"], ["--hierarchical both", "parallel, serial"]),
+        ([QUESTION, "--hierarchical", "serial", "--method", "text"], ["no agents of text work side by side"]),
+        ([QUESTION, "--memory", "0"], ["--memory 0", "all, last, latent and a number of slots"]),
+        ([QUESTION, "--budget", "many"], ["'many'", "64 MB", "512 slots"]),
+        (
+            [QUESTION, *FAST, "--budget", "20 slots"],
+            ["question 1: planner takes", "the budget leaves 20 to a question"],
+        ),
+        ([QUESTION, "--trace", "no/such/folder/x"], ["cannot write the trace to no/such/folder/x"]),
         ([QUESTION, "--engine", "magic"], ["--engine magic", "auto, eager"]),
         ([QUESTION, "--batch-size", "0"], ["--batch-size must be 1 or more", "got 0"]),
         ([QUESTION, "--handover-tokens", "0"], ["--handover-tokens must be 1 or more", "got 0"]),
@@ -565,7 +697,7 @@ def test_rows_that_do_not_fit_the_memory_together(command, tiny, three, tmp_path
     assert code == 2
     assert out == ""
     assert re.match(
-        "error: a cache of 3 rows of 923 slots needs 2 MB .*a smaller batch", err.strip().splitlines()[-1]
+        "error: a memory of 3 rows of 923 slots needs 2 MB.*a smaller batch", err.strip().splitlines()[-1]
     ), err
     assert not output.exists()
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCrit
 
 from latentmas_kernels import LatentCache, accelerate, build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import Decoding, cuda, open_engine
+from latentmas_kernels.engines import Decoding, EagerEngine, Thinking, cuda, open_engine
 from latentmas_kernels.engines.cuda import CudaEngine, memory_report
 from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.weights import unmerge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +30,11 @@ def small_model(name="llama", **overrides):
     if "layer_types" in FAMILIES.get(name, {}):
         overrides.setdefault("layer_types", ["sliding_attention", "full_attention"])
     return tiny_model(name, **{**SMALL, **overrides}).to(DEVICE)
+
+
+def every(batch, steps, **options):
+    """So many steps for each row."""
+    return Thinking(torch.full((batch,), steps), **options)
 
 
 @pytest.fixture
@@ -125,10 +131,10 @@ def test_interpreter_rows_are_bit_identical_alone_and_in_a_batch(small):
     aligner = build_aligner(small, "ridge")
     engine = CudaEngine(small, Architecture.of(small))
     memory = read.past_key_values
-    together, _ = engine.think(memory.fork(), read.last_hidden, aligner, 2, None)
+    together = engine.think(memory.fork(), read.last_hidden, aligner, every(3, 2), None)
     for row in range(3):
-        alone, _ = engine.think(memory.select([row]), read.last_hidden[row : row + 1], aligner, 2, None)
-        assert torch.equal(alone[0], together[row])
+        alone = engine.think(memory.select([row]), read.last_hidden[row : row + 1], aligner, every(1, 2), None)
+        assert torch.equal(alone.latents[0], together.latents[row])
 
 
 def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
@@ -139,9 +145,9 @@ def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
     for row, length in enumerate(cache.lengths.tolist()):
         cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     engine = CudaEngine(small, Architecture.of(small))
-    latents, last = engine.think(cache, read.last_hidden, build_aligner(small, "ridge"), 2, None)
-    assert latents.isfinite().all()
-    assert last.isfinite().all()
+    thought = engine.think(cache, read.last_hidden, build_aligner(small, "ridge"), every(2, 2), None)
+    assert thought.latents.isfinite().all()
+    assert thought.last_hidden.isfinite().all()
     for row, length in enumerate([8, 5]):
         assert cache.keys[:, row, :, :length].isfinite().all()
         assert cache.keys[:, row, :, length:].isnan().all()
@@ -167,6 +173,9 @@ def test_interpreter_one_capture_serves_every_call(small, monkeypatch):
                 small, ids, mask, past_key_values=out.past_key_values, max_new_tokens=2, do_sample=True,
                 temperature=temperature, engine="cuda",
             )  # fmt: skip
+    engine, memory = CudaEngine(small, Architecture.of(small)), out.past_key_values.fork(20)
+    for thinking in (Thinking(torch.tensor([1, 2]), record=True), every(2, 2, settle=0.5)):
+        engine.think(memory, out.last_hidden, build_aligner(small, "ridge"), thinking, None)
     assert captured == [(2, "latent"), (2, "token")]
     report = memory_report(small)
     assert report["tensors of batch 2"] > 0
@@ -266,9 +275,10 @@ def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypa
             run()
         return count.calls
 
-    def think(steps):
+    def think(steps, **options):
+        thinking = every(2, steps, **options)
         return calls(
-            lambda: engine.think(LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, steps, None)
+            lambda: engine.think(LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, thinking, None)
         )
 
     def speak(tokens):
@@ -277,8 +287,189 @@ def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypa
         return calls(lambda: engine.speak(cache, torch.zeros(2, 97, device=DEVICE), decoding, None))
 
     assert think(30) == think(3)
+    assert think(30, record=True) == think(3, record=True)
+    assert think(15, settle=0.5) == think(3, settle=0.5)
+    assert think(35, settle=0.5) > think(15, settle=0.5)  # as below
     assert speak(15) == speak(2)
     assert speak(35) > speak(15)  # a look at whether all have ended, every 16 tokens
+
+
+# ---- rows that end at steps of their own ---------------------------------------------------------------------------
+
+
+def poison(cache):
+    """NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
+    for row, (length, borrowed) in enumerate(zip(cache.lengths.tolist(), cache.borrowed.tolist(), strict=True)):
+        for store in (cache.keys, cache.values):
+            store[:, row, :, length:] = store[:, row, :, :borrowed] = float("nan")
+    return cache
+
+
+def assert_same_thought(ours, theirs):
+    assert ours.steps.tolist() == theirs.steps.tolist()
+    assert ours.steps.dtype == torch.int64
+    torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.last_hidden, theirs.last_hidden, rtol=1e-4, atol=1e-5)
+    assert (ours.states is None) == (theirs.states is None)
+    if ours.states is not None:
+        torch.testing.assert_close(ours.states, theirs.states, rtol=1e-4, atol=1e-5)
+        last = ours.states[torch.arange(len(ours.steps)), ours.steps - 1]
+        assert torch.equal(last, ours.last_hidden)
+
+
+class Both:
+    """Both engines on the same memory and seed."""
+
+    @torch.no_grad()
+    def __init__(self, model, lengths, aligner, *, times=1, room=12):
+        architecture = Architecture.of(model)
+        self.engines = CudaEngine(model, architecture), EagerEngine(model, architecture)
+        self.aligner = build_aligner(model, aligner)
+        ids, mask = prompt(lengths)
+        read = latent_generate(model, ids, mask, latent_steps=0, engine="eager").past_key_values
+        self.start = read.spread(times, max(lengths) + room)
+        tokens = torch.arange(5, 5 + len(lengths) * times, device=DEVICE)[:, None]
+        one_each = Prompt(torch.ones(len(tokens), dtype=torch.int64), tokens)
+        self.seed = self.engines[1].extend(self.start, one_each, logits=self.aligner.needs_logits)
+
+    @torch.no_grad()
+    def ours(self, thinking, on_step=None):
+        return self.engines[0].think(poison(self.start.fork()), self.seed, self.aligner, thinking, on_step)
+
+    @torch.no_grad()
+    def think(self, thinking):
+        """What both think, and the memories that they leave; what ours left unused is as it was."""
+        caches = [poison(self.start.fork()) for _ in self.engines]
+        thoughts = [
+            engine.think(cache, self.seed, self.aligner, thinking, None)
+            for engine, cache in zip(self.engines, caches, strict=True)
+        ]
+        for row, (length, borrowed) in enumerate(
+            zip(caches[0].lengths.tolist(), caches[0].borrowed.tolist(), strict=True)
+        ):
+            for store in (caches[0].keys, caches[0].values):
+                assert store[:, row, :, borrowed:length].isfinite().all()
+                assert store[:, row, :, length:].isnan().all()
+                assert store[:, row, :, :borrowed].isnan().all()
+        return thoughts, caches
+
+    def assert_same(self, thinking):
+        thoughts, caches = self.think(thinking)
+        assert_same_thought(*thoughts)
+        for cache in caches:
+            cache.own()
+        assert_same_cache(*caches)
+        return thoughts[0].steps.tolist()
+
+
+def parting(latents):
+    """A cosine, far from those that there are, that ends not all rows at the same step."""
+    cosines = torch.cosine_similarity(latents[:, 1:], latents[:, :-1], dim=-1)
+    levels = cosines.flatten().sort().values
+    gaps = (levels[1:] - levels[:-1]).argsort(descending=True).tolist()
+    for level in (float(levels[gap] + levels[gap + 1]) / 2 for gap in gaps):
+        reached = cosines >= level
+        if len({int(row.int().argmax()) for row in reached if row.any()}) > 1:
+            return level
+    raise AssertionError("all rows settle alike")
+
+
+@pytest.mark.parametrize(("family", "aligner"), [("llama", "ridge"), ("llama", "soft"), ("qwen3-mixed", "identity")])
+def test_interpreter_rows_end_as_on_eager(family, aligner):
+    both = Both(small_model(family), [6, 3, 8], aligner)
+    assert both.assert_same(Thinking(torch.tensor([3, 1, 5]), record=True)) == [3, 1, 5]
+    assert both.assert_same(Thinking(torch.tensor([3, 1, 3]), settle=-1.0)) == [2, 1, 2]
+    assert both.assert_same(Thinking(torch.tensor([2, 1, 3]), settle=1.0)) == [2, 1, 3]
+    with torch.no_grad():
+        free = both.engines[1].think(both.start.fork(), both.seed, both.aligner, every(3, 5), None)
+    ends = both.assert_same(every(3, 5, settle=parting(free.latents), record=True))
+    assert min(ends) < max(ends)
+
+
+def test_interpreter_settled_batches_are_looked_at_now_and_then(small, monkeypatch):
+    """Steps behind the last row's end change nothing, and a look ends them."""
+    monkeypatch.setattr(cuda, "CHECK_EVERY", 3)
+    monkeypatch.setattr(cuda._all_ended, "__defaults__", (3,))
+    both, seen = Both(small, [6, 3], "ridge"), []
+    thinking = every(2, 12, settle=-1.0)
+    thought = both.ours(thinking, seen.append)
+    assert seen == [0, 1, 2]
+    assert thought.latents.shape[1] == 2
+    assert both.assert_same(thinking) == [2, 2]
+
+
+def test_interpreter_settling_goes_by_what_was_fed(small):
+    """A state that is a fixed point is fed twice: the cosine is 1, to the last bit."""
+    both = Both(small, [6, 3], "identity")
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+            if name == "model.norm.weight":
+                parameter.fill_(1)
+    thoughts, _ = both.think(every(2, 4, settle=0.999999))
+    assert [t.steps.tolist() for t in thoughts] == [[2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize("aligner", ["ridge", "soft"])
+@torch.no_grad()
+def test_interpreter_rows_that_end_are_bit_identical_alone_and_in_a_batch(small, aligner):
+    both = Both(small, [70, 6], aligner, times=2)
+    engine = both.engines[0]
+    for thinking in (Thinking(torch.tensor([3, 2, 1, 1]), record=True), every(4, 3, settle=0.9, record=True)):
+        together = both.ours(thinking)
+        for row in (1, 3):
+            only = Thinking(thinking.steps[[row]], thinking.settle, record=True)
+            alone = engine.think(both.start.select([row]), both.seed[[row]], both.aligner, only, None)
+            steps = int(together.steps[row])
+            assert alone.steps.tolist() == [steps]
+            assert torch.equal(alone.latents[0], together.latents[row, :steps])
+            assert torch.equal(alone.states[0], together.states[row, :steps])
+            assert torch.equal(alone.last_hidden[0], together.last_hidden[row])
+            assert not together.latents[row, steps:].any()
+
+
+# ---- slots that rows lend each other -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "aligner"), [("llama", "ridge"), ("qwen3-mixed", "ridge"), ("mistral-window", "soft")]
+)
+def test_interpreter_lent_slots_are_read_where_they_lie(family, aligner):
+    """Windows that end inside, before and behind what is lent; each row goes on by itself."""
+    model = (
+        small_model(family, sliding_window=20) if family in ("qwen3-mixed", "mistral-window") else small_model(family)
+    )
+    both = Both(model, [66, 40, 129], aligner, times=2)
+    assert both.start.borrowed.tolist() == [0, 64, 0, 0, 0, 128]
+    both.assert_same(Thinking(torch.tensor([2, 3, 1, 2, 3, 3]), record=True))
+
+
+def test_interpreter_lenders_may_lie_in_another_part(small):
+    state_of(small).buckets = [1, 2]
+    both = Both(small, [66, 70], "ridge", times=3)
+    assert both.start.lenders.tolist() == [0, 0, 0, 3, 3, 3]
+    seen = []
+    with expecting("a batch of 6 rows runs in parts of 2"):
+        both.assert_same(Thinking(torch.tensor([1, 2, 2, 1, 3, 2]), record=True))
+    thinking = Thinking(torch.tensor([1, 1, 3, 1, 1, 2]), settle=-1.0)
+    thought = both.ours(thinking, seen.append)
+    assert seen == [0, 1, 2]
+    assert thought.steps.tolist() == [1, 1, 2, 1, 1, 2]
+
+
+def test_interpreter_text_behind_lent_slots_equals_eager(small):
+    both = Both(small, [66, 3], "ridge", times=2)
+    ids, mask = prompt([2, 3, 1, 4])
+    outs = [
+        generate(small, ids, mask, past_key_values=poison(both.start.fork()).donate(), max_new_tokens=4,
+                 eos_token_id=None, engine=engine, **options)
+        for engine in ("cuda", "eager")
+        for options in ({}, {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([7], device=DEVICE)])})
+    ]  # fmt: skip
+    for ours, theirs in zip(outs[:2], outs[2:], strict=True):
+        assert ours.past_key_values.borrowed.tolist() == [0, 64, 0, 0]
+        assert torch.equal(ours.sequences, theirs.sequences)
 
 
 # ---- batches outside the buckets, and memory that runs out ---------------------------------------------------------
@@ -395,15 +586,6 @@ def test_auto_falls_back_with_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_engine("auto", model, architecture).name == "eager"
-
-
-def test_empty_think_gives_the_seed_back(small):
-    engine = CudaEngine(small, Architecture.of(small))
-    seed = torch.ones(2, 24, device=DEVICE)
-    cache = LatentCache.for_model(engine.architecture, 2, 4)
-    latents, last = engine.think(cache, seed, build_aligner(small, "identity"), 0, None)
-    assert latents.shape == (2, 0, 24)
-    assert last is seed
 
 
 @pytest.mark.parametrize("on", ["own loop", "one step at a time", "latent steps", "cache", "embeddings"])

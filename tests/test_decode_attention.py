@@ -84,6 +84,46 @@ def test_interpreter_windows_over_positions_with_gaps(window, dtype):
     assert_right(out, queries, keys, values, lengths, 0.3, **options)
 
 
+@pytest.mark.parametrize("window", [None, 1, 40, 100, 1000])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_interpreter_reads_lent_slots_in_the_row_that_they_lie_in(dtype, window):
+    """Rows borrow from those before and behind them, all of what they hold or some; what lies under it is NaN."""
+    lengths, slots = [64, 200, 130, 70, 131], 210
+    queries, keys, values, rows = inputs((4, 2, 16), lengths, slots, dtype=dtype)
+    lenders, borrowed = [1, 1, 4, 1, 4], [64, 0, 128, 64, 0]
+    positions, query_positions = gapped(lengths, slots)
+    want = [t.clone() for t in (keys, values)]
+    for row, (lender, count) in enumerate(zip(lenders, borrowed, strict=True)):
+        for store, full in zip((keys, values), want, strict=True):
+            full[row, :, :count] = store[lender, :, :count]
+    for row, count in enumerate(borrowed):
+        keys[row, :, :count] = values[row, :, :count] = float("nan")
+    options = {"window": window, "positions": positions, "query_positions": query_positions}
+    lent = {"lenders": integers(*lenders), "borrowed": integers(*borrowed)}
+    out = decode_attention(queries, keys, values, rows, scale=0.25, **options, **lent)
+    assert_right(out, queries, *want, rows, 0.25, **options)
+    # Where they lie makes no difference in any bit.
+    assert torch.equal(out, decode_attention(queries, *want, rows, scale=0.25, **options))
+    plain = decode_attention_reference(queries, keys, values, rows, 0.25, **options, **lent)
+    assert torch.equal(plain, decode_attention_reference(queries, *want, rows, 0.25, **options))
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(2, 4), slice(4, 5)])
+def test_interpreter_lenders_may_lie_outside_of_the_rows(part):
+    """They count from the first row that the table describes."""
+    lengths = [70, 66, 66, 64, 130]
+    queries, keys, values, rows = inputs((4, 2, 16), lengths, 140)
+    lenders, borrowed = integers(0, 0, 4, 4, 4), integers(0, 64, 64, 64, 0)
+    want = decode_attention(queries, keys, values, rows, lenders=lenders, borrowed=borrowed)
+    memory = torch.tensor(describe(keys[None, part], values[None, part]), device=DEVICE)
+    partials, out = Partials(queries[part], 2), poisoned(len(queries[part]), 64)
+    kernel(
+        queries[part].contiguous(), memory, 0, 2, rows[part], rows[part], None, 0.25, partials, out,
+        target=TARGET, lenders=lenders[part] - part.start, borrowed=borrowed[part],
+    )  # fmt: skip
+    torch.testing.assert_close(out, want[part])
+
+
 def test_interpreter_what_a_window_has_left_is_never_used():
     """NaN in a slot that fell out of the window does not show; nothing is seen where all of them have."""
     queries, keys, values, lengths = inputs((4, 2, 16))
@@ -206,8 +246,9 @@ def test_opcheck_interpreter(window):
     queries, keys, values, lengths = inputs((2, 1, 16), [3, 5], 5)
     keys, values = keys.nan_to_num(), values.nan_to_num()
     extra = (None, None) if window is None else gapped([3, 5], 5)
+    lent = (None, None) if window is None else (integers(0, 0), integers(0, 0))
     torch.library.opcheck(
-        torch.ops.latentmas.decode_attention.default, (queries, keys, values, lengths, 0.25, window, *extra)
+        torch.ops.latentmas.decode_attention.default, (queries, keys, values, lengths, 0.25, window, *extra, *lent)
     )
 
 
@@ -234,6 +275,9 @@ WINDOW = {"window": 3, "positions": POSITIONS, "query_positions": INT}
         ({**WINDOW, "positions": POSITIONS.int()}, r"positions must be int64 \[2, 5\]; got torch.int32"),
         ({**WINDOW, "positions": POSITIONS[:, :4]}, r"got torch.int64 \[2, 4\]"),
         ({**WINDOW, "query_positions": INT.long()}, r"query_positions must be int32 \[2\]; got torch.int64"),
+        ({"lenders": INT}, "pass both lenders and borrowed, or neither"),
+        ({"lenders": INT.long(), "borrowed": INT}, r"lenders must be int32 \[2\]; got torch.int64"),
+        ({"lenders": INT, "borrowed": INT[:1]}, r"borrowed must be int32 \[2\]; got torch.int32 \[1\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, words):

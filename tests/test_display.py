@@ -6,8 +6,8 @@ import pytest
 import torch
 from latentmas import display
 from latentmas.agents import Agent
-from latentmas.chain import Progress
 from latentmas.display import Display
+from latentmas.progress import Progress
 from rich.console import Console
 from tokenizers_offline import character_tokenizer
 

@@ -6,7 +6,8 @@ from conftest import FAMILIES, OTHERS, ragged, tiny_model
 
 from latentmas_kernels import build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import EagerEngine, GenericEngine, generic
+from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking, generic
+from latentmas_kernels.engines.graphs import PlainCalls
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.prompt import Prompt
 
@@ -29,6 +30,21 @@ def assert_same(ours, theirs):
             torch.testing.assert_close(a[:, row, :, :length], b[:, row, :, :length], rtol=1e-4, atol=1e-5)
 
 
+def every(batch, steps, **options):
+    """So many steps for each row."""
+    return Thinking(torch.full((batch,), steps), **options)
+
+
+def assert_same_thought(ours, theirs):
+    assert torch.equal(ours.steps, theirs.steps)
+    pairs = [(ours.latents, theirs.latents), (ours.last_hidden, theirs.last_hidden)]
+    assert (ours.states is None) == (theirs.states is None)
+    if theirs.states is not None:
+        pairs.append((ours.states, theirs.states))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", [*OTHERS, "qwen3-mixed"])
 @torch.no_grad()
 def test_latent_and_token_steps_equal_eager(name):
@@ -42,15 +58,125 @@ def test_latent_and_token_steps_equal_eager(name):
         for row, length in enumerate(cache.lengths.tolist()):
             cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     ours, theirs = (
-        e.think(c, start.last_hidden, aligner, 3, None) for e, c in zip((engine, eager), caches, strict=True)
+        e.think(c, start.last_hidden, aligner, every(3, 3), None) for e, c in zip((engine, eager), caches, strict=True)
     )
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    assert_same_thought(ours, theirs)
     for counts in ([1, 1, 1], [1, 0, 1], [0, 0, 1]):
         prompt = Prompt(torch.tensor(counts), torch.tensor([[5], [6], [7]]))
         a, b = (e.extend(c, prompt, logits=True) for e, c in zip((engine, eager), caches, strict=True))
         torch.testing.assert_close(a[prompt.counts > 0], b[prompt.counts > 0], rtol=1e-4, atol=5e-5)
         assert_same(*caches)
+
+
+def poisoned(cache):
+    """A copy with NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
+    cache = cache.fork()
+    for row, (length, borrowed) in enumerate(zip(cache.lengths.tolist(), cache.borrowed.tolist(), strict=True)):
+        for store in (cache.keys, cache.values):
+            store[:, row, :, length:] = store[:, row, :, :borrowed] = float("nan")
+    return cache
+
+
+def think_both(engines, start, seed, aligner, thinking, on_step=None):
+    """The same thought and the same memory from both, and what is not the rows' own left alone; the steps taken."""
+    caches = [poisoned(start) for _ in engines]
+    thoughts = [e.think(c, seed, aligner, thinking, on_step) for e, c in zip(engines, caches, strict=True)]
+    assert_same_thought(*thoughts)
+    for row, (length, borrowed) in enumerate(zip(caches[0].lengths.tolist(), start.borrowed.tolist(), strict=True)):
+        assert caches[0].keys[:, row, :, length:].isnan().all()
+        assert caches[0].values[:, row, :, :borrowed].isnan().all()
+    for cache in caches:
+        cache.own()
+    assert_same(*caches)
+    return thoughts[0].steps.tolist()
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The graphs that are captured."""
+    captured, real = [], PlainCalls.__call__
+    monkeypatch.setattr(PlainCalls, "__call__", lambda self, body: (captured.append(body), real(self, body))[1])
+    return captured
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "gpt2", "qwen3-mixed"])
+@torch.no_grad()
+def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
+    model = tiny_model(name)
+    engines = both(model)
+    read_in = read(model, [12, 5, 9])
+    start, seed, aligner = read_in.past_key_values, read_in.last_hidden, build_aligner(model, "identity")
+    free = engines[1].think(start.fork(), seed, aligner, every(3, 6), None).latents
+    cosines = torch.cosine_similarity(free[:, 1:], free[:, :-1], dim=-1)
+    levels = [(cosines[:, i].sort().values[:2].mean().item()) for i in range(5)]  # between two rows
+    ends = set()
+    monkeypatch.setattr(engines[0].eager, "think", None)  # it must not be needed
+    for thinking in (
+        every(3, 2), Thinking(torch.tensor([3, 1, 5])), Thinking(torch.tensor([3, 1, 5]), record=True),
+        every(3, 3, settle=-1.0), every(3, 3, settle=1.0, record=True),
+        *(Thinking(torch.tensor([6, 6, 4]), settle=level, record=True) for level in levels),
+    ):  # fmt: skip
+        taken = think_both(engines, start, seed, aligner, thinking)
+        ends.add(tuple(taken))
+        if thinking.settle == -1.0:
+            assert taken == [2, 2, 2]
+    assert len(ends) > 4
+    assert len(captures) == 1
+
+
+@torch.no_grad()
+def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
+    monkeypatch.setattr(generic, "CHECK_EVERY", 4)
+    model = tiny_model("olmo2")
+    engine, _ = both(model)
+    start, seen = read(model, [4, 6]), []
+    thought = engine.think(
+        start.past_key_values,
+        start.last_hidden,
+        build_aligner(model, "identity"),
+        every(2, 20, settle=-1.0),
+        seen.append,
+    )
+    assert seen == [0, 1, 2, 3]
+    assert thought.latents.shape[1] == 2
+    assert start.past_key_values.lengths.tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3-mixed"])
+@torch.no_grad()
+def test_lent_slots_are_copied_in_from_where_they_lie(name):
+    """And nothing is written where a row borrows; tokens behind it too."""
+    model = tiny_model(name)
+    engines = both(model)
+    read_in = read(model, [66, 40, 129], 140)
+    start = read_in.past_key_values.spread(2, 145)
+    assert start.borrowed.tolist() == [0, 64, 0, 0, 0, 128]
+    # Rows that start alike must not stay alike.
+    seed = read_in.last_hidden.repeat_interleave(2, 0) + 0.1 * torch.randn(
+        6, 48, generator=torch.Generator().manual_seed(0)
+    )
+    aligner = build_aligner(model, "identity")
+    think_both(engines, start, seed, aligner, Thinking(torch.tensor([2, 3, 1, 2, 4, 3]), record=True))
+    caches = [poisoned(start) for _ in engines]
+    prompt = Prompt(torch.tensor([1, 1, 0, 1, 1, 1]), torch.arange(5, 11)[:, None])
+    a, b = (e.extend(c, prompt, logits=True) for e, c in zip(engines, caches, strict=True))
+    torch.testing.assert_close(a[prompt.counts > 0], b[prompt.counts > 0], rtol=1e-4, atol=5e-5)
+    for cache in caches:
+        cache.own()
+    assert_same(*caches)
+
+
+@pytest.mark.parametrize(
+    "thinking", [Thinking(torch.tensor([3, 1])), every(2, 3, record=True), every(2, 3, settle=-1.0), every(2, 1)]
+)
+@torch.no_grad()
+def test_soft_feedback_of_rows_that_end_equals_eager(thinking):
+    model = tiny_model("gemma3")
+    engines = both(model)
+    start = read(model, [6, 3]).past_key_values
+    tokens = Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]]))
+    seed = engines[1].extend(start, tokens, logits=True)
+    think_both(engines, start, seed, build_aligner(model, "soft"), thinking)
 
 
 @torch.no_grad()
@@ -62,10 +188,9 @@ def test_soft_feedback_equals_eager():
     seen = []
     caches = [read(model, [6, 3]).past_key_values.fork(20) for _ in range(2)]
     seed = eager.extend(caches[0].fork(20), Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]])), logits=True)
-    ours = engine.think(caches[0], seed, aligner, 3, seen.append)
-    theirs = eager.think(caches[1], seed, aligner, 3, None)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    ours = engine.think(caches[0], seed, aligner, every(2, 3), seen.append)
+    theirs = eager.think(caches[1], seed, aligner, every(2, 3), None)
+    assert_same_thought(ours, theirs)
     assert seen == [0, 1, 2]
     assert_same(*caches)
 
@@ -81,9 +206,10 @@ def test_windows_are_kept_and_caches_told_apart():
         caches = [start.past_key_values.fork(room) for _ in range(2)]
         for _ in range(2):
             ours, theirs = (
-                e.think(c, start.last_hidden, aligner, 1, None) for e, c in zip((engine, eager), caches, strict=True)
+                e.think(c, start.last_hidden, aligner, every(2, 1), None)
+                for e, c in zip((engine, eager), caches, strict=True)
             )
-            torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=2e-5)
+            assert_same_thought(ours, theirs)
     assert sorted(engine.state.windows) == [(2, 256), (2, 512)]
     assert len(engine.state.graphs) == 2
 
@@ -104,10 +230,12 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(monkeypatch):
         RuntimeWarning, match=r"could not be captured \(operation not permitted when stream is capturing\)"
     ):
         ours = engine.think(
-            start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), 2, None
+            start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
         )
-    theirs = eager.think(start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), 2, None)
-    assert torch.equal(ours[0], theirs[0])
+    theirs = eager.think(
+        start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
+    )
+    assert torch.equal(ours.latents, theirs.latents)
     assert not engine.state.windows
 
 

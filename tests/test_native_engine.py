@@ -16,7 +16,7 @@ from torch import nn
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate, native
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import Decoding, EagerEngine, NativeEngine, open_engine
+from latentmas_kernels.engines import Decoding, EagerEngine, NativeEngine, Thinking, open_engine
 from latentmas_kernels.engines.native import memory_report, quantize_rows
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.ops.sample import sample_reference
@@ -125,10 +125,10 @@ def test_logits_of_nan_give_latents_of_nan():
     cache = LatentCache.for_model(Architecture.of(model), 2, 4)
     logits = torch.randn(2, 97)
     logits[1] = float("nan")
-    latents, last = engine.think(cache, logits, build_aligner(model, "soft"), 2, None)
-    assert latents[0].isfinite().all()
-    assert latents[1].isnan().all()
-    assert last[1].isnan().all()
+    thought = engine.think(cache, logits, build_aligner(model, "soft"), Thinking(torch.tensor([2, 2])), None)
+    assert thought.latents[0].isfinite().all()
+    assert thought.latents[1].isnan().all()
+    assert thought.last_hidden[1].isnan().all()
 
 
 # Batch, query heads, key heads, width of a head, hidden size, intermediate size: groups of 1, 2, 4, 8 and 5, and sizes that
@@ -263,11 +263,11 @@ def test_reads_and_writes_no_slot_but_its_own(run):
         cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     before = cache.fork()
     aligner = build_aligner(model, "ridge")
-    latents, last = engine.think(cache, read.last_hidden, aligner, 2, None)
+    thought = engine.think(cache, read.last_hidden, aligner, Thinking(torch.tensor([2, 2])), None)
     with torch.no_grad():
         engine.extend(cache, Prompt(torch.tensor([3, 0]), torch.tensor([[4, 5, 6], [0, 0, 0]])), logits=True)
-    assert latents.isfinite().all()
-    assert last.isfinite().all()
+    assert thought.latents.isfinite().all()
+    assert thought.last_hidden.isfinite().all()
     assert cache.lengths.tolist() == [75, 5]
     for row, (old, new) in enumerate(zip(before.lengths.tolist(), cache.lengths.tolist(), strict=True)):
         for store, was in ((cache.keys, before.keys), (cache.values, before.values)):
@@ -614,14 +614,3 @@ def test_scratch_is_small_and_reported():
     assert set(memory_report(model)) == {"scratch"}
     generate(model, ids, max_new_tokens=2, weights="int8")
     assert memory_report(model)["int8 weights and scratch"] > memory_report(model)["scratch"]
-
-
-def test_an_empty_call_is_nothing():
-    model = tiny_model("llama")
-    engine = NativeEngine(model, Architecture.of(model))
-    cache = LatentCache.for_model(Architecture.of(model), 2, 4)
-    hidden = torch.randn(2, 48)
-    latents, last = engine.think(cache, hidden, build_aligner(model, "identity"), 0, None)
-    assert list(latents.shape) == [2, 0, 48]
-    assert torch.equal(last, hidden)
-    assert cache.lengths.tolist() == [0, 0]

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DEVICE, DTYPES, TARGET, assert_as_good_as_torch, normal, poisoned
+from numerics import DEVICE, DTYPES, TARGET, assert_as_good_as_torch, integers, normal, poisoned
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from latentmas_kernels.ops.rmsnorm import rmsnorm, rmsnorm_reference
+from latentmas_kernels.ops.triton import rows as fields
+from latentmas_kernels.ops.triton.memory import describe
 from latentmas_kernels.ops.triton.rmsnorm import rmsnorm as kernel
 
 SIZES = [(1, 576), (3, 100), (19, 77), (8, 1000), (5, 1), (2, 33)]
@@ -66,6 +68,25 @@ def test_interpreter_zero_stays_zero_nan_stays_in_its_row_and_huge_does_not_over
     assert out[1].isnan().all()
     torch.testing.assert_close(out[2], gain)  # equal elements are 1 after the norm
     assert torch.equal(out[3:], rmsnorm(x[3:], gain, EPS))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_interpreter_inside_a_step_rows_that_take_no_part_keep_what_they_have(keeps):
+    x, gain = inputs(3, 77, torch.float32)
+    table = torch.zeros(fields.FIELDS, 3, dtype=torch.int32, device=DEVICE)
+    table[fields.SLOT], table[fields.STEP] = integers(4, -1, 0), 2
+    trace, states, out = poisoned(3, 3, 77), poisoned(3, 3, 77), poisoned(3, 77)
+    buffer = torch.zeros(1, 3, 1, 1, 8, device=DEVICE)
+    memory = torch.tensor(describe(buffer, buffer, None, trace, states if keeps else None), device=DEVICE)
+    kernel(x, gain, EPS, out, target=TARGET, rows=table, memory=memory)
+    want = rmsnorm(x, gain, EPS)
+    assert torch.equal(out[[0, 2]], want[[0, 2]])
+    assert out[1].isnan().all()
+    assert trace.isnan().all()
+    if keeps:
+        assert torch.equal(states[[0, 2], 1], want[[0, 2]])
+        states[[0, 2], 1] = float("nan")
+    assert states.isnan().all()
 
 
 def test_interpreter_takes_strided_rows_and_strided_gains():

@@ -136,13 +136,17 @@ std::vector<float> run(const Size& s, DType dtype, bool int8) {
   runner.extend(memory, rows, counts, s.prompt, ids.data(), nullptr, state.get(), nullptr, {});
   advance(counts);
   const Feedback mapped{reinterpret_cast<const float*>(aligner.data.get()), 1.5f, 0}, soft{nullptr, 1.5f, 10};
-  runner.think(memory, rows, state.get(), mapped, kSteps, latents.get(), last.get(), {});
-  advance(std::vector<std::int64_t>(s.batch, kSteps));
+  // Rows end by themselves, some because they have settled.
+  Thinking thinking;
+  for (std::int64_t b = 0; b < s.batch; ++b) thinking.steps.push_back(1 + b % kSteps);
+  thinking.settle = 0.5f;
+  const std::unique_ptr<char[]> recorded(new char[s.batch * kSteps * s.width * size]);
+  advance(runner.think(memory, rows, state.get(), mapped, thinking, latents.get(), last.get(), recorded.get(), {}));
   runner.extend(memory, rows, one, 1, next.data(), nullptr, nullptr, logits.get(), {});
   advance(one);
   std::vector<float> result(logits.get(), logits.get() + s.batch * s.vocabulary);
-  runner.think(memory, rows, logits.get(), soft, kSteps, latents.get(), last.get(), {});
-  advance(std::vector<std::int64_t>(s.batch, kSteps));
+  thinking.settle = 2;
+  advance(runner.think(memory, rows, logits.get(), soft, thinking, latents.get(), last.get(), nullptr, {}));
   if (dtype == DType::f32) {  // in bf16 another token may come among the ten most likely
     const float* states = reinterpret_cast<const float*>(last.get());
     result.insert(result.end(), states, states + s.batch * s.width);

@@ -161,6 +161,10 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
       const std::int64_t at = index * m.layer_stride + row * m.row_stride + kv * m.head_stride;
       const T* keys = static_cast<const T*>(m.keys) + at;
       const T* values = static_cast<const T*>(m.values) + at;
+      // Parts are either borrowed or the row's own.
+      const std::int64_t borrowed = m.borrowed ? m.borrowed[row] : 0;
+      const std::int64_t lent = borrowed ? (m.lenders[row] - row) * m.row_stride : 0;
+      const auto place = [&](std::int64_t slot) { return (slot < borrowed ? lent : 0) + slot * d.head_dim; };
       const float* queries = step.scratch.qkv + (entry * heads + kv * group) * d.head_dim;
       float* store_at = step.scratch.partials + (i * d.query_heads + kv * group) * most * floats;
       if (!split && task++ % me.count != me.index) continue;
@@ -177,10 +181,10 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
             const Part first{fresh ? home : scratch, width};
             const std::int64_t stride = fresh ? most * floats : width + 2;
             const bool more = cold && h == 0 && begin + stride_slots < seen.end;
-            const Next<T> next{cold && h == 0 ? values + begin * d.head_dim : nullptr,
-                               more ? keys + (begin + stride_slots) * d.head_dim : nullptr};
-            part_of(queries + h * d.head_dim, now, d.head_dim, keys + begin * d.head_dim, values + begin * d.head_dim,
-                    end - begin, d.scale, first, stride, next);
+            const Next<T> next{cold && h == 0 ? values + place(begin) : nullptr,
+                               more ? keys + place(begin + stride_slots) : nullptr};
+            part_of(queries + h * d.head_dim, now, d.head_dim, keys + place(begin), values + place(begin), end - begin, d.scale,
+                    first, stride, next);
             for (std::int64_t j = 0; !fresh && j < now; ++j)
               join(Part{home + j * most * floats, width}, Part{scratch + j * stride, width});
           }

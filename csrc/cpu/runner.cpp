@@ -1,6 +1,7 @@
 #include "runner.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -46,6 +47,16 @@ void narrow(const float* from, DType dtype, std::int64_t n, void* to) {
 char* at(void* data, std::int64_t element, DType dtype) { return static_cast<char*>(data) + element * size_of(dtype); }
 const char* at(const void* data, std::int64_t element, DType dtype) {
   return static_cast<const char*>(data) + element * size_of(dtype);
+}
+
+float cosine(const std::vector<float>& a, const std::vector<float>& b) {
+  double both = 0, of_a = 0, of_b = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    both += static_cast<double>(a[i]) * b[i];
+    of_a += static_cast<double>(a[i]) * a[i];
+    of_b += static_cast<double>(b[i]) * b[i];
+  }
+  return static_cast<float>(both / std::sqrt(of_a * of_b));
 }
 
 // Entries as vectors that can be filled.
@@ -200,41 +211,71 @@ void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<st
   flush();
 }
 
-void Runner::think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback, std::int64_t steps,
-                   void* latents, void* states, const Between& between) const {
+std::vector<std::int64_t> Runner::think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback,
+                                        const Thinking& how, void* latents, void* states, void* recorded,
+                                        const Between& between) const {
   const Lent workspace(*this);
   std::vector<float>&hidden = workspace->hidden, &logits = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), width = decoder_.width;
+  const std::int64_t vocabulary = decoder_.lm_head.rows, longest = *std::max_element(how.steps.begin(), how.steps.end());
+  const DType dtype = decoder_.dtype;
   hidden.resize(std::max<std::size_t>(hidden.size(), batch * width));
   if (feedback.likely) {
-    const std::size_t count = batch * decoder_.lm_head.rows;
+    const std::size_t count = batch * vocabulary;
     logits.resize(std::max(logits.size(), count));
     std::copy_n(static_cast<const float*>(seed), count, logits.data());
   } else {
-    widen(seed, decoder_.dtype, batch * width, hidden.data());
+    widen(seed, dtype, batch * width, hidden.data());
   }
-  Listed listed;
-  for (std::int64_t b = 0; b < batch; ++b) listed.add(b, rows, 0);
-  listed.wanted = numbers(batch);
-  for (std::int64_t i = 0; i < steps; ++i) {
+  std::vector<std::int64_t> active = numbers(batch), taken(batch, 0);
+  std::vector<float> now(width), before(width);
+  const std::unique_ptr<char[]> fed(new char[batch * width * size_of(dtype)]);
+  for (std::int64_t i = 0; i < longest && !active.empty(); ++i) {
     if (between) between(i);
+    Listed listed;
+    for (const std::int64_t b : active) listed.add(b, rows, i);
+    listed.wanted = numbers(static_cast<std::int64_t>(active.size()));
     Step step{};
     step.memory = memory;
     step.entries = listed.entries();
     step.aligner = feedback.aligner;
     step.target_norm = feedback.target_norm;
-    step.latents = at(latents, i * width, decoder_.dtype);
-    step.latents_stride = steps * width;
+    step.latents = fed.get();
+    step.latents_stride = width;
     step.hidden = hidden.data();
     if (feedback.likely) {
       step.seeds = logits.data();
       step.likely = feedback.likely;
-      if (i + 1 < steps) step.logits = logits.data();
+      if (i + 1 < longest) step.logits = logits.data();
     }
     run(step, listed.longest(), *workspace);
-    for (std::int64_t b = 0; b < batch; ++b) ++listed.slot[b], ++listed.position[b];
+    // Rows that have ended leave; the others move together.
+    std::size_t left = 0;
+    for (std::size_t n = 0; n < active.size(); ++n) {
+      const std::int64_t b = active[n], at_step = (b * longest + i) * width;
+      const float* state = hidden.data() + n * width;
+      std::memcpy(at(latents, at_step, dtype), at(fed.get(), n * width, dtype), width * size_of(dtype));
+      if (recorded) narrow(state, dtype, width, at(recorded, at_step, dtype));
+      taken[b] = i + 1;
+      bool ends = i + 1 == how.steps[b];
+      if (!ends && i && how.settle <= 1) {
+        widen(at(latents, at_step, dtype), dtype, width, now.data());
+        widen(at(latents, at_step - width, dtype), dtype, width, before.data());
+        ends = cosine(now, before) >= how.settle;
+      }
+      if (ends) {
+        narrow(state, dtype, width, at(states, b * width, dtype));
+        continue;
+      }
+      if (left != n) {
+        std::copy_n(state, width, hidden.data() + left * width);
+        if (feedback.likely) std::copy_n(logits.data() + n * vocabulary, vocabulary, logits.data() + left * vocabulary);
+      }
+      active[left++] = b;
+    }
+    active.resize(left);
   }
-  narrow(hidden.data(), decoder_.dtype, batch * width, states);
+  return taken;
 }
 
 void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,

@@ -27,6 +27,13 @@ struct Feedback {
   std::int64_t likely = 0;
 };
 
+// How long each row thinks: its own number of steps, one or more, or until the embedding of a step (its second at the
+// earliest) has at least the cosine `settle` to that of the step before; above 1 is never.
+struct Thinking {
+  std::vector<std::int64_t> steps;
+  float settle = 2;
+};
+
 struct Speaking {
   Sampling sampling;
   std::int64_t max_new_tokens = 0, min_new_tokens = 0;
@@ -47,10 +54,12 @@ class Runner {
   void extend(const Memory& memory, const Rows& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
               const std::int64_t* tokens, const void* embeds, void* states, float* logits, const Between& between) const;
 
-  // Latent steps, one or more: latents [B, steps, width] and the last states [B, width] in the model's dtype. The seed is [B, width]
-  // likewise, or for soft feedback logits [B, vocabulary] in float32.
-  void think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback, std::int64_t steps,
-             void* latents, void* states, const Between& between) const;
+  // Latent steps: latents [B, longest, width] and each row's last state [B, width] in the model's dtype; `recorded`, like the
+  // latents, gets the states behind all steps, where it is not null. What lies behind a row's end is not written. The seed is
+  // [B, width], or for soft feedback logits [B, vocabulary] in float32. Returns the steps that each row took.
+  std::vector<std::int64_t> think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback,
+                                  const Thinking& how, void* latents, void* states, void* recorded,
+                                  const Between& between) const;
 
   // Text: chooses from logits [B, vocabulary], then steps until all rows have ended or have max_new_tokens. Writes
   // tokens [B, max_new_tokens] at what was chosen. between(n) comes when the n-th tokens are there.

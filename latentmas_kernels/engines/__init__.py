@@ -15,6 +15,7 @@ from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.generic import GenericEngine
 from latentmas_kernels.engines.native import NativeEngine
 from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.engines.thinking import Thinking, Thought
 from latentmas_kernels.prompt import Prompt
 
 ENGINES = ("auto", "eager", "native", "cuda")
@@ -42,16 +43,18 @@ class Engine(Protocol):
         ...
 
     def think(
-        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Run latent steps: embedding = aligner(seed), feed it, take the next seed; `steps` times.
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought:
+        """Run latent steps: embedding = aligner(seed), feed it, take the next seed; each row until it ends.
 
         Args:
             seed: what the aligner reads, from `extend`: [B, V] where it needs logits, [B, D] otherwise.
             on_step: called with the number of each step as it is issued; must not make the engine wait for a device.
-
-        Returns:
-            latents [B, steps, D], the embeddings fed; last_hidden [B, D], the state after the last of them.
         """
         ...
 
@@ -138,5 +141,5 @@ def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
 
 __all__ = [
     "ENGINES", "WEIGHTS", "CudaEngine", "Decoding", "EagerEngine", "Engine", "GenericEngine", "NativeEngine", "Speaker",
-    "check_engine_options", "fast_engine", "open_engine",
+    "Thinking", "Thought", "check_engine_options", "fast_engine", "open_engine",
 ]  # fmt: skip

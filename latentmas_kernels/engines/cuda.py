@@ -1,8 +1,8 @@
 """The CUDA engine: Llama, Qwen2, Qwen3 and Mistral decoders on Triton kernels, whole steps as CUDA graphs.
 
 A graph is captured per batch bucket and kind of step when a call first needs it, and serves every later call on any cache:
-what differs between calls (addresses, lengths, positions, sampling settings) lies in device memory. Rows that a bucket
-has too many are idle: they store nothing and attend to nothing. Prompts run through transformers' own forward.
+what differs between calls (addresses, lengths, positions, what ends a row, sampling settings) lies in device memory. Rows
+that a bucket has too many are idle: they store nothing and attend to nothing. Prompts run through transformers' own forward.
 """
 
 import gc
@@ -22,6 +22,8 @@ from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.graphs import Capture, CudaGraphs, PlainCalls, Replay
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.step import Step
+from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.ops.triton.rows import ACTIVE
 from latentmas_kernels.ops.triton.sample import END_TOKENS
 from latentmas_kernels.ops.triton.target import Target, interpreted, target_of
 from latentmas_kernels.prompt import Prompt
@@ -30,8 +32,7 @@ from latentmas_kernels.weights import why_not as why_not_packable
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 CHECK_EVERY = 16
-"""Token steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not
-show."""
+"""Steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not show."""
 NO_ROOM = "out of memory for the graph of even one row: this call runs on the eager engine"
 
 
@@ -175,30 +176,43 @@ class CudaEngine:
         return result
 
     def think(
-        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought:
         batch, width = len(seed), self.architecture.hidden_size
-        latents = torch.empty(batch, steps, width, dtype=self.architecture.dtype, device=seed.device)
-        if steps == 0:
-            return latents, seed
-        last = torch.empty(batch, width, dtype=self.architecture.dtype, device=seed.device)
+        latents = torch.zeros(batch, thinking.longest, width, dtype=self.architecture.dtype, device=seed.device)
+        states = torch.zeros_like(latents) if thinking.record else None
+        last = latents.new_empty(batch, width)
+        taken = thinking.steps.clone()
+        issued = 0
         try:
             with self.state.lock:
                 for rows, step, replay in self._parts(batch, _kind_of(aligner), aligner):
                     count = rows.stop - rows.start
-                    trace = latents.new_empty(step.batch, steps, width)
-                    step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
+                    everyone = torch.ones(count, dtype=torch.bool)
+                    step.aim(cache, rows, everyone, latents[rows], thinking, None if states is None else states[rows])
                     (step.logits if aligner.needs_logits else step.hidden)[:count] = seed[rows]
-                    for index in range(steps):
-                        if on_step is not None and rows.start == 0:
+                    for index in range(int(thinking.steps[rows].max())):
+                        # Without it, it is known when all have ended.
+                        if thinking.settle is not None and _all_ended(step, index):
+                            break
+                        if on_step is not None and index == issued:
                             on_step(index)
+                            issued += 1
                         replay()
-                    latents[rows], last[rows] = trace[:count], step.hidden[:count]
+                    last[rows] = step.hidden[:count]
+                    if thinking.settle is not None:
+                        taken[rows] = step.lengths[:count].cpu() - cache.lengths[rows]
         except torch.OutOfMemoryError:  # what was written lies behind the lengths, which have not moved
             warn_once(NO_ROOM)
-            return self.eager.think(cache, seed, aligner, steps, on_step)
-        cache.advance(torch.full((batch,), steps))
-        return latents, last
+            return self.eager.think(cache, seed, aligner, thinking, on_step)
+        cache.advance(taken)
+        steps = int(taken.max())
+        return Thought(latents[:, :steps], last, taken, None if states is None else states[:, :steps])
 
     def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
         if len(decoding.ends) > END_TOKENS or decoding.min_p or decoding.seen is not None:
@@ -231,8 +245,8 @@ class CudaEngine:
                 for index in range(1, most + 1):
                     if on_tokens is not None:
                         on_tokens(step.tokens[:count].cpu())
-                    look = on_tokens is not None or index % CHECK_EVERY == 0
-                    if index == most or (decoding.ends and look and not bool(step.rows[0].any())):
+                    every = 1 if on_tokens is not None else CHECK_EVERY
+                    if index == most or (decoding.ends and _all_ended(step, index, every)):
                         break
                     replay()
                 parts.append(trace[:count])
@@ -253,6 +267,11 @@ class CudaEngine:
                 )
             yield slice(start, min(start + step.batch, batch)), step, replay
             start += step.batch
+
+
+def _all_ended(step: Step, index: int, every: int = CHECK_EVERY) -> bool:
+    """Whether no row goes on behind so many steps; only some of the steps look."""
+    return index > 0 and index % every == 0 and not bool(step.rows[ACTIVE].any())
 
 
 def _kind_of(aligner: Aligner) -> tuple:

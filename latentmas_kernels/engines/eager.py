@@ -3,7 +3,8 @@
 Runs every model that `Architecture.of` accepts, and is what each faster engine is held against.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture, decoder_of
 from latentmas_kernels.cache import LatentCache, Slots
 from latentmas_kernels.engines.stepwise import think_stepwise
+from latentmas_kernels.engines.thinking import Thinking, Thought
 from latentmas_kernels.prompt import Prompt
 
 
@@ -27,8 +29,24 @@ class EagerEngine:
         self.model, self.decoder, self.architecture = model, decoder_of(model), architecture
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
+        # Left-padding puts the last position of every row into the last column, which is where logits_to_keep=1 looks.
+        # The model's own forward is asked for logits, since some scale or cap them after the lm_head.
+        with self._inputs(cache, prompt) as inputs:
+            if logits:
+                return self.model(**inputs, logits_to_keep=1).logits[:, -1]
+            return self.decoder(**inputs).last_hidden_state[:, -1]
+
+    def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """As extend: states [B, D] and logits [B, V]. All layers' states are collected on the way."""
+        with self._inputs(cache, prompt) as inputs:
+            result = self.model(**inputs, logits_to_keep=1, output_hidden_states=True)
+        return result.hidden_states[-1][:, -1], result.logits[:, -1]
+
+    @contextmanager
+    def _inputs(self, cache: LatentCache, prompt: Prompt) -> Iterator[dict[str, Any]]:
+        """What a forward is called with that appends the prompt; the cache counts it in behind the block."""
         slots = cache.reserve(prompt.counts, prompt.columns)
-        inputs: dict[str, Any] = {
+        yield {
             "input_ids": prompt.input_ids,
             "inputs_embeds": prompt.inputs_embeds,
             "attention_mask": self._masks(cache, slots),
@@ -36,19 +54,17 @@ class EagerEngine:
             "past_key_values": _RaggedForward(cache, slots),
             "use_cache": True,
         }
-        # Left-padding puts the last position of every row into the last column, which is where logits_to_keep=1 looks.
-        # The model's own forward is asked for logits, since some scale or cap them after the lm_head.
-        if logits:
-            result = self.model(**inputs, logits_to_keep=1).logits[:, -1]
-        else:
-            result = self.decoder(**inputs).last_hidden_state[:, -1]
         cache.advance(prompt.counts)
-        return result
 
     def think(
-        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
-    ) -> tuple[Tensor, Tensor]:
-        return think_stepwise(self, cache, seed, aligner, steps, on_step)
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought:
+        return think_stepwise(self, cache, seed, aligner, thinking, on_step)
 
     def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
         """The explicit mask [B, 1, T, width], one per layer type where the model mixes them.
@@ -81,6 +97,12 @@ class _RaggedForward(Cache):
         self.cache, self.slots = cache, slots
         # [B, 1, width, 1], true for slots behind a row's end: they are undefined, and 0 x NaN is NaN in attention.
         stop, width = slots.stop, slots.width
+        # Where the slots of each row lie: its own, and at the beginning those that it borrows.
+        self.rows: Tensor | None = None
+        if bool(cache.borrowed.any()):
+            own = torch.arange(width) >= cache.borrowed[:, None]
+            rows = torch.where(own, torch.arange(len(own))[:, None], cache.lenders[:, None])
+            self.rows = rows.to(stop.device)
         self.unused = (
             (torch.arange(width, device=stop.device) >= stop[:, None])[:, None, :, None] if slots.ragged else None
         )
@@ -102,6 +124,9 @@ class _RaggedForward(Cache):
 
     def _gather(self, store: Tensor, like: Tensor) -> Tensor:
         used = store[:, :, : self.slots.width]
+        if self.rows is not None:
+            columns = torch.arange(self.slots.width, device=self.rows.device)
+            used = store.transpose(1, 2)[self.rows, columns].transpose(1, 2)
         if self.unused is not None:
             used = used.masked_fill(self.unused, 0)
         return used.to(like.device)

@@ -23,9 +23,12 @@ from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.graphs import Capture, CudaGraphs, PlainCalls, Replay
 from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.engines.thinking import Thinking, Thought
 from latentmas_kernels.prompt import Prompt
 
 SMALLEST_WINDOW = 256
+CHECK_EVERY = 16
+"""Latent steps between two looks at whether all rows have settled, as in the CUDA engine."""
 
 
 def why_not(model: Any, architecture: Architecture) -> str | None:
@@ -54,6 +57,9 @@ class Window:
         self.stored = torch.zeros(batch, slots + 1, dtype=torch.int64, device=a.device)
         self.active, self.lengths, self.positions = torch.zeros(3, batch, dtype=torch.int64, device=a.device)
         self.rows = torch.arange(batch, device=a.device)
+        # What ends a row's latent steps: how many are left, and the cosine to the step before.
+        self.left = torch.zeros(batch, dtype=torch.int64, device=a.device)
+        self.settle = torch.zeros((), device=a.device)
         self.embedding = torch.zeros(batch, 1, a.hidden_size, dtype=a.dtype, device=a.device)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=a.device)
         self.seeds: dict[int, Tensor] = {}  # by width: hidden states [B, D] and logits [B, V], what a step ends with
@@ -89,20 +95,42 @@ class Window:
         self.positions += self.active
         return result
 
+    def start(self, thinking: Thinking) -> None:
+        """Make ready for latent steps of all rows."""
+        self.active.fill_(1)
+        self.left.copy_(thinking.steps)
+        self.settle.fill_(float("inf") if thinking.settle is None else thinking.settle)
+        self.embedding.fill_(float("nan"))  # no step before the first: it is like none
+
+    def latent(self, seed: Tensor, aligner: Aligner) -> None:
+        """One latent step of the active rows, from `seed` to `seed`; it ends those that are done."""
+        fed, last = aligner(seed), self.embedding[:, 0]
+        settled = torch.cosine_similarity(fed.float(), last.float(), dim=-1) >= self.settle
+        self.embedding[:, 0] = fed
+        result = self.forward(inputs_embeds=self.embedding, logits=aligner.needs_logits)
+        # A row that has ended keeps the state behind its own last step.
+        seed.copy_(torch.where(self.active[:, None] > 0, result, seed))
+        self.left -= self.active
+        self.active *= (self.left > 0) & ~settled
+
     def load(self, cache: LatentCache) -> None:
-        """Copy a cache in; what lies behind a row's end is zero, since 0 x NaN is NaN in attention."""
+        """Copy a cache in, borrowed slots from where they lie; what lies behind a row's end is zero, since 0 x NaN is NaN in
+        attention."""
         used = int(cache.lengths.max())
         device = self.rows.device
         inside = torch.arange(used, device=device) < cache.lengths.to(device)[:, None]
         for here, there in zip(self.store, (cache.keys, cache.values), strict=True):
             here.zero_()
             here[:, :, :, :used] = there[:, :, :, :used].masked_fill(~inside[None, :, None, :, None], 0)
+            for row in cache.borrowed.nonzero()[:, 0].tolist():
+                lender, borrowed = int(cache.lenders[row]), int(cache.borrowed[row])
+                here[:, row, :, :borrowed] = there[:, lender, :, :borrowed]
         self.stored[:, :used] = cache.positions[:, :used]
         self.lengths.copy_(cache.lengths)
         self.positions.copy_(cache.next_position)
 
     def store_back(self, cache: LatentCache, rows: Tensor, slots: Tensor) -> None:
-        """Copy the positions at slots[i] of rows[i] into the cache."""
+        """Copy the positions at slots[i] of rows[i] into the cache; they are the rows' own, behind what they borrow."""
         for here, there in zip(self.store, (cache.keys, cache.values), strict=True):
             there[:, rows, :, slots] = here[:, rows, :, slots]
         cache.positions[rows, slots] = self.stored[rows, slots]
@@ -163,7 +191,7 @@ class GenericEngine:
         if prompt.columns > 1 or prompt.input_ids is None or not logits:
             return self.eager.extend(cache, prompt, logits=logits)
         with self.state.lock:
-            ready = self._ready(cache, 1, None)
+            ready = self._ready(cache, prompt.counts, None)
             if ready is None:
                 return self.eager.extend(cache, prompt, logits=logits)
             window, seed, replay = ready
@@ -177,48 +205,90 @@ class GenericEngine:
             return seed.clone()
 
     def think(
-        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
-    ) -> tuple[Tensor, Tensor]:
-        batch = len(seed)
-        latents = torch.empty(
-            batch, steps, self.architecture.hidden_size, dtype=self.architecture.dtype, device=seed.device
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought:
+        if aligner.needs_logits:
+            return self._think_softly(cache, seed, aligner, thinking, on_step)
+        return self._think(cache, seed, aligner, thinking, on_step) or self.eager.think(
+            cache, seed, aligner, thinking, on_step
         )
-        if steps == 0:
-            return latents, seed
+
+    def _think(
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought | None:
+        """Captured steps; None where they cannot be. `last_hidden` is what the aligner would read next."""
         with self.state.lock:
-            ready = self._ready(cache, steps, aligner)
+            ready = self._ready(cache, thinking.steps, aligner)
             if ready is None:
-                return self.eager.think(cache, seed, aligner, steps, on_step)
+                return None
             window, static, replay = ready
-            window.active.fill_(1)
-            # Soft feedback takes logits from step to step, and the last one ends with a hidden state: it runs without a
-            # graph.
-            captured = steps - 1 if aligner.needs_logits else steps
+            window.start(thinking)
             static.copy_(seed)
-            for index in range(captured):
+            latents = window.embedding.new_zeros(len(seed), thinking.longest, window.embedding.shape[2])
+            states = torch.zeros_like(latents) if thinking.record else None
+            for index in range(thinking.longest):
+                # Without `settle` it is known when all rows have ended, and looking waits for the device.
+                look = thinking.settle is not None and index > 0 and index % CHECK_EVERY == 0
+                if look and not bool(window.active.any()):
+                    break
                 if on_step is not None:
                     on_step(index)
                 replay()
                 latents[:, index] = window.embedding[:, 0]
-            rows = window.rows.repeat_interleave(captured)
-            slots = (cache.lengths[:, None] + torch.arange(captured)).flatten().to(rows.device)
-            window.store_back(cache, rows, slots)
-            cache.advance(torch.full((batch,), captured))
+                if states is not None:
+                    states[:, index] = static
+            taken = thinking.steps.clone() if thinking.settle is None else window.lengths.cpu() - cache.lengths
+            window.store_back(cache, *_appended(cache.lengths, taken, window.rows.device))
+            cache.advance(taken)
             self.state.held = None
             last = static.clone()
-        if captured < steps:
-            if on_step is not None:
-                on_step(captured)
-            latents[:, captured:], last = self.eager.think(cache, last, aligner, 1, None)
-        return latents, last
+        steps = int(taken.max())
+        behind = (torch.arange(steps) >= taken[:, None]).to(seed.device)[..., None]
+        latents = latents[:, :steps].masked_fill_(behind, 0)
+        states = None if states is None else states[:, :steps].masked_fill_(behind, 0)
+        return Thought(latents, last, taken, states)
 
-    def _ready(self, cache: LatentCache, steps: int, aligner: Aligner | None) -> tuple[Window, Tensor, Replay] | None:
-        """A window that holds the cache, the tensor that its steps go on from, and their graph: latent steps with an
-        aligner, token steps without. None where the model's forward cannot be captured."""
+    def _think_softly(
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought:
+        """Soft feedback takes logits from step to step, and a row's last step ends with a hidden state, for which a captured
+        forward has no room. So that one runs without a graph, and all of them where any step may be a row's last or states
+        are kept: models that are both outside of the packed families and in need of soft feedback are rare."""
+        before = thinking.steps - 1
+        alike = bool((before == before[0]).all()) and thinking.settle is None and not thinking.record
+        start = self._think(cache, seed, aligner, Thinking(before), on_step) if alike and bool(before[0] > 0) else None
+        if start is None:
+            return self.eager.think(cache, seed, aligner, thinking, on_step)
+        if on_step is not None:
+            on_step(int(before[0]))
+        end = self.eager.think(cache, start.last_hidden, aligner, Thinking(torch.ones_like(before)), None)
+        return Thought(torch.cat([start.latents, end.latents], dim=1), end.last_hidden, thinking.steps)
+
+    def _ready(
+        self, cache: LatentCache, steps: Tensor, aligner: Aligner | None
+    ) -> tuple[Window, Tensor, Replay] | None:
+        """A window that holds the cache with room for so many steps of each row, the tensor that its steps go on from, and
+        their graph: latent steps with an aligner, token steps without. None where the model's forward cannot be captured.
+        """
         state = self.state
         if state.failed:
             return None
-        need = int(cache.lengths.max()) + steps
+        need = int((cache.lengths + steps).max())
         large_enough = [slots for batch, slots in state.windows if batch == cache.batch_size and slots >= need]
         slots = min(large_enough, default=max(SMALLEST_WINDOW, 1 << (need - 1).bit_length()))
         size = cache.batch_size, slots
@@ -255,9 +325,10 @@ def _body(window: Window, seed: Tensor, aligner: Aligner | None) -> Callable[[],
     def token() -> None:
         seed.copy_(window.forward(input_ids=window.tokens, logits=True))
 
-    def latent() -> None:
-        assert aligner is not None
-        window.embedding[:, 0] = aligner(seed)
-        seed.copy_(window.forward(inputs_embeds=window.embedding, logits=aligner.needs_logits))
+    return token if aligner is None else lambda: window.latent(seed, aligner)
 
-    return token if aligner is None else latent
+
+def _appended(lengths: Tensor, taken: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and slot of each position that taken[b] steps have put behind lengths[b] slots of row b."""
+    rows, steps = (torch.arange(int(taken.max())) < taken[:, None]).nonzero(as_tuple=True)
+    return rows.to(device), (lengths[rows] + steps).to(device)

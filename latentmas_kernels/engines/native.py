@@ -18,6 +18,7 @@ from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.stepwise import think_stepwise
+from latentmas_kernels.engines.thinking import Thinking, Thought
 from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.weights import Layer, Weights, read_weights
 from latentmas_kernels.weights import why_not as why_not_packable
@@ -136,11 +137,17 @@ class NativeEngine:
         self.runner = self.state.runner
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
+        states, spoken = self._extend(cache, prompt, states=not logits, logits=logits)
+        return spoken if logits else states
+
+    def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """As extend: states [B, D] and logits [B, V]."""
+        return self._extend(cache, prompt, states=True, logits=True)
+
+    def _extend(self, cache: LatentCache, prompt: Prompt, *, states: bool, logits: bool) -> tuple[Tensor, Tensor]:
         batch, a = len(prompt.counts), self.architecture
-        if logits:
-            result = torch.zeros(batch, self.weights.lm_head.shape[0], dtype=torch.float32, device="cpu")
-        else:
-            result = torch.zeros(batch, a.hidden_size, dtype=a.dtype, device="cpu")
+        hidden = torch.zeros(batch if states else 0, a.hidden_size, dtype=a.dtype, device="cpu")
+        spoken = torch.zeros(batch if logits else 0, self.weights.lm_head.shape[0], dtype=torch.float32, device="cpu")
         ids = None if prompt.input_ids is None else prompt.input_ids.long().contiguous()
         embeds = None if prompt.inputs_embeds is None else prompt.inputs_embeds.contiguous()
         self.runner.extend(
@@ -151,30 +158,35 @@ class NativeEngine:
             columns=prompt.columns,
             tokens=0 if ids is None else ids.data_ptr(),
             embeds=0 if embeds is None else embeds.data_ptr(),
-            states=0 if logits else result.data_ptr(),
-            logits=result.data_ptr() if logits else 0,
+            states=hidden.data_ptr() if states else 0,
+            logits=spoken.data_ptr() if logits else 0,
         )
         cache.advance(prompt.counts)
-        return result
+        return hidden, spoken
 
     def think(
-        self, cache: LatentCache, seed: Tensor, aligner: Aligner, steps: int, on_step: Callable[[int], None] | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        cache: LatentCache,
+        seed: Tensor,
+        aligner: Aligner,
+        thinking: Thinking,
+        on_step: Callable[[int], None] | None,
+    ) -> Thought:
         batch, a, likely = len(seed), self.architecture, 0
-        if steps == 0:
-            return seed.new_empty(batch, 0, a.hidden_size), seed
         if aligner.needs_logits:
             assert aligner.embedding is not None
             embedding = aligner.embedding.weight
             rows = self.weights.lm_head.shape[0]
             if embedding.data_ptr() != self.weights.embedding.data_ptr() or len(embedding) != rows:
-                return think_stepwise(self, cache, seed, aligner, steps, on_step)  # the embedding of another model
+                # the embedding of another model
+                return think_stepwise(self, cache, seed, aligner, thinking, on_step)
             seed, likely = seed.float(), min(TOP_K, rows)
-        latents = torch.empty(batch, steps, a.hidden_size, dtype=a.dtype)
+        latents = torch.zeros(batch, thinking.longest, a.hidden_size, dtype=a.dtype)
+        states = torch.zeros_like(latents) if thinking.record else None
         seed = seed.contiguous()
         last = torch.empty(batch, a.hidden_size, dtype=a.dtype)
         weight = None if aligner.weight is None else aligner.weight.contiguous()
-        self.runner.think(
+        taken = self.runner.think(
             memory=_memory(cache),
             lengths=cache.lengths.tolist(),
             positions=cache.next_position.tolist(),
@@ -182,13 +194,17 @@ class NativeEngine:
             aligner=0 if weight is None else weight.data_ptr(),
             target_norm=aligner.target_norm,
             likely=likely,
-            steps=steps,
+            steps=thinking.steps.tolist(),
+            settle=2.0 if thinking.settle is None else thinking.settle,
             latents=latents.data_ptr(),
             states=last.data_ptr(),
+            recorded=0 if states is None else states.data_ptr(),
             on_step=on_step,
         )
-        cache.advance(torch.full((batch,), steps))
-        return latents, last
+        steps = torch.tensor(taken)
+        cache.advance(steps)
+        longest = max(taken)
+        return Thought(latents[:, :longest], last, steps, None if states is None else states[:, :longest])
 
     def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
         return True
@@ -224,7 +240,8 @@ class NativeEngine:
         return tokens[:, : int(new.max())]
 
 
-def _memory(cache: LatentCache) -> tuple[int, int, int, int, int, int, int]:
+def _memory(cache: LatentCache) -> tuple[int, ...]:
     keys, values, positions = cache.keys, cache.values, cache.positions
     layer, row, head = keys.stride()[:3]
-    return keys.data_ptr(), values.data_ptr(), layer, row, head, positions.data_ptr(), positions.stride(0)
+    lent = (cache.lenders.data_ptr(), cache.borrowed.data_ptr()) if bool(cache.borrowed.any()) else (0, 0)
+    return keys.data_ptr(), values.data_ptr(), layer, row, head, positions.data_ptr(), positions.stride(0), *lent

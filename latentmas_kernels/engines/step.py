@@ -1,13 +1,13 @@
 """One decode step as a sequence of launches over tensors that never move: what the CUDA engine captures in graphs.
 
     latent step     realign(hidden) -> x                        token step     embed(token) -> x
-                    advance the rows                                           advance the rows
+                    advance the rows, end those that are done                  advance the rows
                     layers(x), final norm -> hidden                            layers(x), final norm, lm_head -> logits
-                                                                               sample(logits) -> token
+                                                                               sample(logits) -> token, end rows
 
 A layer is six ops: rmsnorm_linear (QKV), rope_append, decode_attention, linear_residual, gate_up_swiglu and
-linear_residual. Nothing here allocates, copies from the host or waits for the device; positions, lengths and the addresses
-of the cache are read from device memory, so the same launches serve every call.
+linear_residual. Nothing here allocates, copies from the host or waits for the device; positions, lengths, what ends a row
+and the addresses of the cache are read from device memory, so the same launches serve every call.
 """
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.thinking import Thinking
 from latentmas_kernels.ops.triton import rows as fields
 from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, splits_for
 from latentmas_kernels.ops.triton.embed import embed
@@ -35,9 +36,9 @@ class Step:
 
     Attributes:
         batch: rows.
-        rows: int32 [5, batch], see ops/triton/rows.py.
-        memory: int64 [9], see ops/triton/memory.py.
-        hidden: [batch, D], the state after the final norm.
+        rows: int32 [9, batch], see ops/triton/rows.py.
+        memory: int64 [10], see ops/triton/memory.py.
+        hidden: [batch, D], the state after the final norm; of a row that has ended, behind its own last step.
         logits: float32 [batch, V], of the last token step (or latent step with soft feedback).
         tokens: int64 [batch], chosen last.
     """
@@ -49,8 +50,9 @@ class Step:
         def empty(*shape: int, dtype: torch.dtype = architecture.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.rows = torch.zeros(5, batch, dtype=torch.int32, device=device)
-        _, self.lengths, self.positions, self.slots, _ = self.rows
+        self.rows = torch.zeros(fields.FIELDS, batch, dtype=torch.int32, device=device)
+        self.lengths, self.positions, self.slots = (self.rows[i] for i in (fields.LENGTH, fields.POSITION, fields.SLOT))
+        self.lenders, self.borrowed = self.rows[fields.LENDER], self.rows[fields.BORROWED]
         self.memory = torch.zeros(FIELDS, dtype=torch.int64, device=device)
         self.x = empty(batch, self.width)
         self.hidden = empty(batch, self.width)
@@ -79,7 +81,7 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Bytes of the static tensors."""
-        views = (self.lengths, self.positions, self.slots)
+        views = (self.lengths, self.positions, self.slots, self.lenders, self.borrowed)
         own = [t for t in vars(self).values() if isinstance(t, Tensor) and not any(t is view for view in views)]
         nested = [self.partials, self.scratch, self.settings, *self.candidates.values()]
         own += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
@@ -91,28 +93,45 @@ class Step:
             vocabulary = self.logits.shape[1]
             self.candidates[do_sample] = Candidates(self.batch, vocabulary, self.x.device, sampling=do_sample)
 
-    def aim(self, cache: LatentCache, rows: slice, active: Tensor, trace: Tensor | None) -> None:
+    def aim(
+        self,
+        cache: LatentCache,
+        rows: slice,
+        active: Tensor,
+        trace: Tensor | None,
+        thinking: Thinking | None = None,
+        states: Tensor | None = None,
+    ) -> None:
         """Point the launches at rows of a cache that go on from where they are.
 
         Args:
             rows: of the cache, at most `batch`.
             active: bool on the CPU, which of these take part.
-            trace: [batch, steps, D] or int64 [batch, steps], written by the steps. Kept by the caller.
+            trace: int64 [batch, steps] of tokens, or [rows, steps, D] of latents, which only active rows write. Kept by the
+                caller.
+            thinking: what ends the rows' latent steps.
+            states: as `trace` of latents, the states behind them; not kept where None.
         """
         count = len(active)
-        state = torch.zeros(5, self.batch, dtype=torch.int32)
+        state = torch.zeros(fields.FIELDS, self.batch, dtype=torch.int32)
         state[fields.ACTIVE, :count] = active.int()
         state[fields.LENGTH, :count] = cache.lengths[rows].int()
         state[fields.POSITION, :count] = cache.next_position[rows].int() - 1
+        if thinking is not None:
+            settle = fields.NEVER if thinking.settle is None else thinking.settle
+            state[fields.LIMIT, :count] = thinking.steps[rows].int()
+            state[fields.SETTLE] = torch.tensor(settle, dtype=torch.float32).view(torch.int32)
+        state[fields.LENDER, :count] = (cache.lenders[rows] - rows.start).int()
+        state[fields.BORROWED, :count] = cache.borrowed[rows].int()
         self.rows.copy_(state)
         keys, values, positions = cache.keys[:, rows], cache.values[:, rows], cache.positions[rows]
-        self.memory.copy_(torch.tensor(describe(keys, values, positions, trace)))
+        self.memory.copy_(torch.tensor(describe(keys, values, positions, trace, states)))
 
     def idle(self, trace: Tensor) -> None:
         """Let the launches run without reading or storing anything: for warming up."""
         self.rows.zero_()
         self.memory.zero_()
-        self.memory[7:] = torch.tensor([trace.data_ptr(), trace.stride(0)])
+        self.memory[7:9] = torch.tensor([trace.data_ptr(), trace.stride(0)])
         self.hidden.zero_()
         self.logits.zero_()
         self.tokens.zero_()
@@ -124,7 +143,9 @@ class Step:
         else:
             realign(self.hidden, aligner.weight, aligner.target_norm, self.x, target=self.target, step=self.realign)
         self._layers(weights)
-        rmsnorm(self.x, weights.final_gain, weights.eps, self.hidden, target=self.target)
+        rmsnorm(
+            self.x, weights.final_gain, weights.eps, self.hidden, target=self.target, rows=self.rows, memory=self.memory
+        )  # fmt: skip
         if aligner.needs_logits:
             self._lm_head(weights)
 
@@ -159,7 +180,7 @@ class Step:
             )  # fmt: skip
             decode_attention(
                 self.queries, self.memory, index, w.kv_heads, self.lengths, self.positions, layer.window, w.scale,
-                self.partials, self.mixed, target=target,
+                self.partials, self.mixed, target=target, lenders=self.lenders, borrowed=self.borrowed,
             )  # fmt: skip
             product(
                 self.mixed,

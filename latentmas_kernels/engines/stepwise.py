@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.thinking import Thinking, Thought, settled
 from latentmas_kernels.engines.torch_threads import one_torch_thread
 from latentmas_kernels.prompt import Prompt
 
@@ -20,20 +21,37 @@ def think_stepwise(
     cache: LatentCache,
     seed: Tensor,
     aligner: Aligner,
-    steps: int,
+    thinking: Thinking,
     on_step: Callable[[int], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """`Engine.think` by `engine.extend`."""
-    one_each = torch.ones(len(seed), dtype=torch.int64)
-    shape = (len(seed), steps, engine.architecture.hidden_size)
-    latents = torch.empty(shape, dtype=engine.architecture.dtype, device=seed.device)
-    for step in range(steps):
+) -> Thought:
+    """`Engine.think` by `engine.extend`, and `engine.extend_both` where a step's logits and states are both asked for."""
+    batch, longest = len(seed), thinking.longest
+    dtype, device, width = engine.architecture.dtype, seed.device, engine.architecture.hidden_size
+    latents = torch.zeros(batch, longest, width, dtype=dtype, device=device)
+    states = torch.zeros_like(latents) if thinking.record else None
+    last_hidden = torch.zeros(batch, width, dtype=dtype, device=device)
+    active, taken = torch.ones(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.int64)
+    for step in range(longest):
         if on_step is not None:
             on_step(step)
-        latents[:, step] = aligner(seed)
-        prompt = Prompt(one_each, inputs_embeds=latents[:, step : step + 1])
-        seed = engine.extend(cache, prompt, logits=aligner.needs_logits and step + 1 < steps)
-    return latents, seed
+        latents[:, step] = aligner(seed).masked_fill(~active.to(device)[:, None], 0)
+        going = active & (thinking.steps > step + 1) & ~settled(latents, step, thinking.settle).cpu()
+        prompt = Prompt(active.long(), inputs_embeds=latents[:, step : step + 1])
+        if not aligner.needs_logits or not bool(going.any()):
+            seed = hidden = engine.extend(cache, prompt, logits=False)
+        elif states is not None or not torch.equal(going, active):
+            hidden, seed = engine.extend_both(cache, prompt)
+        else:
+            hidden, seed = last_hidden, engine.extend(cache, prompt, logits=True)
+        if states is not None:
+            states[:, step] = hidden.masked_fill(~active.to(device)[:, None], 0)
+        last_hidden = torch.where((active & ~going).to(device)[:, None], hidden, last_hidden)
+        taken += active
+        active = going
+        if not bool(active.any()):
+            break
+    steps = int(taken.max())
+    return Thought(latents[:, :steps], last_hidden, taken, None if states is None else states[:, :steps])
 
 
 @dataclass(frozen=True)

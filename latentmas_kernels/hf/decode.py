@@ -18,7 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError, check_finite_weights
 from latentmas_kernels.cache import LatentCache, NoRoomError
-from latentmas_kernels.engines import EagerEngine, Engine, Speaker, check_engine_options, fast_engine
+from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, check_engine_options, fast_engine
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
 from latentmas_kernels.generation import check_finite_states
@@ -232,7 +232,8 @@ class _Call:
         if not steps:
             return seed
         start = cache.lengths
-        latents, _ = runner.think(cache, seed, aligner, steps, None)  # type: ignore[arg-type]
+        thinking = Thinking(torch.full_like(start, steps))
+        latents = runner.think(cache, seed, aligner, thinking, None).latents  # type: ignore[arg-type]
         # An engine's thinking ends with a hidden state. The last step once more, by the way that gives logits, as each model
         # makes them (some scale or cap them behind the lm_head).
         cache.crop(-1)

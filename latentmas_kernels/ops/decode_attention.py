@@ -4,7 +4,8 @@
 
 over the slots j < lengths[b] and, with a window, those with p_b - positions[b, j] < window. q [B, Hq, hd], keys and
 values [B, Hkv, S, hd], o [B, Hq hd]. Scores, softmax and sums are float32; the probabilities are rounded to the dtype of
-the values before the product with them, as in torch's fused attention. A row of length 0 gives zeros.
+the values before the product with them, as in torch's fused attention. A row of length 0 gives zeros. The first slots of a
+row may lie in another row, its lender, so that what rows have in common is held once.
 """
 
 import torch
@@ -23,8 +24,12 @@ def decode_attention_reference(
     window: int | None = None,
     positions: Tensor | None = None,
     query_positions: Tensor | None = None,
+    lenders: Tensor | None = None,
+    borrowed: Tensor | None = None,
 ) -> Tensor:
     slots = keys.shape[2]
+    if lenders is not None and borrowed is not None:
+        keys, values = (_where_they_lie(t, lenders, borrowed) for t in (keys, values))
     seen = torch.arange(slots, device=keys.device) < lengths[:, None]
     if window is not None:
         assert positions is not None
@@ -39,6 +44,13 @@ def decode_attention_reference(
     return torch.einsum("bhs,bhsd->bhd", shares.to(v.dtype), v).flatten(1)
 
 
+def _where_they_lie(store: Tensor, lenders: Tensor, borrowed: Tensor) -> Tensor:
+    """Each row's slots in a buffer of its own, those that it borrows too."""
+    rows, slots = (torch.arange(n, device=store.device) for n in (store.shape[0], store.shape[2]))
+    source = torch.where(slots < borrowed[:, None], lenders[:, None].long(), rows[:, None])
+    return store.transpose(1, 2)[source, slots].transpose(1, 2)
+
+
 @torch.library.custom_op("latentmas::decode_attention", mutates_args=())
 def _decode_attention(
     queries: Tensor,
@@ -49,10 +61,12 @@ def _decode_attention(
     window: int | None,
     positions: Tensor | None,
     query_positions: Tensor | None,
+    lenders: Tensor | None,
+    borrowed: Tensor | None,
 ) -> Tensor:
     if not runs_on(queries):
         return decode_attention_reference(
-            queries, keys, values, lengths, scale, window, positions, query_positions
+            queries, keys, values, lengths, scale, window, positions, query_positions, lenders, borrowed
         ).contiguous()
     from latentmas_kernels.ops.triton.decode_attention import Partials, splits_for
     from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
@@ -64,7 +78,7 @@ def _decode_attention(
     kernel(
         queries, memory_of(keys, values, positions), 0, keys.shape[1], lengths,
         lengths if query_positions is None else query_positions, window, scale, Partials(queries, splits), out,
-        target=target,
+        target=target, lenders=lenders, borrowed=borrowed,
     )  # fmt: skip
     return out
 
@@ -79,6 +93,8 @@ def _(
     window: int | None,
     positions: Tensor | None,
     query_positions: Tensor | None,
+    lenders: Tensor | None,
+    borrowed: Tensor | None,
 ) -> Tensor:
     return queries.new_empty(queries.shape[0], queries.shape[1] * queries.shape[2])
 
@@ -93,6 +109,8 @@ def decode_attention(
     window: int | None = None,
     positions: Tensor | None = None,
     query_positions: Tensor | None = None,
+    lenders: Tensor | None = None,
+    borrowed: Tensor | None = None,
 ) -> Tensor:
     """Attend from one position per row.
 
@@ -105,6 +123,8 @@ def decode_attention(
         window: positions that a query sees, its own included; needs the two below.
         positions: int64 [B, S], of the slots, rising along each row.
         query_positions: int32 [B].
+        lenders, borrowed: int32 [B], both or none. The first borrowed[b] slots of row b, a multiple of 64 and no more than
+            its length, lie in row lenders[b] of keys and values; their positions do not.
 
     Returns:
         [B, Hq hd].
@@ -134,7 +154,15 @@ def decode_attention(
                 f"decode_attention: query_positions must be int32 [{batch}]; got {query_positions.dtype} "
                 f"{list(query_positions.shape)}"
             )
+    if (lenders is None) != (borrowed is None):
+        raise ValueError("decode_attention: pass both lenders and borrowed, or neither")
+    for name, rows in (("lenders", lenders), ("borrowed", borrowed)):
+        if rows is not None and (list(rows.shape) != [batch] or rows.dtype != torch.int32):
+            raise ValueError(f"decode_attention: {name} must be int32 [{batch}]; got {rows.dtype} {list(rows.shape)}")
+    query_positions, lenders, borrowed = (
+        None if t is None else t.contiguous() for t in (query_positions, lenders, borrowed)
+    )
     return _decode_attention(
         queries.contiguous(), keys, values, lengths.contiguous(), width**-0.5 if scale is None else scale, window, positions,
-        None if query_positions is None else query_positions.contiguous(),
+        query_positions, lenders, borrowed,
     )  # fmt: skip

@@ -5,19 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentmas.agents import Agent
-    from latentmas.chain import Chain, Progress
+    from latentmas.chain import Chain
+    from latentmas.handover import Budget, HandOver
     from latentmas.loading import load_model
     from latentmas.methods import METHODS, latent_agents, single_agent, text_agents
+    from latentmas.progress import Progress
     from latentmas.results import AgentMetrics, Answer, ChainResult, Turn
 
 _HOME = {
     "Agent": "agents",
     "AgentMetrics": "results",
     "Answer": "results",
+    "Budget": "handover",
     "Chain": "chain",
     "ChainResult": "results",
+    "HandOver": "handover",
     "METHODS": "methods",
-    "Progress": "chain",
+    "Progress": "progress",
     "Turn": "results",
     "latent_agents": "methods",
     "load_model": "loading",
@@ -30,8 +34,10 @@ __all__ = [
     "Agent",
     "AgentMetrics",
     "Answer",
+    "Budget",
     "Chain",
     "ChainResult",
+    "HandOver",
     "Progress",
     "Turn",
     "latent_agents",

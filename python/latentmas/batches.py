@@ -12,6 +12,7 @@ from latentmas.display import Display
 from latentmas.output import ResultsFile
 from latentmas.questions import Question
 from latentmas.results import Answer, ChainResult
+from latentmas.trace_file import TOP_K, TraceFile
 
 
 def questions_that_fit(chain: Chain, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
@@ -26,6 +27,12 @@ def questions_that_fit(chain: Chain, questions: Sequence[Question]) -> tuple[lis
     return fit, faults
 
 
+def most_kv_bytes(chain: Chain, questions: Sequence[Question], batch_size: int) -> int:
+    """Bytes that keys and values may come to take, of the batch that needs the most; ValueError where one has no room."""
+    starts = range(0, len(questions), batch_size)
+    return max(chain.kv_bytes([q.text for q in questions[start : start + batch_size]]) for start in starts)
+
+
 def run_batches(
     chain: Chain,
     questions: Sequence[Question],
@@ -36,8 +43,10 @@ def run_batches(
     top_p: float,
     console: Console,
     output: ResultsFile | None,
+    traced: TraceFile | None = None,
 ) -> Iterator[tuple[Sequence[Question], ChainResult]]:
-    """Run the questions in their order; gives each batch with its result, once that is written to the output.
+    """Run the questions in their order; gives each batch with its result, once that is written to the output (and what it
+    thought to the trace).
 
     Raises:
         ValueError: where a batch does not fit the memory, or as Chain.run().
@@ -52,8 +61,9 @@ def run_batches(
         with Display(console, chain.tokenizer, end_ids, _title(batch, start, len(questions))) as display:
             try:
                 result = chain.run(
-                    [question.text for question in batch], temperature=temperature, top_p=top_p, on_progress=display
-                )
+                    [question.text for question in batch], temperature=temperature, top_p=top_p, on_progress=display,
+                    trace=None if traced is None else TOP_K,
+                )  # fmt: skip
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -63,6 +73,8 @@ def run_batches(
                 ) from error
         if output is not None:
             output.write(records(batch, result))
+        if traced is not None:
+            traced.add(batch, result.traces)
         yield batch, result
 
 

@@ -1,42 +1,30 @@
-"""A chain of agents on one model: thinkers extend a latent memory, writers write from it or read each other's notes."""
+"""A chain of agents: thinkers extend a latent memory, writers write from it or read each other's notes; some side by side."""
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from latentmas.agents import Agent
-from latentmas.prompts import has_thinking_switch, padded, turn_ids
-from latentmas.results import AgentMetrics, Answer, ChainResult, Turn
-from latentmas_kernels import Aligner, LatentCache, build_aligner, generate, latent_generate
-from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import open_engine
-from latentmas_kernels.generation import GenerateOutput, Metrics
+from latentmas.handover import EVERYTHING, Budget
+from latentmas.plan import SINK, Load, Plan
+from latentmas.progress import Progress
+from latentmas.prompts import has_thinking_switch, turn_ids
+from latentmas.results import ChainResult
+from latentmas.rows import CUT, NOTHING, common_beginning, notes_of
+from latentmas.run import Run
+from latentmas.seats import Seat
+from latentmas.stages import Stretch, stretches_of
+from latentmas_kernels import Aligner, build_aligner
+from latentmas_kernels.cache import check_room
+from latentmas_kernels.rotation import Rotation
 
-CUT = " [...]"
-"""Ends a text of which later agents read the beginning only."""
+SHARE_FROM = 64
+"""Tokens that reading a common beginning once must save. The pass of its own costs as much as 10 to 15 tokens of a prompt: it
+reads the weights once more."""
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        agent: who is at work.
-        number, agents: the agent is the number-th, from 1, of so many.
-        step: latent steps or new tokens per row so far; 0 while the prompt is read.
-        tokens: int64 [B] on the CPU, the tokens just written, anything behind the end of a row; None at step 0 and for
-            an agent that thinks.
-    """
-
-    agent: Agent
-    number: int
-    agents: int
-    step: int
-    tokens: Tensor | None = None
+Prompts = list[list[list[int]]]
+"""Token ids, per stage and agent of it."""
 
 
 def check_request(questions: Sequence[str], temperature: float, top_p: float) -> None:
@@ -52,58 +40,100 @@ def check_request(questions: Sequence[str], temperature: float, top_p: float) ->
 
 
 class Chain:
-    """Agents in a row on one model; the last one answers."""
+    """Agents on one model or several; the last one answers.
+
+    Attributes:
+        model, tokenizer, aligner: the chain's own.
+        agents: all of them, in the order of what they add to the memory.
+    """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        agents: Sequence[Agent],
+        agents: Sequence[Agent | Sequence[Agent]],
         *,
         aligner: str | Aligner = "auto",
         engine: str = "auto",
         weights: str = "model",
         handover_tokens: int = 512,
+        budget: Budget | None = None,
+        models: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> None:
         """Check the agents and measure how hidden states are fed back, where some agent thinks.
 
         Args:
             model: a decoder-only causal LM of transformers, in eval mode.
             tokenizer: the model's, with or without a chat template and a padding token.
-            agents: the chain; the last one writes.
+            agents: the chain; the last one writes. Agents in a list of their own work side by side: as rows of one batch,
+                from a memory that they share, and what each adds is put behind what the one before it adds.
             aligner, engine, weights: as in `latent_generate`. Without an agent that thinks, there is no aligner.
             handover_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
+            budget: what keys and values may take; the oldest are cut out of the memory.
+            models: (model, tokenizer) by the names that agents have in `Agent.model`; their aligner is a kind, as `aligner`.
 
         Raises:
-            ValueError: where the model cannot run, or the agents make no chain.
+            ValueError: where a model cannot run, the agents make no chain, or a memory cannot be cut or cross as they want.
         """
         if handover_tokens < 1:
             raise ValueError(f"handover_tokens must be 1 or more; got {handover_tokens}")
-        self._groups = _groups(agents)
-        self.model, self.tokenizer, self.agents = model, tokenizer, list(agents)
-        self.architecture, self.engine, self.handover_tokens = Architecture.of(model), engine, handover_tokens
-        self.weights = weights
-        open_engine(engine, model, self.architecture, weights=weights)
-        if any(agent.enable_thinking for agent in agents) and not has_thinking_switch(tokenizer):
-            warnings.warn(
-                "the tokenizer's chat template has no thinking switch, so enable_thinking changes nothing", stacklevel=2
+        self._stretches = stretches_of(agents)
+        self.agents = [agent for stretch in self._stretches for stage in stretch for agent in stage.agents]
+        self.model, self.tokenizer, self.engine, self.weights = model, tokenizer, engine, weights
+        self.handover_tokens, self.budget = handover_tokens, budget
+        given: dict[str | None, tuple[Any, Any]] = {None: (model, tokenizer)}
+        given.update(models or {})
+        names = list(dict.fromkeys([None, *(agent.model for agent in self.agents)]))
+        unknown = [name for name in names if name not in given]
+        if unknown:
+            raise ValueError(
+                f"agents run on model {unknown[0]!r}, which the chain was not given; given are {sorted(models or {})}"
             )
-        self.aligner: Aligner | None = None
-        if any(agent.latent_steps is not None for agent in agents):
-            self.aligner = build_aligner(model, aligner) if isinstance(aligner, str) else aligner
+        self.seats = {name: Seat.of(name, given[name], engine, weights) for name in names}
+        for seat in self.seats.values():
+            on_it = [agent for agent in self.agents if agent.model == seat.name]
+            if any(agent.enable_thinking for agent in on_it) and not has_thinking_switch(seat.tokenizer):
+                warnings.warn(
+                    "the tokenizer's chat template has no thinking switch, so enable_thinking changes nothing",
+                    stacklevel=2,
+                )
+            if any(agent.thinks for agent in on_it):
+                kind = aligner if isinstance(aligner, str) or seat.name is None else aligner.kind
+                seat.aligner = build_aligner(seat.model, kind) if isinstance(kind, str) else kind
+        self.aligner = self.seats[None].aligner
+        self.tracks = False
+        for stretch in self._stretches:
+            self._open_ways(stretch)
+
+    def _open_ways(self, stretch: Stretch) -> None:
+        """Make sure that the memory of a stretch can go from stage to stage."""
+        for number, stage in enumerate(stretch):
+            seat = self.seats[stage.model]
+            for later in stretch[number + 1 :]:
+                if later.model != stage.model:
+                    seat.open_way(self.seats[later.model])
+                    self.tracks = True
+            cut = number > 0 and (stage.memory != EVERYTHING or self.budget is not None)
+            if cut or (stage.parallel and number + 1 < len(stretch)):
+                Rotation.of(seat.model)
 
     def check(self, question: str) -> None:
-        """Raise ValueError where a question could not be run: empty, or longer than the model's positions allow.
+        """Raise ValueError where a question could not be run: empty, longer than the model's positions allow, or more than
+        the budget allows.
 
         Notes of other agents are counted as long as they may become.
         """
         check_request([question], 0.0, 1.0)
-        written: list[Agent] = []
-        for group in self._groups:
-            notes = _notes([(agent.name, CUT) for agent in written])
-            longest = sum(min(agent.steps, self.handover_tokens) for agent in written) if group[0].reads_notes else 0
-            self._slots(group, [self._prompts(group, question, notes)], longest)
-            written += [agent for agent in group if agent.max_new_tokens is not None]
+        self._plans([question])
+
+    def kv_bytes(self, questions: Sequence[str]) -> int:
+        """Bytes that keys and values of these questions, as one batch, may come to take, all buffers together.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        plans = self._plans(questions)
+        return max(plan.bytes([self.seats[load.stage.model].slot_bytes for load in plan.loads]) for plan in plans)
 
     def run(
         self,
@@ -112,217 +142,166 @@ class Chain:
         temperature: float = 0.0,
         top_p: float = 1.0,
         on_progress: Callable[[Progress], None] | None = None,
+        trace: int | None = None,
     ) -> ChainResult:
         """Answer the questions as one batch.
+
+        What the first prompts of all questions have in common at their beginning is read once.
 
         Args:
             questions: one per row; none may be empty.
             temperature: of all that is written; 0 is greedy. Sampling draws from torch's global generator.
             top_p: sample from the most likely tokens that hold this much probability; 1 is off.
             on_progress: called as each agent begins and at each of its steps.
+            trace: look at every latent step: its so many likeliest tokens, norms, cosines and nearest embeddings.
 
         Raises:
-            ValueError: for an empty question, or where the chain does not fit the model's positions or the memory.
+            ValueError: for an empty question, or where the chain does not fit the model's positions, the budget or the
+                memory.
         """
         check_request(questions, temperature, top_p)
         began = time.perf_counter()
-        laps = _Laps()
-        rows = [_Row(question) for question in questions]
-        metrics: list[AgentMetrics] = []
-        memory: LatentCache | None = None
-        for group in self._groups:
-            memory = None  # what the group before left is free before there is more
-            prompts = [self._prompts(group, row.question, _notes(row.notes)) for row in rows]
-            # The chain owns the memory, so each agent extends it in place; none of them has to make room.
-            memory = LatentCache.for_model(self.architecture, len(rows), self._slots(group, prompts))
-            for row in rows:
-                row.pending = []
-            for turn, agent in enumerate(group):
-                progress = Progress(agent, len(metrics) + 1, len(self.agents), 0)
-                tell = _Teller(on_progress, progress)
-                tell(0)
-                for row, prompt in zip(rows, prompts, strict=True):
-                    row.ids, row.pending = row.pending + prompt[turn], []
-                ids, mask = padded([row.ids for row in rows], self.architecture.device)
-                if agent.latent_steps is not None:
-                    assert self.aligner is not None
-                    thought = latent_generate(
-                        self.model, ids, mask, latent_steps=agent.latent_steps, past_key_values=memory.donate(),
-                        aligner=self.aligner, engine=self.engine, weights=self.weights, on_step=tell.think,
-                    )  # fmt: skip
-                    spent, steps = thought.metrics, agent.latent_steps
-                    for row in rows:
-                        row.turns.append(Turn(agent.name, len(row.ids), latent_steps=agent.latent_steps))
-                else:
-                    assert agent.max_new_tokens is not None
-                    text = generate(
-                        self.model, ids, mask, past_key_values=memory.donate(), max_new_tokens=agent.max_new_tokens,
-                        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=top_p,
-                        streamer=tell, engine=self.engine, weights=self.weights,
-                    )  # fmt: skip
-                    spent, steps = text.metrics, max(text.new_tokens)
-                    self._read(progress, rows, text, ids.shape[1])
-                memory.name_segments(agent.name)
-                metrics.append(_metrics(agent, spent, steps, laps()))
-        assert memory is not None
-        answers = [row.answer() for row in rows]
-        return ChainResult(answers, metrics, time.perf_counter() - began, self.aligner, memory)
+        run = Run(self, list(questions), temperature=temperature, top_p=top_p, on_progress=on_progress, trace=trace)
+        for stretch in self._stretches:
+            run.stretch(stretch)
+        for text in run.warnings:
+            warnings.warn(text, stacklevel=2)
+        assert run.memory is not None
+        return ChainResult(
+            [row.answer() for row in run.rows],
+            run.metrics,
+            time.perf_counter() - began,
+            self.aligner,
+            run.memory,
+            run.traces,
+        )
 
-    def _prompts(self, group: list[Agent], question: str, notes: str) -> list[list[int]]:
-        """Token ids of each agent's turn."""
-        return [
-            turn_ids(
-                self.tokenizer,
-                agent.text(question, notes),
-                first=turn == 0,
-                system=agent.system,
-                think=agent.enable_thinking,
-            )
-            for turn, agent in enumerate(group)
-        ]
+    # ---- what a run needs to know ----------------------------------------------------------------------------------
 
-    def _slots(self, group: list[Agent], prompts: list[list[list[int]]], notes: int = 0) -> int:
-        """Slots of the longest row; ValueError where the model has no positions for them.
+    def prompts(self, stretch: Stretch, question: str, notes: list[tuple[str, str]]) -> Prompts:
+        """Token ids of each agent's turn. The first one of a memory opens the conversation."""
+        prompts = []
+        for number, stage in enumerate(stretch):
+            tokenizer = self.seats[stage.model].tokenizer
+            prompts.append(
+                [
+                    turn_ids(
+                        tokenizer, agent.text(question, notes_of(notes)), first=number == 0, system=agent.system,
+                        think=agent.enable_thinking,
+                    )
+                    for agent in stage.agents
+                ]
+            )  # fmt: skip
+        return prompts
+
+    def lay_out(self, stretch: Stretch, prompts: Sequence[Prompts], more: int = 0) -> Plan:
+        """How large the memory of a stretch becomes.
 
         Args:
-            group: agents of one memory; the last one writes, and its last token is not fed in.
-            prompts: per row and agent.
-            notes: tokens that the prompts will have on top.
+            prompts: of each question.
+            more: tokens that notes may add to the first prompts.
+
+        Raises:
+            ValueError: where it does not fit the models' positions or the budget.
         """
-        added = sum(agent.steps for agent in group) - 1
-        prompt = max(sum(map(len, row)) for row in prompts) + notes
-        limit = self.architecture.max_positions
-        if limit is not None and prompt + added > limit:
-            raise ValueError(
-                f"the chain goes up to {prompt + added} positions ({prompt} of prompts, {added} of latent steps and new "
-                f"tokens), but {self.architecture.name} was made for {limit}; shorten the question or lower latent_steps "
-                "and max_new_tokens" + (", or handover_tokens" if group[0].reads_notes else "")
-            )
-        return prompt + added
+        loads = [self._load(stretch, number, [of[number] for of in prompts], more) for number in range(len(stretch))]
+        shared = 0
+        if len(prompts) > 1:
+            first = [ids for of in prompts for ids in of[0]]
+            # Notes that are not known yet may be alike, too.
+            shared = min(map(len, first)) - 1 + more if more else common_beginning(first)
+            shared = shared if shared * (len(prompts) - 1) >= SHARE_FROM else 0
+        plan = Plan(loads, shared, None if self.budget is None else self.budget.slots)
+        if self.budget is not None and self.budget.bytes is not None:
+            plan = self._within(plan, self.budget.bytes)
+        self._check_positions(plan)
+        return plan
 
-    def _read(self, progress: Progress, rows: list["_Row"], said: GenerateOutput, columns: int) -> None:
-        """Take down what an agent wrote behind prompts of `columns` columns."""
-        agent = progress.agent
-        handed_on = any(later.reads_notes for later in self.agents[progress.number :])
-        for row, sequence, new, reason in zip(rows, said.sequences, said.new_tokens, said.finish_reasons, strict=True):
-            ids = sequence[columns : columns + new].tolist()
-            whole = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            row.text, row.finish_reason = whole.rpartition("</think>")[2].strip(), reason
-            row.notes.append((agent.name, row.text))
-            row.pending = ids[-1:] if reason == "length" else []
-            # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
-            read = self._cut(agent, row) if handed_on and new > self.handover_tokens else None
-            row.turns.append(
-                Turn(agent.name, len(row.ids), new_tokens=new, text=whole, finish_reason=reason, handed_over=read)
-            )
+    def is_read(self, writer: Agent) -> bool:
+        """Whether an agent behind it reads what it wrote."""
+        stages = [stage for stretch in self._stretches for stage in stretch]
+        at = next(number for number, stage in enumerate(stages) if writer in stage.agents)
+        return any(stage.reads_notes for stage in stages[at + 1 :])
 
-    def _cut(self, agent: Agent, row: "_Row") -> int | None:
-        """Note the beginning of a text that is too long to be handed on, and say so; None where it is not."""
-        ids = self.tokenizer(row.text, add_special_tokens=False).input_ids
-        if len(ids) <= self.handover_tokens:
-            return None
-        warnings.warn(
-            f"{agent.name} wrote {len(ids)} tokens, of which the agents after it read the first {self.handover_tokens}; "
-            f"raise handover_tokens to hand on more (question: {row.question[:60]!r})",
-            stacklevel=4,
+    def check_room(self, plan: Plan) -> None:
+        """Raise NoRoomError where the buffers of a stretch do not fit what is free."""
+        need = plan.bytes([self.seats[load.stage.model].slot_bytes for load in plan.loads])
+        device = self.seats[plan.loads[0].stage.model].architecture.device
+        rows, slots = len(plan.loads[0].common), max(max(size.end) for size in plan.sizes)
+        check_room(need, device, f"a memory of {rows} rows of {slots} slots")
+
+    def _plans(self, questions: Sequence[str]) -> list[Plan]:
+        """Of each stretch, notes being as long as they may become."""
+        written: list[Agent] = []
+        plans = []
+        for stretch in self._stretches:
+            notes = [(agent.name, CUT) for agent in written]
+            longest = sum(map(self._longest_note, written)) if stretch[0].reads_notes else 0
+            plans.append(self.lay_out(stretch, [self.prompts(stretch, q, notes) for q in questions], longest))
+            written += [agent for stage in stretch for agent in stage.agents if not agent.thinks]
+        return plans
+
+    def _longest_note(self, writer: Agent) -> int:
+        """Tokens that a text may have as a note, beyond those of CUT."""
+        tokenizer = self.seats[writer.model].tokenizer
+        nothing, cut = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (NOTHING, CUT))
+        return max(min(writer.steps, self.handover_tokens), nothing - cut)
+
+    def _load(self, stretch: Stretch, number: int, prompts: Prompts, more: int) -> Load:
+        """Of one stage; prompts per question and agent."""
+        stage, last = stretch[number], number + 1 == len(stretch)
+        common = [common_beginning(of) if stage.parallel else 0 for of in prompts]
+        if min(common) == 0:
+            common = [0] * len(prompts)
+        extra = more if number == 0 else 0
+        return Load(
+            stage,
+            common,
+            [[len(ids) - start + extra for ids in of] for of, start in zip(prompts, common, strict=True)],
+            # The last token of a text is not fed in, but by the next turn, or before another agent's part is put behind it.
+            [a.steps - (not a.thinks and (last or a is stage.agents[-1])) for a in stage.agents],
+            pending=int(number > 0 and not stretch[number - 1].agents[-1].thinks),
+            crosses=number > 0 and stage.model != stretch[number - 1].model,
         )
-        row.notes[-1] = (agent.name, self.tokenizer.decode(ids[: self.handover_tokens]) + CUT)
-        return self.handover_tokens
 
-
-@dataclass
-class _Row:
-    """One question on its way through the chain."""
-
-    question: str
-    turns: list[Turn] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    # The last token of a text that was ended by its length. It was not fed in: the next turn in that memory brings it.
-    pending: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: Literal["stop", "length"] = "stop"
-
-    def answer(self) -> Answer:
-        return Answer(self.question, self.text, self.finish_reason, self.turns)
-
-
-class _Teller:
-    """Tells of the steps of one agent; generate() takes it for a streamer."""
-
-    def __init__(self, on_progress: Callable[[Progress], None] | None, progress: Progress) -> None:
-        self.on_progress, self.progress = on_progress, progress
-
-    def __call__(self, step: int, tokens: Tensor | None = None) -> None:
-        self.progress = replace(self.progress, step=step, tokens=tokens)
-        if self.on_progress is not None:
-            self.on_progress(self.progress)
-
-    def think(self, step: int) -> None:
-        """For latent_generate(), which counts from 0 and tells as a step begins."""
-        self(step + 1)
-
-    def put(self, tokens: Tensor) -> None:
-        if tokens.dim() == 1:  # the prompt comes first, [B, T]
-            self(self.progress.step + 1, tokens)
-
-    def end(self) -> None:
-        """Nothing to do: the next agent begins."""
-
-
-class _Laps:
-    """Seconds since the last call."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-
-    def __call__(self) -> float:
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
-
-
-def _metrics(agent: Agent, spent: Metrics, steps: int, seconds: float) -> AgentMetrics:
-    """What is none of the phases is other, so that they add up to the seconds of the agent's turn."""
-    phases = spent.prefill_seconds + spent.latent_seconds + spent.decode_seconds
-    return AgentMetrics(
-        agent.name,
-        prompt_tokens=spent.prefill_tokens,
-        latent_steps=spent.latent_tokens,
-        new_tokens=spent.decode_tokens,
-        steps=steps,
-        prefill_seconds=spent.prefill_seconds,
-        latent_seconds=spent.latent_seconds,
-        decode_seconds=spent.decode_seconds,
-        other_seconds=seconds - phases,
-        kv_bytes=spent.kv_bytes,
-    )
-
-
-def _notes(written: list[tuple[str, str]]) -> str:
-    return "\n\n".join(f"{name}:\n{text or '(nothing)'}" for name, text in written)
-
-
-def _groups(agents: Sequence[Agent]) -> list[list[Agent]]:
-    """The agents that share a memory, in order: one that reads notes begins a new one."""
-    if not agents or agents[-1].max_new_tokens is None:
-        raise ValueError(
-            "a chain ends with an agent that writes (max_new_tokens); got "
-            + (f"{agents[-1].name!r}, which thinks" if agents else "no agents")
-        )
-    groups: list[list[Agent]] = []
-    for agent in agents:
-        if not agent.reads_notes:
-            if not groups:
-                groups.append([])
-            groups[-1].append(agent)
-            continue
-        if not groups:
-            raise ValueError(f"agent {agent.name!r} reads {{notes}}, but nobody wrote any before it")
-        if groups[-1][-1].latent_steps is not None:
+    def _within(self, plan: Plan, most: int) -> Plan:
+        """The plan with as many slots for each question as the bytes allow."""
+        sizes = [self.seats[load.stage.model].slot_bytes for load in plan.loads]
+        if plan.bytes(sizes) <= most:
+            return plan
+        questions = range(len(plan.loads[0].common))
+        low = max(load.of(q) + SINK * (number > 0) for number, load in enumerate(plan.loads) for q in questions)
+        high = max(max(size.end) for size in plan.sizes)
+        least = Plan(plan.loads, plan.shared, low)
+        if least.bytes(sizes) > most:
+            hungry = max(plan.loads, key=lambda load: max(load.of(q) for q in questions)).stage.names
             raise ValueError(
-                f"agent {agent.name!r} reads {{notes}} and so begins a new memory, in which the thoughts of "
-                f"{groups[-1][-1].name!r} before it would be lost; take {{notes}} out of its prompt to go on from them, or "
-                "let an agent that writes come between"
+                f"{len(questions)} questions take at least {least.bytes(sizes) / 2**20:,.1f} MB of keys and values (most of "
+                f"it for {hungry}), and the budget is {most / 2**20:,.1f} MB; raise it, take fewer questions at a time, or "
+                "lower latent_steps and max_new_tokens"
             )
-        groups.append([agent])
-    return groups
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if Plan(plan.loads, plan.shared, middle).bytes(sizes) <= most:
+                low = middle
+            else:
+                high = middle
+        return Plan(plan.loads, plan.shared, low)
+
+    def _check_positions(self, plan: Plan) -> None:
+        # The longest row of the largest stage of each model.
+        ends = [
+            (end, prompt, load)
+            for load, size in zip(plan.loads, plan.sizes, strict=True)
+            for end, prompt in zip(size.end, size.prompts, strict=True)
+        ]
+        for name in dict.fromkeys(load.stage.model for load in plan.loads):
+            architecture = self.seats[name].architecture
+            limit = architecture.max_positions
+            end, prompt, load = max((e for e in ends if e[2].stage.model == name), key=lambda e: e[0])
+            if limit is not None and end > limit:
+                raise ValueError(
+                    f"the chain goes up to {end} positions ({prompt} of prompts, {end - prompt} of latent steps and new "
+                    f"tokens), but {architecture.name} was made for {limit}; shorten the question or lower latent_steps "
+                    "and max_new_tokens" + (", or handover_tokens" if load.stage.reads_notes else "")
+                )

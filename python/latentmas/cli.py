@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,11 +41,28 @@ def run(
         ),
     ] = None,
     model: ModelOption = None,
-    method: Annotated[str, typer.Option(help="latent, text or single.")] = "latent",
-    latent_steps: Annotated[int, typer.Option(help="Steps that each agent but the judger thinks (latent).")] = 10,
-    aligner: Annotated[str, typer.Option(help="auto, ridge, identity or soft (latent).")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of each text.")] = 256,
+    method: Annotated[
+        str | None, typer.Option(help="latent (the default), hierarchical, debate, mix, text or single.")
+    ] = None,
+    chain: Annotated[
+        str | None, typer.Option(help="File that describes the agents (docs/chains.md), instead of a method.")
+    ] = None,
+    hierarchical: Annotated[
+        str | None,
+        typer.Option(help="parallel: groups of agents work side by side; serial: each sees those before it."),
+    ] = None,
+    latent_steps: Annotated[
+        int | None, typer.Option(help="Most steps that an agent thinks. Default: 10, or the chain's.")
+    ] = None,
+    aligner: Annotated[str, typer.Option(help="auto, ridge, identity or soft (thinking agents).")] = "auto",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Limit of each text. Default: 256, or the chain's.")
+    ] = None,
     handover_tokens: Annotated[int, typer.Option(help="Tokens of a text that later agents read (text).")] = 512,
+    memory: Annotated[
+        str | None, typer.Option(help="What agents get of the memory: all, last, latent or a number of slots.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help='Limit of keys and values: "64 MB" or "512 slots".')] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: the accelerator, if any.")] = None,
@@ -62,41 +78,48 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the results that are in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    trace: Annotated[
+        str | None, typer.Option(help="Show every latent step (nearest tokens, norms) and write them to this file.")
+    ] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out questions that cannot be run.")] = False,
 ) -> None:
-    """Answer questions: one agent alone, agents that hand on text, or agents that think in hidden states.
+    """Answer questions: one agent alone, agents that hand on text, agents that think in hidden states, or any mixture.
 
     Without a question, the first one of the sample is asked.
     """
-    from latentmas.batches import questions_that_fit, run_batches
+    from latentmas.arrangement import Arrangement
+    from latentmas.batches import most_kv_bytes, questions_that_fit, run_batches
     from latentmas.chain import Chain, check_request
     from latentmas.default_model import NAME
     from latentmas.loading import check_placement, load_model
-    from latentmas.methods import METHODS
     from latentmas.output import ResultsFile
     from latentmas.report import Report
+    from latentmas.trace_file import TraceFile, check_trace_path
     from latentmas_kernels.alignment import KINDS
     from latentmas_kernels.engines import ENGINES, WEIGHTS
 
     _quiet()
     # What is known to be wrong is said before a model is loaded.
-    _check_choice("--method", method, list(METHODS))
     _check_choice("--aligner", aligner, KINDS)
     _check_choice("--engine", engine, ENGINES)
     _check_choice("--weights", weights, WEIGHTS)
     _check_at_least_one("--batch-size", batch_size)
     _check_at_least_one("--handover-tokens", handover_tokens)
     check_placement(dtype, device)
-    agents = [replace(agent, enable_thinking=think) for agent in METHODS[method](latent_steps, max_new_tokens)]
+    if trace is not None:
+        check_trace_path(trace)
+    arranged = Arrangement.read(
+        method=method, chain=chain, hierarchical=hierarchical, latent_steps=latent_steps, max_new_tokens=max_new_tokens,
+        think=think, memory=memory, budget=budget,
+    )  # fmt: skip
     if (resume or overwrite) and output is None:
         raise ValueError("--resume and --overwrite say what to do with the file of --output; got no --output")
     asked, left_out = _questions(question, questions)
     _check_left_out(left_out, keep_going)
     check_request([entry.text for entry in asked] or ["-"], temperature, top_p)
     settings = {
-        "model": model or NAME, "method": method, "latent_steps": latent_steps, "aligner": aligner,
-        "max_new_tokens": max_new_tokens, "handover_tokens": handover_tokens, "dtype": dtype, "seed": seed,
-        "temperature": temperature, "top_p": top_p, "think": think,
+        "model": model or NAME, **arranged.settings, "aligner": aligner, "handover_tokens": handover_tokens,
+        "dtype": dtype, "seed": seed, "temperature": temperature, "top_p": top_p, "think": think,
     }  # fmt: skip
 
     with ExitStack() as stack:
@@ -112,19 +135,25 @@ def run(
         began = time.perf_counter()
         with err.status("loading the model (the default one is fetched and converted the first time)"):
             loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+            others = {name: load_model(name, dtype=dtype, device=device) for name in arranged.models}
         with err.status("setting up the chain, measuring how hidden states are best fed back"):
-            chain = Chain(
-                loaded, tokenizer, agents, aligner=aligner, engine=engine, weights=weights, handover_tokens=handover_tokens
+            run_by = Chain(
+                loaded, tokenizer, arranged.agents, aligner=aligner, engine=engine, weights=weights,
+                handover_tokens=handover_tokens, budget=arranged.budget, models=others,
             )  # fmt: skip
         setup = time.perf_counter() - began
-        asked, too_long = questions_that_fit(chain, asked)
+        asked, too_long = questions_that_fit(run_by, asked)
         _check_left_out(too_long, keep_going)
         left_out += too_long
-        report = Report(out, agents, done.values(), as_json=as_json)
+        if asked:
+            need = f"keys and values take up to {most_kv_bytes(run_by, asked, batch_size) / 2**20:,.1f} MB"
+            err.print(f"{need} (budget: {budget})" if budget else need, soft_wrap=True)
+        report = Report(out, run_by.agents, done.values(), as_json=as_json)
+        traced = None if trace is None else stack.enter_context(TraceFile(trace, tokenizer, None if as_json else out))
         try:
             for batch, result in run_batches(
-                chain, asked, batch_size=batch_size, seed=seed, temperature=temperature, top_p=top_p, console=err,
-                output=results,
+                run_by, asked, batch_size=batch_size, seed=seed, temperature=temperature, top_p=top_p, console=err,
+                output=results, traced=traced,
             ):  # fmt: skip
                 report.add(batch, result)
         except KeyboardInterrupt:
@@ -132,7 +161,7 @@ def run(
             raise typer.Exit(130) from None
         except ValueError as error:
             raise ValueError(f"{error}. {_state(report.finished, len(asked), output)}") from error
-    report.close(settings, setup, chain.aligner, left_out)
+    report.close(settings, setup, run_by.aligner, left_out)
     if left_out:
         raise typer.Exit(2)
 

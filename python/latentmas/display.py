@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from latentmas.chain import Progress
+from latentmas.progress import Progress
 
 REDRAWS_PER_SECOND = 8
 TEXT_LINES = 8
@@ -67,13 +67,13 @@ class Display:
         if self.progress is not None:
             self.finished.append(self._line(self.progress, finished=True))
         if self.live is None:
-            agent = progress.agent
-            does = (
-                f"thinks {agent.steps} steps"
-                if agent.latent_steps is not None
-                else f"writes up to {agent.steps} tokens"
+            many, steps = len(progress.beside) > 0, progress.steps
+            does = "think" + "s" * (not many) if progress.agent.thinks else "write" + "s" * (not many) + " up to"
+            number = f"{progress.number}{f'-{progress.number + len(progress.beside)}' if many else ''}"
+            unit = "steps" if progress.agent.thinks else "tokens"
+            self.console.print(
+                f"  {progress.names} {does} {steps} {unit} ({number} of {progress.agents})", soft_wrap=True
             )
-            self.console.print(f"  {agent.name} {does} ({progress.number} of {progress.agents})", soft_wrap=True)
         self.progress, self.began, self.ids, self.ended, self.tokens = progress, 0.0, [], [], 0
 
     def _step(self, progress: Progress) -> None:
@@ -90,12 +90,12 @@ class Display:
         self.ended = [ended or token in self.end_ids for ended, token in zip(self.ended, tokens, strict=True)]
 
     def _line(self, progress: Progress, *, finished: bool = False) -> Text:
-        agent, seconds = progress.agent, time.perf_counter() - self.began if self.began else 0.0
-        thinks = agent.latent_steps is not None
-        line = Text(f"  {agent.name}", "bold").append(" thinks " if thinks else " writes ", "not bold")
+        seconds, thinks = time.perf_counter() - self.began if self.began else 0.0, progress.agent.thinks
+        does = (" think" if thinks else " write") + ("s " if not progress.beside else " ")
+        line = Text(f"  {progress.names}", "bold").append(does, "not bold")
         if not progress.step:
-            return line.append("(reading its prompt)" if agent.steps else "", "not bold dim")
-        line.append(f"{progress.step}/{agent.steps}", "not bold")
+            return line.append("(reading its prompt)" if progress.steps else "", "not bold dim")
+        line.append(f"{progress.step}/{progress.steps}", "not bold")
         # The clock begins with the first step: a thinker tells as a step begins, a writer once its tokens are there.
         done = progress.step - (not finished) if thinks else self.tokens - len(self.ended)
         if seconds > 0 and done > 0:

@@ -1,24 +1,14 @@
-"""The three methods: one agent alone, agents that hand on text, agents that hand on latent memory."""
+"""The methods as functions; what their agents are told is in the chains that come with the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from latentmas.agents import Agent
-
-# The question comes first and the role last: a small model follows what it read last. On SmolLM2-135M the other order
-# made the judger talk about the plan instead of answering.
-PLAN = "You are the planner. Write a short plan for answering this question."
-CRITICISE = "You are the critic. Say what is missing in the plan."
-REFINE = "You are the refiner. Write a better plan."
-ANSWER = "Give the complete answer in your own words."
-DOUBT = "The notes so far may not help."
-
-QUESTION = "Question: {question}\n\n"
-NOTES = "Notes so far:\n\n{notes}\n\n"
+from latentmas.chain_file import read_shipped, serial
 
 
 def single_agent(max_new_tokens: int = 256) -> list[Agent]:
     """One agent that answers at once: what the other methods are held against."""
-    return [Agent("solver", f"{{question}}\n\n{ANSWER}", max_new_tokens=max_new_tokens)]
+    return serial(read_shipped("single", max_new_tokens=max_new_tokens).agents)
 
 
 def text_agents(max_new_tokens: int = 256) -> list[Agent]:
@@ -26,12 +16,7 @@ def text_agents(max_new_tokens: int = 256) -> list[Agent]:
 
     The baseline TextMAS of LatentMAS, section 5.
     """
-    return [
-        Agent("planner", f"{QUESTION}{PLAN}", max_new_tokens=max_new_tokens),
-        Agent("critic", f"{QUESTION}{NOTES}{CRITICISE}", max_new_tokens=max_new_tokens),
-        Agent("refiner", f"{QUESTION}{NOTES}{REFINE}", max_new_tokens=max_new_tokens),
-        Agent("judger", f"{NOTES}{{question}}\n\n{DOUBT} {ANSWER}", max_new_tokens=max_new_tokens),
-    ]
+    return serial(read_shipped("text", max_new_tokens=max_new_tokens).agents)
 
 
 def latent_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent]:
@@ -39,16 +24,29 @@ def latent_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Age
 
     The sequential chain of LatentMAS, section 4.
     """
-    thinkers = [("planner", PLAN), ("critic", CRITICISE), ("refiner", REFINE)]
-    return [
-        *(Agent(name, f"{QUESTION}{role}", latent_steps=latent_steps) for name, role in thinkers),
-        Agent("judger", f"{{question}}\n\n{DOUBT} {ANSWER}", max_new_tokens=max_new_tokens),
-    ]
+    return serial(read_shipped("sequential", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents)
 
 
-METHODS: dict[str, Callable[[int, int], list[Agent]]] = {
-    "single": lambda latent_steps, max_new_tokens: single_agent(max_new_tokens),
-    "text": lambda latent_steps, max_new_tokens: text_agents(max_new_tokens),
+def hierarchical_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent | list[Agent]]:
+    """Specialists for mathematics, science and code think side by side, the judger answers from their memory.
+
+    `chain_file.serial` puts them one after the other, as the published code does.
+    """
+    return read_shipped("hierarchical", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
+
+
+def _shipped(name: str) -> Callable[[int, int], Sequence[Agent | list[Agent]]]:
+    return lambda latent_steps, max_new_tokens: (
+        read_shipped(name, latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
+    )
+
+
+METHODS: dict[str, Callable[[int, int], Sequence[Agent | list[Agent]]]] = {
+    "single": _shipped("single"),
+    "text": _shipped("text"),
     "latent": latent_agents,
+    "hierarchical": hierarchical_agents,
+    "debate": _shipped("debate"),
+    "mix": _shipped("mix"),
 }
-"""By name: a function of (latent_steps, max_new_tokens) that gives the agents."""
+"""By name: a function of (latent_steps, max_new_tokens) that gives the agents; a list among them is a parallel group."""

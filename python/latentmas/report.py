@@ -86,17 +86,29 @@ class Report:
     def _print_table(self, setup: float) -> None:
         """A row per agent and one for all, then the phases."""
         table = Table("agent", box=None, pad_edge=False)
-        for column in ("prompt tokens", "latent steps", "new tokens", "seconds", "ms/step", "KV MB", "share"):
+        sharing = any(agent.shared_tokens for agent in self.agents)
+        for column in (
+            "prompt tokens",
+            *(["shared"] if sharing else []),
+            "latent steps",
+            "new tokens",
+            "seconds",
+            "ms/step",
+            "KV MB",
+            "share",
+        ):
             table.add_column(column, justify="right")
         for agent in self.agents:
             step = "" if agent.ms_per_step is None else f"{agent.ms_per_step:.1f}"
-            counts = (agent.prompt_tokens, agent.latent_steps, agent.new_tokens)
+            shared = [agent.shared_tokens] if sharing else []
+            counts = (agent.prompt_tokens, *shared, agent.latent_steps, agent.new_tokens)
             table.add_row(
                 agent.agent, *map(str, counts), f"{agent.seconds:.2f}", step, f"{agent.kv_bytes / 2**20:.1f}",
                 f"{agent.seconds / self.seconds:.0%}",
             )  # fmt: skip
         if len(self.agents) > 1:
-            sums = [self._sum(name) for name in ("prompt_tokens", "latent_steps", "new_tokens")]
+            names = ("prompt_tokens", *(["shared_tokens"] if sharing else []), "latent_steps", "new_tokens")
+            sums = [self._sum(name) for name in names]
             table.add_row("all", *map(str, sums), f"{self._sum('seconds'):.2f}", style="bold")
         self.console.print(table)
         phases = ", ".join(f"{phase} {self._sum(phase + '_seconds'):.2f} s" for phase in PHASES)

@@ -1,9 +1,12 @@
 """What a chain gives back: answers, what each agent did for each question, and where the time went."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentmas_kernels import Aligner, LatentCache
+
+if TYPE_CHECKING:
+    from latentmas.tracing import AgentTrace
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class AgentMetrics:
     Attributes:
         agent: its name.
         prompt_tokens, latent_steps, new_tokens: positions read, thought and written.
+        shared_tokens: tokens of its prompts that it need not read, since they were read once for several rows.
         steps: latent or token steps one after the other; one step works on all rows of a batch.
         prefill_seconds, latent_seconds, decode_seconds: the phases, wall clock.
-        other_seconds: tokens from and to text, checks, buffers.
+        other_seconds: tokens from and to text, checks, buffers. Agents side by side share their seconds evenly.
         kv_bytes: keys and values in the agent's memory as it ends; over several batches the largest.
     """
 
@@ -69,6 +73,7 @@ class AgentMetrics:
     decode_seconds: float = 0.0
     other_seconds: float = 0.0
     kv_bytes: int = 0
+    shared_tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -103,6 +108,7 @@ class ChainResult:
         seconds: wall clock of the run, measured by itself; the agents' seconds add up to it but for the loop around them.
         aligner: the feedback that was used; None where no agent thinks.
         memory: keys and values that the last agent left, its prompt and text included.
+        traces: of each agent that thought, where the run was asked for them.
     """
 
     answers: list[Answer]
@@ -110,9 +116,10 @@ class ChainResult:
     seconds: float
     aligner: Aligner | None
     memory: LatentCache
+    traces: "list[AgentTrace]" = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the memory, for `json.dumps`."""
+        """Everything but the memory and the traces, for `json.dumps`."""
         return {
             "answers": [asdict(answer) for answer in self.answers],
             "agents": [agent.to_dict() for agent in self.agents],

@@ -4,6 +4,9 @@ The slots of a row are cut into as many runs as there are programs for it, by th
 memory: a short row in a large buffer costs what it holds. The query heads of a KV head are rows of one matrix, so that
 keys and values are read once for all of them. Each program leaves a normalised sum and its log-sum-exp (base 2) per
 query head; the second kernel weighs them together.
+
+The first slots of a row may lie in another row of the buffer. What is read at once begins at a multiple of BLOCK, and the
+number of slots that are borrowed is one as well, so what is read at once lies in one row.
 """
 
 import math
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.memory import head_pointer, position_pointer
+from latentmas_kernels.ops.triton.memory import head_pointer, position_pointer, row_offset
 from latentmas_kernels.ops.triton.product import wait_for_inputs
 from latentmas_kernels.ops.triton.target import Target
 
@@ -23,9 +26,9 @@ EXACT_SPLITS = 16
 
 @triton.jit(do_not_specialize=["layer"])
 def attention_kernel(
-    queries, memory, lengths, positions, sums, weights, layer, scale, window,
+    queries, memory, lengths, positions, lenders, borrowed, sums, weights, layer, scale, window,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_LENDERS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """sums[row, head, split] and weights[row, head, split] for the query heads of one KV head over one run of slots."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -38,7 +41,8 @@ def attention_kernel(
     first = 0
     if HAS_WINDOW:
         # Positions rise from slot to slot: what is a window of slots away is at least as far in positions.
-        first = tl.maximum(length - window, 0)
+        # Down to where a block begins; what of it is outside the window is masked below.
+        first = tl.maximum(length - window, 0) // BLOCK * BLOCK
     per_split = tl.cdiv(tl.cdiv(length - first, BLOCK), SPLITS) * BLOCK
     start = first + split * per_split
     stop = tl.minimum(start + per_split, length)
@@ -48,6 +52,9 @@ def attention_kernel(
     q = tl.load(queries + (first_head + heads)[:, None] * WIDTH + cols[None, :], mask=q_inside, other=0.0)
     keys = head_pointer(memory, 0, layer, row, kv_head, dtype)
     values = head_pointer(memory, 1, layer, row, kv_head, dtype)
+    if HAS_LENDERS:
+        lent = tl.load(borrowed + row)
+        to_lender = row_offset(memory, tl.load(lenders + row) - row)
     top = tl.full([GROUP_BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
     mixed = tl.zeros([GROUP_BLOCK, WIDTH_BLOCK], dtype=tl.float32)
@@ -55,6 +62,8 @@ def attention_kernel(
         slots = begin + tl.arange(0, BLOCK)
         inside = (slots < stop)[:, None] & (cols < WIDTH)[None, :]
         at = slots.to(tl.int64)[:, None] * WIDTH + cols[None, :]
+        if HAS_LENDERS:
+            at += tl.where(begin < lent, to_lender, 0)
         k = tl.load(keys + at, mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         seen = slots < stop
@@ -133,6 +142,8 @@ def decode_attention(
     out: Tensor,
     *,
     target: Target,
+    lenders: Tensor | None = None,
+    borrowed: Tensor | None = None,
 ) -> None:
     """Launch on checked arguments; `out` [B, Hq hd] and `partials` are written."""
     batch, heads, width = queries.shape
@@ -141,10 +152,11 @@ def decode_attention(
     group, splits = heads // kv_heads, partials.weights.shape[2]
     width_block = triton.next_power_of_2(width)
     attention_kernel[(splits, kv_heads, batch)](
-        queries, memory, lengths, positions, partials.sums, partials.weights, layer, scale * math.log2(math.e), window or 0,
+        queries, memory, lengths, positions, lenders, borrowed, partials.sums, partials.weights, layer,
+        scale * math.log2(math.e), window or 0,
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), WIDTH=width, WIDTH_BLOCK=width_block,
         BLOCK=64 if queries.element_size() == 2 else 32, SPLITS=splits, HAS_WINDOW=window is not None,
-        OVERLAP=target.overlap, num_warps=4, num_stages=2, **target.options,
+        HAS_LENDERS=lenders is not None, OVERLAP=target.overlap, num_warps=4, num_stages=2, **target.options,
     )  # fmt: skip
     reduce_kernel[(batch * heads,)](
         partials.sums, partials.weights, out,

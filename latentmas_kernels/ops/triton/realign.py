@@ -2,8 +2,8 @@
 
 Two launches where there is a product, since the norm needs all of its elements: the first computes W_a^T h and one
 partial sum of squares per block, the second adds the partial sums and rescales. No atomics: the same input gives the
-same bits. With the identity the second launch does all the work; inside a step it also advances the row and writes the
-embedding down in the trace.
+same bits. With the identity the second launch does all the work; inside a step it also advances the row, writes the
+embedding down in the trace and decides whether the row takes part in the next step.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentmas_kernels.ops.triton.memory import trace_pointer
 from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.rows import advance, next_step
+from latentmas_kernels.ops.triton.rows import advance, end_latent_step, latent_step
 from latentmas_kernels.ops.triton.target import Target
 
 BLOCK_OUT = 16  # weight rows per program: 128 programs from D_out = 2048 on, which is about what fills an H100
@@ -47,6 +47,26 @@ def product_kernel(
 
 
 @triton.jit
+def cosine_to_last(source, scale, last, width, BLOCK: tl.constexpr):
+    """The cosine of the embedding source * scale to that of the step before, both as they are fed, in float32."""
+    dot = tl.zeros([BLOCK], dtype=tl.float32)
+    now = tl.zeros([BLOCK], dtype=tl.float32)
+    before = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(source + cols, mask=cols < width, other=0.0).to(tl.float32)
+        e = (x * scale).to(last.dtype.element_ty).to(tl.float32)
+        f = tl.load(last + cols, mask=cols < width, other=0.0).to(tl.float32)
+        dot += e * f
+        now += e * e
+        before += f * f
+    # The root of a square is exact, so that of a vector to itself is 1. Zero vectors are like no other: 0.
+    size = tl.sqrt_rn(tl.sum(now, axis=0) * tl.sum(before, axis=0))
+    cosine = tl.sum(dot, axis=0) / tl.where(size > 0, size, 1.0)
+    return tl.where(cosine < -1.0, -1.0, cosine)
+
+
+@triton.jit
 def rescale_kernel(
     source, squares, out, target_norm, rows, memory,
     source_stride, out_stride, rows_stride, width, blocks,
@@ -57,6 +77,9 @@ def rescale_kernel(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if OVERLAP:
         wait_for_inputs()
+    if STEP:
+        # All threads read these and one of them writes below; the sum in between is a barrier.
+        active, step, limit, settle = latent_step(rows, rows_stride, row)
     if HAS_SQUARES:
         for start in range(0, blocks, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -69,21 +92,22 @@ def rescale_kernel(
     norm = tl.sqrt(tl.sum(total, axis=0))
     # Not a maximum: that would turn a NaN norm into 1e-12 and hide it.
     scale = target_norm / tl.where(norm < 1e-12, 1e-12, norm)
-    trace = out
-    traced = False
     if STEP:
-        traced = tl.load(rows + row) > 0
-        trace = (
-            trace_pointer(memory, row, out.dtype.element_ty) + next_step(rows, rows_stride, row).to(tl.int64) * width
-        )
+        trace = trace_pointer(memory, row, out.dtype.element_ty) + step.to(tl.int64) * width
+        traced = tl.where(active > 0, width, 0)
+        goes_on = (active > 0) & (step + 1 < limit)
+        if goes_on & (step > 0) & (settle <= 1.0):
+            cosine = cosine_to_last(source + row * source_stride, scale, trace - width, width, BLOCK)
+            goes_on = (cosine < settle) | (cosine != cosine)
         advance(rows, rows_stride, row, memory)
+        end_latent_step(rows, rows_stride, row, step, goes_on)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(source + row * source_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
         e = (x * scale).to(out.dtype.element_ty)
         tl.store(out + row * out_stride + cols, e, mask=cols < width)
-        if STEP and traced:
-            tl.store(trace + cols, e, mask=cols < width)
+        if STEP:
+            tl.store(trace + cols, e, mask=cols < traced)
 
 
 class Step(NamedTuple):

@@ -1,0 +1,140 @@
+"""Cutting, merging and spreading the memory of a LatentCache."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import LENT_SLOTS, LatentCache, Part
+from latentmas_kernels.rotation import Rotation
+from latentmas_kernels.segments import Segment, after_cut
+
+
+def keep_slots(cache: LatentCache, kept: Tensor) -> None:
+    """Move the slots `kept`, bool [B, longest row] on the CPU, together, one layer at a time; see `LatentCache.keep`."""
+    in_use = torch.arange(kept.shape[1]) < cache.lengths[:, None]
+    kept = kept & in_use
+    counts = kept.sum(1)
+    first = int((in_use & ~kept).int().argmax(1)[counts < cache.lengths].min()) if bool((kept != in_use).any()) else -1
+    if first < 0:
+        return
+    if bool((counts == (kept.long().cumprod(1).sum(1))).all()):  # nothing but ends is cut off
+        cache.cut_to(counts)
+        return
+    cache.own()
+    # What lies before the first gap of any row stays where it is.
+    order = (~kept[:, first:]).int().argsort(dim=1, stable=True)[:, : int(counts.max()) - first]
+    order = order.to(cache.buffer.device)
+    for store in (cache.keys, cache.values):
+        for states in store:
+            behind = states[:, :, first : first + kept.shape[1] - first]
+            index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            behind[:, :, : order.shape[1]] = behind.gather(2, index)
+    behind = cache.positions[:, first : kept.shape[1]]
+    behind[:, : order.shape[1]] = behind.gather(1, order)
+    cache.segments = after_cut(cache.segments, kept)
+    _measure(cache, counts)
+
+
+def rebase(cache: LatentCache, model: Any) -> None:
+    """See `LatentCache.rebase`."""
+    width = int(cache.lengths.max())
+    counted = torch.arange(width, device=cache.positions.device)
+    in_use = counted < cache.lengths[:, None].to(counted.device)
+    shifts = torch.where(in_use, counted - cache.positions[:, :width], 0)
+    if bool((shifts != 0).any()):
+        rotation = Rotation.of(model)
+        cache.check_fits(Architecture.of(model), cache.batch_size)
+        cache.own()
+        rotation.move(cache.keys, shifts)
+        cache.positions[:, :width] = torch.where(in_use, counted, cache.positions[:, :width])
+    cache.next_position = cache.lengths.clone()
+
+
+def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None) -> LatentCache:
+    """See `LatentCache.concat`."""
+    given = [part if isinstance(part, Part) else part.part(range(part.batch_size)) for part in parts]
+    architecture = Architecture.of(model)
+    sizes = {len(part.rows) for part in given}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"concat merges parts of as many rows each, one or more; got rows {[len(p.rows) for p in given]}"
+        )
+    batch = sizes.pop()
+    for part in given:
+        part.cache.check_fits(architecture, part.cache.batch_size)
+    lengths = [part.cache.lengths[part.rows] - part.start for part in given]
+    total = torch.stack(lengths).sum(0)
+    capacity = int(total.max()) if capacity is None else capacity
+    if capacity < int(total.max()):
+        raise ValueError(
+            f"the parts have {int(total.max())} slots in the longest row; a capacity of {capacity} is too small"
+        )
+    if len(given) > 1:
+        Rotation.of(model)  # refuses before anything is copied
+    merged = LatentCache.for_model(architecture, batch, max(capacity, 1))
+    at = torch.zeros_like(total)
+    for part, length in zip(given, lengths, strict=True):
+        for row, (source, start, count) in enumerate(
+            zip(part.rows.tolist(), part.start.tolist(), length.tolist(), strict=True)
+        ):
+            here = int(at[row])
+            part.cache.copy_slots(source, start, start + count, merged, row, here)
+            merged.positions[row, here : here + count] = part.cache.positions[source, start : start + count]
+        merged.segments += _moved(part, at)
+        at = at + length
+    merged.lengths = merged.next_position = total
+    rebase(merged, model)
+    return merged
+
+
+def spread(cache: LatentCache, times: int, capacity: int) -> LatentCache:
+    """See `LatentCache.spread`."""
+    used = int(cache.lengths.max())
+    if times < 1 or capacity < used:
+        raise ValueError(
+            f"spread makes 1 or more of each row, of {used} slots here or more; got times={times}, capacity={capacity}"
+        )
+    _, layers, batch, heads, _, width = cache.buffer.shape
+    wide = LatentCache(
+        layers=layers, batch=batch * times, kv_heads=heads, capacity=capacity, head_dim=width,
+        dtype=cache.buffer.dtype, device=cache.buffer.device,
+    )  # fmt: skip
+    sources = torch.arange(batch).repeat_interleave(times)
+    wide.lengths, wide.next_position = cache.lengths[sources], cache.next_position[sources]
+    wide.positions[:, :used] = cache.positions[sources.to(cache.positions.device), :used]
+    wide.lenders = torch.arange(batch * times) // times * times
+    first = wide.lenders == torch.arange(batch * times)
+    wide.borrowed = torch.where(first, 0, wide.lengths // LENT_SLOTS * LENT_SLOTS)
+    for row, source in enumerate(sources.tolist()):
+        own = int(wide.borrowed[row])
+        cache.copy_slots(source, own, int(cache.lengths[source]), wide, row, own)
+    order = sources.tolist()
+    wide.segments = [
+        replace(s, start=tuple(s.start[r] for r in order), stop=tuple(s.stop[r] for r in order)) for s in cache.segments
+    ]
+    return wide
+
+
+def _measure(cache: LatentCache, lengths: Tensor) -> None:
+    """Set lengths, and next positions behind the last slot of each row."""
+    last = (lengths - 1).clamp_min(0)[:, None].to(cache.positions.device)
+    ends = cache.positions.gather(1, last)[:, 0].cpu() + 1
+    cache.lengths, cache.next_position = lengths.clone(), torch.where(lengths > 0, ends, 0)
+
+
+def _moved(part: Part, at: Tensor) -> list[Segment]:
+    """The segments of a part, as far as they are in it, where its first slots come to lie in the slots `at`."""
+
+    def place(ends: tuple[int, ...]) -> tuple[int, ...]:
+        chosen = torch.tensor(ends)[part.rows]
+        return tuple((torch.maximum(chosen, part.start) - part.start + at).tolist())
+
+    moved = [
+        replace(s, agent=s.agent if s.agent is not None else part.agent, start=place(s.start), stop=place(s.stop))
+        for s in part.cache.segments
+    ]
+    return [s for s in moved if s.start != s.stop]
