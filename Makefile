@@ -36,6 +36,7 @@ bench: .venv/.installed-test .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks/bench_realign.py
 	$(BIN)/python benchmarks/bench_native.py
 	$(BIN)/python benchmarks/bench_drop_in.py
+	$(BIN)/python benchmarks/bench_agents.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PlainLoop, feed_back
+from latentmas import Chain
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from latentmas_kernels import LatentCache
+from latentmas_kernels import LatentCache, generate
 from latentmas_kernels.engines.native import NativeEngine
 from latentmas_kernels.hf import ModelWrapper, accelerate
 
@@ -374,3 +375,31 @@ def test_runs_as_a_script(default_folder):
     )
     assert not done.returncode, done.stderr
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_side_by_side(default_model, default_tokenizer, printed):
+    """The second answer is that of a chain whose memory holds the scientist's part alone, and the first memory stays."""
+    script = example("side_by_side")
+    chain = Chain(default_model, default_tokenizer, script.agents(3, 8), aligner="soft")
+    memory = chain.run([script.QUESTION]).memory
+    before = memory.keys.clone(), [*memory.segments], memory.lengths.clone()
+    names = [segment.name for segment in memory.segments]
+    assert names[:7] == [
+        "math + science + code:prompt", *(f"{agent}:{kind}" for agent in script.SPECIALISTS for kind in ("prompt", "latent"))
+    ]  # fmt: skip
+    said = script.answer_from(default_model, default_tokenizer, memory, ["science"], 8)
+    assert torch.equal(memory.keys, before[0])
+    assert memory.segments == before[1]
+    assert torch.equal(memory.lengths, before[2])
+    alone = Chain(
+        default_model, default_tokenizer, [[script.agents(3, 8)[0][1]], script.agents(3, 8)[1]], aligner="soft"
+    )
+    first = alone.run([script.QUESTION]).memory
+    first.rewind("science")
+    text = "<|im_end|>\n<|im_start|>user\nAnswer in one sentence.<|im_end|>\n<|im_start|>assistant\n"
+    ids = torch.tensor([default_tokenizer(text, add_special_tokens=False).input_ids])
+    want = generate(default_model, ids, past_key_values=first, max_new_tokens=8).sequences[0, ids.shape[1] :]
+    assert said == default_tokenizer.decode(want, skip_special_tokens=True)
+    out = printed("side_by_side")
+    assert "all three: " in out
+    assert out.count("science") >= 3
