@@ -98,7 +98,7 @@ def main() -> None:
     check(questions)
     model, tokenizer = load_model()
     told = conditions("cpu")
-    print(f"{told}\nread bandwidth {read_bandwidth('cpu') / 1e9:.0f} GB/s\n")
+    print(f"{told}\nread bandwidth {read_bandwidth('cpu'):.0f} GB/s\n")
 
     chains = {name: Chain(model, tokenizer, agents) for name, agents in side_by_side().items()}
     seen = in_turns({name: lambda c=chain: phases(c, [QUESTION]) for name, chain in chains.items()}, rounds)

@@ -172,7 +172,7 @@ void extend(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, c
 }
 
 Numbers think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
-              Address aligner, float target_norm, std::int64_t likely, const Numbers& steps, float settle, Address latents,
+              Address aligner, float target_norm, std::int64_t likely, const Numbers& steps, double settle, Address latents,
               Address states, Address recorded, const py::object& on_step) {
   check(!steps.empty() && steps.size() == lengths.size() && *std::min_element(steps.begin(), steps.end()) > 0,
         "latent steps must be 1 or more for each row");

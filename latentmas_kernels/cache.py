@@ -1,8 +1,8 @@
 """LatentCache: the KV memory that agents hand on. One preallocated buffer, ragged rows, explicit positions."""
 
-import copy
 import math
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +12,16 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, cache_utils
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    QuantizedLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers import Cache, DynamicCache
 
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.segments import Kind, Segment, after_cut, named, slots_of
+from latentmas_kernels.segments import Kind, Segment, named, slots_of, up_to
+from latentmas_kernels.uniform_layer import UniformLayer
 
-# Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
-PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
-# quanto, HQQ and what else derives from it. Newer transformers have a wider base, for FP8, which keeps no residual.
-QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 LENT_SLOTS = 64
 """Rows lend each other whole runs of so many slots: what engines attend to at once then lies in one row."""
+_SHARING = threading.RLock()
+"""Held while caches that share memory look at each other, so that of two that are about to write one sees the other do it."""
 
 
 class Slots(NamedTuple):
@@ -105,7 +96,10 @@ class LatentCache(Cache):
         positions: int64 [B, capacity] on the cache's device, position of each slot in use.
         segments: what the slots hold, in the order of writing.
         lenders, borrowed: int64 [B] on the CPU. The first borrowed[b] slots of row b, a multiple of LENT_SLOTS, are those of
-            row lenders[b], which borrows none itself; its own memory for them is not used. See `spread`.
+            row lenders[b], which borrows none itself; its own memory for them is there and not used. See `spread`.
+        whole_from: int64 [B] on the CPU. From this length on, all that later positions see is there: the length that
+            `from_hf` read where some layer had dropped what lay outside its window, 0 elsewhere. No cut goes below it.
+        mirror: what an engine holds of this content elsewhere; forgotten with every change.
     """
 
     def __init__(
@@ -140,6 +134,8 @@ class LatentCache(Cache):
         self.segments: list[Segment] = []
         self.lenders = torch.arange(batch)
         self.borrowed = torch.zeros(batch, dtype=torch.int64)
+        self.whole_from = torch.zeros(batch, dtype=torch.int64)
+        self.mirror: object | None = None
         self._donated = False
         self._writing = False  # a call is extending it: it may use slots behind its lengths
         self._sharers: weakref.WeakSet[LatentCache] = weakref.WeakSet([self])
@@ -171,7 +167,7 @@ class LatentCache(Cache):
         return self._buffer
 
     def _look_like_layers(self) -> None:
-        self.layers = [_UniformLayer(self, index) for index in range(self._buffer.shape[1])]
+        self.layers = [UniformLayer(self, index) for index in range(self._buffer.shape[1])]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in ("layers", "_sharers")}
@@ -181,9 +177,13 @@ class LatentCache(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles get layers of their own."""
-        vars(self).update(state, _writing=False)
+        vars(self).update(state, _writing=False, mirror=None)
         self._sharers = weakref.WeakSet([self])
         self._look_like_layers()
+
+    def __copy__(self) -> "LatentCache":
+        """A fork: a second object over the same memory would write into it and not be known to the first."""
+        return self.fork()
 
     @property
     def keys(self) -> Tensor:
@@ -255,9 +255,8 @@ class LatentCache(Cache):
                 f"the donated cache has a capacity of {self.capacity} slots per row, this call needs {capacity}; "
                 f"build it with max_cache_len={capacity} or more, or pass it without donate() to work on a larger fork"
             )
+        self.own(since=self.lengths)  # may find no room: the cache is as it was then, donation included
         self._donated = False
-        self._writing = True  # before the others are looked at: of two threads' branches, both copy rather than neither
-        self.own(since=self.lengths)
         return self
 
     def branch(self, name: str | None = None) -> "LatentCache":
@@ -270,12 +269,13 @@ class LatentCache(Cache):
         Raises:
             ValueError: where there is no segment of that name.
         """
-        branch = LatentCache.over(self._buffer)
-        for attribute in ("positions", "lengths", "next_position", "lenders", "borrowed"):
-            setattr(branch, attribute, getattr(self, attribute).clone())
-        branch.segments = list(self.segments)
-        branch._sharers = self._sharers
-        branch._sharers.add(branch)
+        with _SHARING:
+            branch = LatentCache.over(self._buffer)
+            for attribute in ("positions", "lengths", "next_position", "lenders", "borrowed", "whole_from"):
+                setattr(branch, attribute, getattr(self, attribute).clone())
+            branch.segments = list(self.segments)
+            branch._sharers = self._sharers
+            branch._sharers.add(branch)
         if name is not None:
             branch.rewind(name)
         return branch
@@ -285,25 +285,47 @@ class LatentCache(Cache):
 
         Args:
             since: int64 [B], first slot of each row that will be written to. None is all of them: then nothing is borrowed
-                any more, either.
+                any more, either; without branches that takes no second buffer.
         """
-        others = [other for other in self._sharers if other is not self]
-        if since is None:
-            shared = bool(others) or bool(self.borrowed.any())
-        else:
-            shared = any(other._writing or bool((other.lengths > since).any()) for other in others)
-        if shared:
-            self._become(self.fork() if since is not None else self.select(range(self.batch_size)))
+        with _SHARING:
+            others = self._others()
+            if since is not None:
+                if any(other._writing or bool((other.lengths > since).any()) for other in others):
+                    self._become(self.fork())
+            elif others:
+                self._become(self.select(range(self.batch_size)))
+            elif bool(self.borrowed.any()):
+                from latentmas_kernels.cache_edits import unborrow  # it needs LatentCache itself
+
+                unborrow(self)
+
+    def claim(self) -> None:
+        """Begin to write behind the lengths: on memory of its own where a branch uses or writes those slots. Branches see it
+        until `_writing` is taken back."""
+        with _SHARING:
+            self._writing = True
+            self.own(since=self.lengths)
+
+    def _others(self) -> "list[LatentCache]":
+        """The branches that use the same memory."""
+        with _SHARING:  # a branch that is made meanwhile would change the set under the loop
+            return [other for other in list(self._sharers) if other is not self]
+
+    @property
+    def shared(self) -> bool:
+        """Whether a branch uses the same memory."""
+        return bool(self._others())
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """On any exception, Ctrl-C included, forget what was appended inside the block."""
         before = self.lengths.clone(), self.next_position.clone(), list(self.segments)
-        self._writing = True
         try:
+            self.claim()  # once more: a branch may have begun to write since `take`
             yield
         except BaseException:
             self.lengths, self.next_position, self.segments = before
+            self.mirror = None
             raise
         finally:
             self._writing = False
@@ -334,6 +356,7 @@ class LatentCache(Cache):
             copy._buffer[..., :used, :] = source if whole else source.index_select(2, index)
         copy.positions[:, :used] = self.positions[rows.to(self._buffer.device), :used]
         copy.lengths, copy.next_position = self.lengths[rows].clone(), self.next_position[rows].clone()
+        copy.whole_from = self.whole_from[rows].clone()
         copy.segments = [
             replace(s, start=tuple(s.start[r] for r in order), stop=tuple(s.stop[r] for r in order))
             for s in self.segments
@@ -360,7 +383,8 @@ class LatentCache(Cache):
             what: names of segments ("planner", "planner:latent"), or bool [B, longest row], true for slots to keep.
 
         Raises:
-            ValueError: for a name that there is not, or a mask of another shape.
+            ValueError: for no name, a name that there is not, a mask of another shape, or where later positions would see
+                slots that `from_hf` found dropped.
         """
         from latentmas_kernels.cache_edits import keep_slots  # it needs LatentCache itself
 
@@ -412,32 +436,70 @@ class LatentCache(Cache):
         return concat(parts, model, capacity)
 
     def part(self, rows: Sequence[int], start: Tensor | None = None, agent: str | None = None) -> "Part":
-        """Rows of this cache from the slots start[i] of each on, to be merged by `concat`; copies nothing."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
-        return Part(self, index, torch.zeros_like(index) if start is None else start, agent)
+        """Rows of this cache from the slots start[i] of each on, to be merged by `concat`; copies nothing.
+
+        Raises:
+            ValueError: where there is no such row or slot.
+        """
+        from latentmas_kernels.cache_edits import check_part  # it needs LatentCache itself
+
+        index = torch.as_tensor(rows, dtype=torch.int64, device="cpu")
+        part = Part(self, index, torch.zeros_like(index) if start is None else start.cpu(), agent)
+        check_part(part)
+        return part
 
     def spread(self, times: int, capacity: int) -> "LatentCache":
-        """Each row `times` times, one behind the other, for that many ways to go on. What they have in common is held once:
-        the first of them lends it to the others, in whole runs of LENT_SLOTS slots."""
+        """Each row `times` times, one behind the other, for that many ways to go on. The first of them lends the others what
+        they have in common, in whole runs of LENT_SLOTS slots.
+
+        What is lent is neither computed nor copied, and engines read it once. The buffer has room for it in every row all the
+        same: on CUDA that memory is reserved, on the CPU its pages are never touched.
+        """
         from latentmas_kernels.cache_edits import spread  # it needs LatentCache itself
 
         return spread(self, times, capacity)
 
     def named(self, names: str | Sequence[str]) -> list[Segment]:
-        """The segments of these names in the order of the slots; ValueError where there is none of a name."""
-        return [s for name in ([names] if isinstance(names, str) else names) for s in named(self.segments, name)]
+        """The segments of these names in the order of the names given, those of one name in the order of the slots; ValueError
+        where there is none of a name, or no name."""
+        names = [names] if isinstance(names, str) else names
+        if not len(names):
+            raise ValueError("got no name of a segment; name one or more, or reset() to forget everything")
+        return [s for name in names for s in named(self.segments, name)]
 
     def cut_to(self, lengths: Tensor) -> None:
-        """Forget what lies behind lengths[b] slots of row b; nothing moves."""
+        """Forget what lies behind lengths[b] slots of row b; nothing moves. Shorter rows stay as they are.
+
+        Raises:
+            ValueError: where later positions would see slots that `from_hf` found dropped.
+        """
+        lengths = torch.minimum(lengths, self.lengths)
         if bool((lengths == self.lengths).all()):
             return
+        self.check_whole(lengths < self.whole_from, "cut")
         lent = torch.zeros_like(self.lengths).scatter_reduce(0, self.lenders, self.borrowed, "amax")
         if bool((lengths < torch.maximum(self.borrowed, lent)).any()):
             self.own()
-        slots = torch.arange(int(self.lengths.max()))
-        self.segments = after_cut(self.segments, (slots < lengths[:, None]) & (slots < self.lengths[:, None]))
-        ends = self.positions.gather(1, (lengths - 1).clamp_min(0)[:, None].to(self.positions.device))[:, 0].cpu() + 1
+        self.segments = up_to(self.segments, lengths.tolist())
+        self._measure(lengths)
+
+    def check_whole(self, broken: Tensor, what: str) -> None:
+        """Raise ValueError for the rows, bool [B], that would see slots which a sliding window dropped before `from_hf`."""
+        if bool(broken.any()):
+            row = int(broken.nonzero()[0])
+            raise ValueError(
+                f"{what}: row {row} was read from a transformers cache whose sliding windows had dropped what lay outside of "
+                f"them at {int(self.whole_from[row])} tokens, so later positions would see slots that are not there. Let the "
+                "model read the text into a LatentCache (latent_generate(..., latent_steps=0)), which keeps all slots, or edit "
+                "only what was added behind them"
+            )
+
+    def _measure(self, lengths: Tensor) -> None:
+        """Set lengths, and next positions behind the last slot of each row; what an engine mirrors is another content."""
+        last = (lengths - 1).clamp_min(0)[:, None].to(self.positions.device)
+        ends = self.positions.gather(1, last)[:, 0].cpu() + 1
         self.lengths, self.next_position = lengths.clone(), torch.where(lengths > 0, ends, 0)
+        self.mirror = None
 
     # ---- kept on disk -----------------------------------------------------------------------------------------------
 
@@ -500,6 +562,7 @@ class LatentCache(Cache):
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> None:
         """Store one layer's new keys and values, [B, kv_heads, T, head_dim] after RoPE, without the padding."""
+        self.mirror = None
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store[slots.rows, :, slots.slots] = new[slots.rows, :, slots.columns].to(store.device)
 
@@ -507,6 +570,7 @@ class LatentCache(Cache):
         """Count the appended positions in, once all layers have written them."""
         self.lengths = self.lengths + counts
         self.next_position = self.next_position + counts
+        self.mirror = None
 
     def add_segment(self, kind: Kind, start: Tensor) -> None:
         """Record that the slots from start[b] to the present length of each row hold `kind`.
@@ -564,68 +628,18 @@ class LatentCache(Cache):
 
         Args:
             cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that kept only their
-                sliding window are fine: what they dropped lies outside the window of every later query. Quantized ones
-                (quanto, HQQ, FP8) are dequantized; offloaded ones go back to the device that wrote them.
+                sliding window are fine: what they dropped lies outside the window of every later query, as long as the row
+                is not cut below what it holds now (`whole_from`). Quantized ones (quanto, HQQ, FP8) are dequantized;
+                offloaded ones go back to the device that wrote them.
             attention_mask: [B, cached tokens], 0 marks padding anywhere; None says that there is none.
             capacity: slots per row; what is in use when None.
 
         Raises:
             ValueError: for other kinds of layers, an empty cache, or a mask of the wrong shape.
         """
-        if isinstance(cache, LatentCache):
-            return cache.fork(capacity)
-        other = [type(layer) for layer in cache.layers if not isinstance(layer, QUANTIZED_LAYER)]
-        strange = sorted({kind.__name__ for kind in other if kind not in PLAIN_LAYERS})
-        if strange:
-            raise ValueError(
-                f"got a {type(cache).__name__} with layers of type {', '.join(strange)}; "
-                f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))} and quantized layers"
-            )
-        length = int(cache.get_seq_length()) if cache.layers else 0
-        if length == 0:
-            raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
-        layers: list[Any] = cache.layers
-        keys, _ = _states(layers[0], length)
-        batch, heads, _, width = keys.shape
-        mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
-        if list(mask.shape) != [batch, length]:
-            raise ValueError(
-                f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}"
-            )
-        counts = (mask != 0).sum(1)
-        capacity = int(counts.max()) if capacity is None else capacity
-        if capacity < int(counts.max()):
-            raise ValueError(
-                f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
-            )
-        own = cls(
-            layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
-            dtype=keys.dtype, device=layers[0].device if cache.offloading else keys.device,
-        )  # fmt: skip
-        device = own._buffer.device
-        if cache.offloading and device.type == "cuda":
-            torch.cuda.synchronize(device)  # layers go to the CPU without waiting for their bytes to get there
-        rows, columns = (mask != 0).nonzero(as_tuple=True)
-        slots = ((mask != 0).cumsum(1) - 1)[rows, columns]
-        rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
-        for index, layer in enumerate(layers):
-            pair = _states(layer, length)  # one layer at a time: quantized ones are taken for their small size
-            shapes = [[*full.shape[:2], full.shape[3]] for full in pair]
-            if shapes != [[batch, heads, width]] * 2:
-                raise ValueError(
-                    f"layer {index} of this {type(cache).__name__} holds keys and values of [batch, heads, width] {shapes}, "
-                    f"layer 0 keys of {[batch, heads, width]}; supported is one shape for all"
-                )
-            for store, full in zip((own.keys[index], own.values[index]), pair, strict=True):
-                full = full.to(device)
-                dropped = length - full.shape[2]
-                kept = columns >= dropped
-                store[rows[~kept], :, slots[~kept]] = 0
-                store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped]
-        own.positions[rows, slots] = slots
-        own.lengths, own.next_position = counts, counts.clone()
-        own.add_segment("prompt", torch.zeros_like(counts))
-        return own
+        from latentmas_kernels.cache_from_hf import cache_from_hf  # it needs LatentCache itself
+
+        return cache_from_hf(cache, attention_mask, capacity)
 
     def check_fits(self, architecture: Architecture, batch: int) -> None:
         """Raise ValueError where this cannot be the past of `batch` rows of that model."""
@@ -683,8 +697,9 @@ class LatentCache(Cache):
     def reset(self) -> None:
         """Forget everything; the buffer stays."""
         self.lengths, self.next_position = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
-        self.borrowed = torch.zeros_like(self.lengths)
+        self.borrowed, self.whole_from = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
         self.segments = []
+        self.mirror = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._become(self.select(indices))
@@ -696,95 +711,10 @@ class LatentCache(Cache):
         self._become(self.select(torch.arange(self.batch_size).repeat_interleave(repeats)))
 
     def _become(self, other: "LatentCache") -> None:
-        for name in ("_buffer", "lengths", "next_position", "positions", "segments", "lenders", "borrowed"):
-            setattr(self, name, getattr(other, name))
-        self._sharers.discard(self)
-        self._sharers = weakref.WeakSet([self])
-
-
-class _UniformLayer(CacheLayerMixin):
-    """One layer as transformers sees it. The last layer to write counts the tokens of the forward in."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False  # True would make generate() compile the model on CUDA
-    supports_early_init = False
-    is_initialized = True
-
-    def __init__(self, cache: LatentCache, index: int) -> None:
-        # Not a cycle: buffers of gigabytes would wait for the garbage collector.
-        self._of, self._index = weakref.ref(cache), index
-
-    @property
-    def _cache(self) -> LatentCache:
-        cache = self._of()
-        assert cache is not None, "layers do not outlive their cache"
-        if bool(cache.borrowed.any()):
-            cache.own()  # transformers reads each row in its own place
-        return cache
-
-    @property
-    def keys(self) -> Tensor:  # type: ignore[override]
-        return self._cache.keys[self._index, :, :, : self._cache.uniform_length()]
-
-    @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        return self._cache.values[self._index, :, :, : self._cache.uniform_length()]
-
-    @property
-    def batch_size(self) -> int:
-        return self._cache.batch_size
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffer exists."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        cache, new = self._cache, key_states.shape[2]
-        start = cache.uniform_length()
-        stop = start + new
-        if stop > cache.capacity:
-            raise ValueError(
-                f"this LatentCache has a capacity of {cache.capacity} slots per row, {stop} are needed; "
-                f"pass cache.fork(capacity={stop}) or more"
-            )
-        if key_states.shape[0] != cache.batch_size:
-            raise ValueError(f"this LatentCache has {cache.batch_size} rows, the inputs have {key_states.shape[0]}")
-        cache.own(since=cache.lengths)
-        keys, values = cache.keys[self._index], cache.values[self._index]
-        keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
-        if self._index == len(cache) - 1:
-            before = cache.lengths
-            cache.positions[:, start:stop] = torch.arange(start, stop, device=cache.positions.device)
-            cache.advance(torch.full_like(before, new))
-            cache.add_segment("prompt" if new > 1 else "text", before)
-        return keys[:, :, :stop], values[:, :, :stop]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.uniform_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._cache.uniform_length()
-
-    def get_max_length(self) -> int:
-        return self._cache.capacity
-
-
-def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
-    """The filled part of a transformers layer's keys and values, each [B, H, S, D], dequantized where it is quantized.
-
-    S is `length`, or less for a sliding window that has dropped some.
-    """
-    if not isinstance(layer, QUANTIZED_LAYER):
-        return layer.keys[:, :, :length], layer.values[:, :, :length]
-    # What is not quantized yet tells the shape of no tokens; where all is quantized, that has no shape.
-    states = layer.keys, layer.values
-    if layer.keys.dim() != 4:
-        states = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
-    # An update by no tokens gives the whole states. It binds the layer's fields anew and may quantize again: to a copy.
-    keys, values = copy.copy(layer).update(states[0][:, :, :0], states[1][:, :, :0])
-    if keys.shape[2] != length:
-        raise ValueError(
-            f"a {type(layer).__name__} counts {length} tokens and holds {keys.shape[2]}, as after a crop(), which "
-            "quantized layers do not support; pass a cache that was not cropped"
-        )
-    return keys, values
+        with _SHARING:
+            for name in (
+                "_buffer", "lengths", "next_position", "positions", "segments", "lenders", "borrowed", "whole_from", "mirror",
+            ):  # fmt: skip
+                setattr(self, name, getattr(other, name))
+            self._sharers.discard(self)
+            self._sharers = weakref.WeakSet([self])

@@ -14,29 +14,56 @@ from latentmas_kernels.segments import Segment, after_cut
 
 
 def keep_slots(cache: LatentCache, kept: Tensor) -> None:
-    """Move the slots `kept`, bool [B, longest row] on the CPU, together, one layer at a time; see `LatentCache.keep`."""
-    in_use = torch.arange(kept.shape[1]) < cache.lengths[:, None]
+    """Move the slots `kept`, bool [B, longest row] on the CPU, together, one layer at a time; see `LatentCache.keep`.
+
+    Rows that borrow get what they keep from where it lies, into their own memory; afterwards nothing is borrowed.
+    """
+    slot = torch.arange(kept.shape[1])
+    in_use = slot < cache.lengths[:, None]
     kept = kept & in_use
     counts = kept.sum(1)
-    first = int((in_use & ~kept).int().argmax(1)[counts < cache.lengths].min()) if bool((kept != in_use).any()) else -1
-    if first < 0:
+    dropped = in_use & ~kept
+    if not bool(dropped.any()):
         return
+    cache.check_whole((dropped & (slot < cache.whole_from[:, None])).any(1), "keep")
     if bool((counts == (kept.long().cumprod(1).sum(1))).all()):  # nothing but ends is cut off
         cache.cut_to(counts)
         return
-    cache.own()
+    if cache.shared:
+        cache.own()
     # What lies before the first gap of any row stays where it is.
-    order = (~kept[:, first:]).int().argsort(dim=1, stable=True)[:, : int(counts.max()) - first]
-    order = order.to(cache.buffer.device)
+    first = int(dropped.int().argmax(1)[counts < cache.lengths].min())
+    order = (~kept[:, first:]).int().argsort(dim=1, stable=True)[:, : int(counts.max()) - first] + first
+    own = torch.arange(len(kept))[:, None]
+    rows = torch.where(order < cache.borrowed[:, None], cache.lenders[:, None], own)
+    device = cache.buffer.device
+    order, rows, own = order.to(device), rows.to(device), own.to(device)
     for store in (cache.keys, cache.values):
         for states in store:
-            behind = states[:, :, first : first + kept.shape[1] - first]
-            index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            behind[:, :, : order.shape[1]] = behind.gather(2, index)
-    behind = cache.positions[:, first : kept.shape[1]]
-    behind[:, : order.shape[1]] = behind.gather(1, order)
+            # All of them before the first is written: a row reads what another is about to write over.
+            moved = states.transpose(1, 2)[rows, order]
+            _take_over(cache, states, first)
+            states[:, :, first : first + order.shape[1]] = moved.transpose(1, 2)
+    cache.positions[:, first : first + order.shape[1]] = cache.positions[own, order]
+    cache.borrowed = torch.zeros_like(cache.borrowed)
     cache.segments = after_cut(cache.segments, kept)
-    _measure(cache, counts)
+    cache._measure(counts)
+
+
+def unborrow(cache: LatentCache) -> None:
+    """Copy to each row what it borrows, in place: lenders borrow nothing, so no row is written that is still to be read."""
+    for store in (cache.keys, cache.values):
+        for states in store:
+            _take_over(cache, states, cache.capacity)
+    cache.borrowed = torch.zeros_like(cache.borrowed)
+    cache.mirror = None
+
+
+def _take_over(cache: LatentCache, states: Tensor, stop: int) -> None:
+    """Copy what rows borrow of one layer's keys or values [B, kv_heads, capacity, head_dim], below the slot `stop`."""
+    for row in cache.borrowed.nonzero()[:, 0].tolist():
+        end = min(stop, int(cache.borrowed[row]))
+        states[row, :, :end] = states[int(cache.lenders[row]), :, :end]
 
 
 def rebase(cache: LatentCache, model: Any) -> None:
@@ -48,10 +75,28 @@ def rebase(cache: LatentCache, model: Any) -> None:
     if bool((shifts != 0).any()):
         rotation = Rotation.of(model)
         cache.check_fits(Architecture.of(model), cache.batch_size)
-        cache.own()
+        cache.check_whole(((shifts.cpu() != 0) & (torch.arange(width) < cache.whole_from[:, None])).any(1), "rebase")
+        # A borrowed slot that moves would move for the lender, too; one that does not stays borrowed.
+        borrowed = counted < cache.borrowed[:, None].to(counted.device)
+        if cache.shared or bool((borrowed & (shifts != 0)).any()):
+            cache.own()
+        cache.mirror = None
         rotation.move(cache.keys, shifts)
         cache.positions[:, :width] = torch.where(in_use, counted, cache.positions[:, :width])
-    cache.next_position = cache.lengths.clone()
+    cache.next_position, cache.mirror = cache.lengths.clone(), None
+
+
+def check_part(part: Part) -> None:
+    """Raise ValueError where a part is not in its cache, as it is now."""
+    cache, rows, start = part.cache, part.rows, part.start
+    if not bool(((rows >= 0) & (rows < cache.batch_size)).all()):
+        raise ValueError(f"part: got rows {rows.tolist()}; this cache has rows 0 to {cache.batch_size - 1}")
+    lengths = cache.lengths[rows]
+    if start.shape != rows.shape or not bool(((start >= 0) & (start <= lengths)).all()):
+        raise ValueError(
+            f"part: got the first slots {start.tolist()} of rows {rows.tolist()}; there must be one for each row, from 0 to "
+            f"its length ({lengths.tolist()})"
+        )
 
 
 def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None) -> LatentCache:
@@ -66,6 +111,9 @@ def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None
     batch = sizes.pop()
     for part in given:
         part.cache.check_fits(architecture, part.cache.batch_size)
+        check_part(part)  # the cache may have been cut since the part was made
+        chosen = torch.zeros(part.cache.batch_size, dtype=torch.bool).index_fill_(0, part.rows, True)
+        part.cache.check_whole(chosen & (part.cache.whole_from > 0), "concat")
     lengths = [part.cache.lengths[part.rows] - part.start for part in given]
     total = torch.stack(lengths).sum(0)
     capacity = int(total.max()) if capacity is None else capacity
@@ -105,6 +153,7 @@ def spread(cache: LatentCache, times: int, capacity: int) -> LatentCache:
     )  # fmt: skip
     sources = torch.arange(batch).repeat_interleave(times)
     wide.lengths, wide.next_position = cache.lengths[sources], cache.next_position[sources]
+    wide.whole_from = cache.whole_from[sources]
     wide.positions[:, :used] = cache.positions[sources.to(cache.positions.device), :used]
     wide.lenders = torch.arange(batch * times) // times * times
     first = wide.lenders == torch.arange(batch * times)
@@ -117,13 +166,6 @@ def spread(cache: LatentCache, times: int, capacity: int) -> LatentCache:
         replace(s, start=tuple(s.start[r] for r in order), stop=tuple(s.stop[r] for r in order)) for s in cache.segments
     ]
     return wide
-
-
-def _measure(cache: LatentCache, lengths: Tensor) -> None:
-    """Set lengths, and next positions behind the last slot of each row."""
-    last = (lengths - 1).clamp_min(0)[:, None].to(cache.positions.device)
-    ends = cache.positions.gather(1, last)[:, 0].cpu() + 1
-    cache.lengths, cache.next_position = lengths.clone(), torch.where(lengths > 0, ends, 0)
 
 
 def _moved(part: Part, at: Tensor) -> list[Segment]:

@@ -6,7 +6,8 @@ The file is safetensors, so it holds numbers and text and nothing that is execut
     lengths        int64 [B]
     next_position  int64 [B]
     positions      int64 [B, S]
-    metadata       "latentmas": JSON with the format, the model's fingerprint and description, and the segments
+    metadata       "latentmas": JSON with the format, the model's fingerprint and description, the segments, and, where it
+                   is not 0 in all rows, `whole_from`
 
 What lies behind a row's length is zero in `kv` and `positions`.
 """
@@ -30,6 +31,7 @@ from latentmas_kernels.storage import whole_file
 FORMAT = "latentmas-cache-1"
 TENSORS = ("kv", "lengths", "next_position", "positions")
 FACTS = {"format", "fingerprint", "model", "segments"}
+RARE_FACTS = {"whole_from"}
 KINDS = get_args(get_type_hints(Segment)["kind"])
 # Bytes; JSON becomes objects twenty times its size, which a hostile file could exhaust memory with.
 HEADER_LIMIT = 16 * 2**20
@@ -51,14 +53,15 @@ def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> 
     want = _description("cache", architecture.layers, architecture.kv_heads, architecture.head_dim, architecture.dtype)
     if got != want:
         raise ValueError(f"got a {got}, {architecture.name} writes a {want}; pass the model that wrote this cache")
-    facts = json.dumps(
-        {
-            "format": FORMAT,
-            "fingerprint": model_fingerprint(model),
-            "model": _describe(architecture),
-            "segments": [vars(segment) for segment in cache.segments],
-        }
-    )
+    told = {
+        "format": FORMAT,
+        "fingerprint": model_fingerprint(model),
+        "model": _describe(architecture),
+        "segments": [vars(segment) for segment in cache.segments],
+    }
+    if bool(cache.whole_from.any()):
+        told["whole_from"] = cache.whole_from.tolist()
+    facts = json.dumps(told)
     if len(facts) > HEADER_LIMIT // 2:  # its quotes are escaped once more in the header
         raise ValueError(
             f"this cache has {len(cache.segments)} segments of {batch} rows; their list may take up to "
@@ -100,6 +103,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
     lengths, next_position, positions = (tensors[name].clone() for name in TENSORS[1:])
     _check_rows(path, batch, slots, lengths, next_position, positions)
     segments = _segments(path, facts["segments"], lengths.tolist())
+    whole_from = _whole_from(path, facts.get("whole_from", [0] * batch), lengths.tolist())
 
     if architecture.device.type == "cpu":
         cache = LatentCache.over(kv)
@@ -107,7 +111,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
         cache = LatentCache.for_model(architecture, batch, slots)
         cache.buffer.copy_(kv)
     cache.lengths, cache.next_position, cache.segments = lengths, next_position, segments
-    cache.positions = positions.to(architecture.device)
+    cache.positions, cache.whole_from = positions.to(architecture.device), torch.tensor(whole_from)
     return cache
 
 
@@ -244,7 +248,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _refusal(path, "a safetensors file without the metadata of a LatentCache", f"the format {FORMAT}")
     if facts["format"] != FORMAT:
         raise _refusal(path, f"the format {reprlib.repr(facts['format'])}", FORMAT)
-    if set(facts) != FACTS:
+    if set(facts) - RARE_FACTS != FACTS:
         raise _refusal(path, f"the fields {reprlib.repr(sorted(facts))}", f"{', '.join(sorted(FACTS))}")
     return facts, tensors
 
@@ -301,3 +305,10 @@ def _segments(path: Path, entries: Any, lengths: list[int]) -> list[Segment]:
             )
         segments.append(Segment(agent, kind, tuple(start), tuple(stop)))
     return segments
+
+
+def _whole_from(path: Path, entries: Any, lengths: list[int]) -> list[int]:
+    fits = isinstance(entries, list) and len(entries) == len(lengths) and all(type(n) is int for n in entries)
+    if not (fits and all(0 <= n <= length for n, length in zip(entries, lengths, strict=True))):
+        raise _refusal(path, f"whole_from {reprlib.repr(entries)}", f"0 to the length, for each of {len(lengths)} rows")
+    return entries

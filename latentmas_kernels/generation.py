@@ -1,5 +1,6 @@
 """latent_generate() and generate(): the two calls that an agent chain is made of."""
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +162,7 @@ def latent_generate(
     architecture = Architecture.of(model)
     clock = _Clock(architecture.device)
     runner = open_engine(engine, model, architecture, weights=weights)
-    if settle is not None and not -1 <= settle <= 1:
+    if settle is not None and (isinstance(settle, bool) or not -1 <= settle <= 1):
         raise ValueError(f"settle is a cosine, from -1 to 1, or None; got {settle}")
     prompt, past = read_prompt(architecture, input_ids, attention_mask, inputs_embeds, past_key_values)
     steps = _steps(latent_steps, len(prompt.counts))
@@ -268,9 +269,9 @@ def generate(
     metrics = Metrics(runner.name, setup_seconds=clock.lap())
 
     sequences = _padded(prompt, pad_token_id)
-    if streamer is not None:
-        streamer.put(sequences.cpu())
     with cache.transaction():
+        if streamer is not None:
+            streamer.put(sequences.cpu())
         start = cache.lengths
         logits = runner.extend(cache, prompt, logits=True)
         cache.add_segment("prompt", start)
@@ -308,8 +309,12 @@ def generate(
 
 def _steps(latent_steps: int | Sequence[int], batch: int) -> Tensor:
     """int64 [B], each row's own number."""
-    each = list(latent_steps) if isinstance(latent_steps, Sequence) else [latent_steps] * batch
-    if len(each) != batch or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in each):
+    given = list(latent_steps) if isinstance(latent_steps, Sequence) else [latent_steps] * batch
+    try:
+        each = [-1 if isinstance(n, bool) else operator.index(n) for n in given]  # those of numpy as well
+    except TypeError:
+        each = []
+    if len(each) != batch or min(each) < 0:
         raise ValueError(f"latent_steps must be an integer of 0 or more, or {batch} of them; got {latent_steps!r}")
     if 0 in each and any(each):
         raise ValueError(f"rows that think and rows that do not need calls of their own; got latent_steps={each}")
@@ -339,10 +344,12 @@ def _crossed(model: Any, aligner: Aligner, seed: Tensor, thought: Thought) -> Te
     if steps == 0:
         return thought.latents.new_empty(batch, 0, aligner.width or thought.latents.shape[2])
     before = thought.states[:, : steps - 1]
-    if aligner.needs_logits:
-        seed, before = seed.float(), logits_of(model, before).float()
-    seeds = torch.cat([seed[:, None], before], dim=1)
-    embeddings = aligner(seeds.flatten(0, 1)).unflatten(0, (batch, steps))
+    if aligner.needs_logits:  # step by step: logits of all steps at once may be larger than the model
+        later = (aligner(logits_of(model, state).float()) for state in before.unbind(1))
+        embeddings = torch.stack([aligner(seed.float()), *later], dim=1)
+    else:
+        seeds = torch.cat([seed[:, None], before], dim=1)
+        embeddings = aligner(seeds.flatten(0, 1)).unflatten(0, (batch, steps))
     behind = torch.arange(steps) >= thought.steps[:, None]
     return embeddings.masked_fill(behind[:, :, None].to(embeddings.device), 0)
 

@@ -59,3 +59,11 @@ def after_cut(segments: Iterable[Segment], kept: Tensor) -> list[Segment]:
 
     left = [replace(s, start=moved(s.start), stop=moved(s.stop)) for s in segments]
     return [s for s in left if s.start != s.stop]
+
+
+def up_to(segments: Iterable[Segment], lengths: Sequence[int]) -> list[Segment]:
+    """What is left of the segments where row b ends at lengths[b]."""
+    left = [
+        replace(s, start=tuple(map(min, s.start, lengths)), stop=tuple(map(min, s.stop, lengths))) for s in segments
+    ]
+    return [s for s in left if s.start != s.stop]

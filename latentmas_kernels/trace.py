@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentmas_kernels.architecture import Architecture, logits_of
+from latentmas_kernels.engines.thinking import cosine as cosine_of
 from latentmas_kernels.generation import LatentOutput
 
 STEPS = 32  # steps whose logits are there at a time: 20 MB of float32 for 150k tokens
@@ -30,7 +31,7 @@ class LatentTrace:
         nearest: int64 [B, n], the token whose input embedding has the largest cosine to the embedding that the step was fed;
             -1 where that holds NaN or Inf.
         distances: float32 [B, n], 1 - that cosine.
-        cosines: float32 [B, n], of the embedding fed to that of the step before; NaN for the first step.
+        cosines: float32 [B, n], of the embedding fed to that of the step before, as `settle` sees it; NaN for the first step.
         finite: bool [B, n], whether the state and the embedding are free of NaN and Inf.
     """
 
@@ -88,8 +89,7 @@ def trace_of(model: Any, output: LatentOutput, *, top_k: int = 5) -> LatentTrace
     distances = (1 - cosine).clamp_min(0).masked_fill(~finite_fed, torch.nan)
     cosines = norms.new_full(norms.shape, torch.nan)
     for part in _parts(len(fed) - 1):  # a row's steps lie side by side; those before a first step are taken out below
-        now, before = fed[1:][part].float(), fed[:-1][part].float()
-        cosines[1:][part] = torch.cosine_similarity(now, before, dim=-1)
+        cosines[1:][part] = cosine_of(fed[1:][part], fed[:-1][part])
     cosines.masked_fill_((number[own] == 0).to(cosines.device), torch.nan)
 
     # One read back: the bits of all of it, as int32.

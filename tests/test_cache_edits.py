@@ -4,6 +4,8 @@ import copy
 import gc
 import itertools
 import pickle
+import sys
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentmas_kernels import LatentCache, Segment, latent_generate
-from latentmas_kernels.cache import LENT_SLOTS
+from latentmas_kernels import LatentCache, Segment, generate, latent_generate
+from latentmas_kernels.cache import LENT_SLOTS, NoRoomError
 
 SHAPE = {"layers": 2, "kv_heads": 2, "head_dim": 4, "dtype": torch.float32}
 MODEL = tiny_model("llama", num_hidden_layers=2, head_dim=4)
@@ -322,9 +324,36 @@ def test_what_does_not_fit_is_refused():
         LatentCache.concat([cache, cache], MODEL, capacity=15)
     with pytest.raises(ValueError, match="layers 3 instead of 2"):
         LatentCache.concat([cache, other], MODEL)
+    for rows in ([2], [-1]):
+        with pytest.raises(ValueError, match=r"part: got rows \[-?\d\]; this cache has rows 0 to 1"):
+            cache.part(rows)
+    for start in ([9, 0], [-1, 0], [0, 5], [1]):
+        with pytest.raises(ValueError, match=r"one for each row, from 0 to its length \(\[8, 4\]\)"):
+            cache.part([0, 1], torch.tensor(start))
+    early = cache.part([0, 1], torch.tensor([7, 0]))
+    for call in (cache.keep, cache.drop, cache.rewind):
+        with pytest.raises(ValueError, match="no name of a segment"):
+            call([])
     for times, capacity in ((0, 20), (2, 7)):
         with pytest.raises(ValueError, match=f"of 8 slots here or more; got times={times}, capacity={capacity}"):
             cache.spread(times, capacity)
+    cache.crop(-3)
+    with pytest.raises(ValueError, match=r"first slots \[7, 0\] of rows \[0, 1\].*length \(\[5, 1\]\)"):
+        LatentCache.concat([early], MODEL)
+
+
+def test_names_are_looked_up_in_the_order_that_they_are_given_in():
+    cache = filled([2, 1])
+    names = [s.name for s in cache.named(["critic", "planner:latent"])]
+    assert names == ["critic:prompt", "critic:latent", "planner:latent"]
+
+
+def test_a_cut_to_more_than_there_is_changes_nothing():
+    cache = filled([2, 1])
+    cache.cut_to(torch.tensor([99, 3]))
+    assert cache.lengths.tolist() == [8, 3]
+    assert cache.next_position.tolist() == [8, 3]
+    assert cache.segments[-1] == Segment("critic", "latent", (6, 3), (8, 3))
 
 
 # ---- branches ------------------------------------------------------------------------------------------------------
@@ -433,10 +462,157 @@ def test_a_branch_that_goes_on_out_of_a_callback_leaves_the_one_that_is_thinking
     assert inner[0].past_key_values.buffer.data_ptr() != past.buffer.data_ptr()
 
 
+@torch.no_grad()
+def test_branches_that_are_read_by_transformers_in_turns():
+    """One forward in the middle of the other: neither loses what its first layers have written."""
+    cache = filled([3, 3])
+    branch, ids = cache.branch(), torch.full((2, 4), 5)
+    caches, want = [cache, branch], []
+    for tokens, memory in ((ids, cache), (ids + 1, branch)):
+        alone = memory.fork()
+        MODEL(tokens, past_key_values=alone, use_cache=True)
+        want.append(held(alone))
+
+    def read_the_other(*_):
+        hook.remove()
+        MODEL(ids + 1, past_key_values=branch, use_cache=True)
+
+    hook = MODEL.model.layers[0].register_forward_hook(read_the_other)
+    MODEL(ids, past_key_values=cache, use_cache=True)
+    for memory, states in zip(caches, want, strict=True):
+        assert_holds(memory, states)
+
+
+@torch.no_grad()
+def test_a_forward_that_dies_costs_the_others_a_copy_and_nothing_else():
+    cache = filled([3, 3])
+    branch, before = cache.branch(), held(cache)
+    hook = MODEL.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MODEL(torch.full((2, 4), 5), past_key_values=branch, use_cache=True)
+    hook.remove()
+    assert_holds(branch, before)
+    assert_holds(cache, before)
+    grown = go_on(cache, inside=MODEL)
+    assert_holds(branch, before)
+    go_on(branch, inside=MODEL)
+    assert_holds(cache, grown)
+
+
+@torch.no_grad()
+def test_a_streamer_that_fails_costs_the_others_nothing():
+    cache = latent_generate(MODEL, *ragged([6]), latent_steps=0, max_cache_len=40, engine="eager").past_key_values
+    branch, home = cache.branch(), cache.buffer.data_ptr()
+
+    class Closed:
+        def put(self, value):
+            raise BrokenPipeError
+
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(BrokenPipeError):
+        generate(MODEL, ids, past_key_values=branch.donate(), max_new_tokens=2, streamer=Closed(), engine="eager")
+    generate(MODEL, ids, past_key_values=cache.donate(), max_new_tokens=2, engine="eager")
+    assert cache.buffer.data_ptr() == home
+
+
+def test_a_donation_without_room_for_a_copy_is_not_used_up(monkeypatch):
+    cache = filled([3, 3])
+    branch = cache.branch().donate()
+    go_on(cache)
+    home = cache.buffer.data_ptr()
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmas_kernels.cache.check_room", lambda *_: (_ for _ in ()).throw(NoRoomError("none")))
+        with pytest.raises(NoRoomError):
+            branch.take(14)
+    assert cache.rewind("critic") is None
+    go_on(cache)
+    assert cache.buffer.data_ptr() == home, "the branch is not writing"
+    assert branch.take(14) is branch
+
+
+def test_branches_are_made_while_others_look_at_each_other():
+    cache, errors, done = filled([3, 3]), [], threading.Event()
+
+    def make():
+        while not done.is_set():
+            errors.extend(_raised(lambda: [cache.branch() for _ in range(20)]))
+
+    interval, workers = sys.getswitchinterval(), [threading.Thread(target=make) for _ in range(2)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for worker in workers:
+            worker.start()
+        for _ in range(3000):
+            errors.extend(_raised(lambda: cache.own(since=cache.lengths)))
+    finally:
+        done.set()
+        for worker in workers:
+            worker.join()
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def _raised(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return [error]
+    return []
+
+
+@torch.no_grad()
+def test_branches_that_two_threads_go_on_with():
+    for _ in range(10):
+        cache = latent_generate(MODEL, *ragged([9]), latent_steps=0, max_cache_len=60, engine="eager").past_key_values
+        branches, start = [cache.branch(), cache.branch()], threading.Barrier(2)
+        prompts = [torch.full((1, 20), 5 + n) for n in range(2)]
+        want = []
+        for ids in prompts:
+            alone = cache.fork()
+            MODEL(ids, past_key_values=alone, use_cache=True)
+            want.append(held(alone))
+
+        def go(n, branches=branches, prompts=prompts, start=start):
+            start.wait()
+            with torch.no_grad():
+                MODEL(prompts[n], past_key_values=branches[n], use_cache=True)
+
+        workers = [threading.Thread(target=go, args=(n,)) for n in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        for branch, states in zip(branches, want, strict=True):
+            assert_holds(branch, states)
+
+
+def test_a_transaction_looks_at_the_branches_once_more():
+    """One that began to write behind `take`, as in another thread."""
+    cache = filled([3, 3], capacity=30)
+    branch, before = cache.branch(), held(cache)
+    assert branch.donate().take(20) is branch
+    grown = go_on(cache)
+    append(branch, [0, 0], torch.Generator())  # a transaction of its own
+    with branch.transaction():
+        assert branch.buffer.data_ptr() != cache.buffer.data_ptr()
+    assert_holds(cache, grown)
+    assert_holds(branch, before)
+
+
 def spread_cache():
     wide = filled([LENT_SLOTS // 4 + 1, 2]).spread(3, 120)
     poison([wide])
     return wide
+
+
+def test_a_shallow_copy_is_a_fork():
+    cache = filled([3, 3])
+    before, twin = held(cache), copy.copy(cache)
+    assert twin.capacity == cache.capacity
+    mine = go_on(cache)
+    assert_holds(twin, before)
+    go_on(twin, 2)
+    assert_holds(cache, mine)
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
@@ -477,6 +653,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("keys_are_moved_by_torch")
 def test_cutting_takes_no_more_memory_than_the_keys_of_one_layer():
     cache = LatentCache(layers=4, batch=2, kv_heads=8, capacity=300, head_dim=32, dtype=torch.float32)
     cache.buffer.zero_()
@@ -488,6 +665,13 @@ def test_cutting_takes_no_more_memory_than_the_keys_of_one_layer():
     with Allocations() as made:
         cache.keep(kept)
     assert 0.9 * one < made.largest <= one
+    model = tiny_model("llama", num_hidden_layers=4, num_key_value_heads=8, num_attention_heads=8, head_dim=32)
+    cache.rebase(model.bfloat16().float())  # proves it once, and moves everything
+    for first in (150, 5):
+        cache.positions[:, first:] += 9
+        with Allocations() as made:
+            cache.rebase(model)
+        assert made.largest <= one * (296 - first) / 300
     with Allocations() as made:
         cache.cut_to(torch.tensor([100, 100]))
     assert made.largest < one / 10

@@ -14,9 +14,9 @@ import torch
 from conftest import VOCAB, PlainLoop, feed_back, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentmas import run as chain_module
+from latentmas import stage_run as chain_module
 from latentmas.agents import Agent
-from latentmas.chain import Chain
+from latentmas.chain import RESPLIT, Chain
 from latentmas.chain_file import serial
 from latentmas.methods import METHODS, latent_agents
 from latentmas.prompts import padded, turn_ids
@@ -768,7 +768,8 @@ def test_check_accepts_up_to_the_last_position(tokenizer, chain):
 
 @pytest.mark.parametrize("handover", [3, 5])
 def test_check_counts_notes_as_long_as_they_may_become(model, tokenizer, script, handover):
-    """Texts that are handed on up to the limit, all of them cut, need exactly what check() counts."""
+    """Texts that are handed on up to the limit, all of them cut, need what check() counts, but for what a text that is not cut
+    may be split into on top."""
     agents = [
         Agent("scout", "Look: {question}", max_new_tokens=8),
         Agent("critic", "{notes} Criticise.", max_new_tokens=6),
@@ -779,6 +780,7 @@ def test_check_counts_notes_as_long_as_they_may_become(model, tokenizer, script,
         result = Chain(model, tokenizer, agents, handover_tokens=handover).run(["Why?"])
     need = result.answers[0].turns[-1].prompt_tokens + 4 - 1
     assert need == int(result.memory.lengths[0]) > max(t.prompt_tokens + 8 for t in result.answers[0].turns[:-1])
+    need += 2 * RESPLIT
     Chain(endless(need), tokenizer, agents, handover_tokens=handover).check("Why?")
     with pytest.raises(ValueError, match=f"up to {need} positions .* made for {need - 1}; .*, or handover_tokens"):
         Chain(endless(need - 1), tokenizer, agents, handover_tokens=handover).check("Why?")

@@ -1,4 +1,4 @@
-"""Chains from YAML: what is read, what is said of a file that is no chain and of which line, and the chains that ship."""
+"""Chains from YAML: what is read, and what is said of a file that is no chain and of which line."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentmas.agents import Agent
-from latentmas.chain_file import LIMIT, ChainFile, read_chain, read_shipped, serial, shipped_chains
+from latentmas.chain_file import LIMIT, ChainFile, read_chain, serial, shipped_chains
 from latentmas.handover import Budget, HandOver
 
 CHAINS = Path(__file__).parent.parent / "python" / "latentmas" / "chains"
@@ -621,125 +621,6 @@ def test_aliases_in_what_is_not_read_cost_nothing(faults):
     assert len(faults(f"k0: &k0 [x]\n{levels}{THINKER}{JUDGER}")) == 30
 
 
-# ---- sources -------------------------------------------------------------------------------------------------------------
-
-
-def test_shipped_chains_are_read_by_name(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert shipped_chains() == ["debate", "hierarchical", "mix", "sequential", "single", "text"]
-    for name in shipped_chains():
-        chain = read_chain(name, latent_steps=3, max_new_tokens=7)
-        assert chain == read_shipped(name, latent_steps=3, max_new_tokens=7)
-        assert (chain.name, chain.source, chain.budget) == (name, name, None)
-        assert chain.description
-        assert {agent.steps for agent in serial(chain.agents)} <= {3, 7}
-
-
-def test_a_file_comes_before_a_shipped_name_and_a_folder_does_not(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    Path("debate").write_text("agents:\n" + JUDGER)
-    Path("single").mkdir()
-    assert [agent.name for agent in read_chain("debate").agents] == ["judger"]
-    assert len(read_shipped("debate").agents) == 3
-    assert [agent.name for agent in read_chain("single").agents] == ["solver"]
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("nowhere.yaml", "got chain 'nowhere.yaml', which is no file; give a file"),
-        ("debte", "got chain 'debte', which is no file; did you mean debate? Give a file"),
-        ("debate.yaml", "got chain 'debate.yaml', which is no file; did you mean debate? Give a file"),
-        (".", "got chain '.', which is a folder; give a file"),
-        ("../chains/debate", "got chain '../chains/debate', which is no file; did you mean debate? Give a file"),
-    ],
-)
-def test_a_source_that_is_not_there(monkeypatch, tmp_path, source, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        read_chain(source)
-    assert str(error.value).endswith(
-        "or a chain that comes with the package: debate, hierarchical, mix, sequential, single, text"
-    )
-
-
-# ---- the shipped files -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["text", "sequential", "hierarchical", "debate", "mix"])
-def test_shipped_files_say_where_they_come_from(name):
-    assert "arXiv 2511.20639" in (CHAINS / f"{name}.yaml").read_text()
-
-
-@pytest.mark.parametrize("path", sorted(CHAINS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_files_begin_with_a_comment(path):
-    assert path.read_text().startswith("# ")
-
-
-@pytest.mark.parametrize("name", ["hierarchical", "debate"])
-def test_agents_of_a_shipped_group_begin_alike(name):
-    """What they have in common is computed once."""
-    groups = [entry for entry in read_shipped(name).agents if isinstance(entry, list)]
-    assert groups
-    for group in groups:
-        assert all(agent.prompt.startswith("Question: {question}\n\n") for agent in group)
-        assert len({agent.prompt for agent in group}) == len(group)
-
-
-def test_rounds_of_the_shipped_debate():
-    names = [agent.name for agent in serial(read_shipped("debate").agents)]
-    assert names == ["first 1", "second 1", "first 2", "second 2", "judger"]
-    assert "round 2 of a debate" in read_shipped("debate").agents[1][0].text("?")
-
-
-def test_the_shipped_mix_thinks_and_writes_in_turns():
-    agents = read_shipped("mix", latent_steps=3, max_new_tokens=7).agents
-    assert [(agent.name, agent.thinks, agent.reads_notes) for agent in agents] == [
-        ("planner", True, False), ("writer", False, False), ("critic", True, False), ("judger", False, False),
-    ]  # fmt: skip
-
-
-# ---- the documentation ---------------------------------------------------------------------------------------------------
-
-DOCS = (Path(__file__).parent.parent / "docs" / "chains.md").read_text()
-
-
-def test_files_in_the_documentation_are_chains(read):
-    first, second = [read(text) for text in re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)]
-    assert [agent.name for agent in first.agents] == ["planner", "judger"]
-    assert [agent.name for agent in serial(second.agents)] == ["pro 1", "con 1", "pro 2", "con 2", "judger"]
-
-
-def test_faults_in_the_documentation_are_told_so(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("chain.yaml").write_text("""\
-latent_steps: 1_000
-fields: {domain: algebra}
-agents:
-  - name: critic
-    prompt: |-
-      {domian} {{domain}}
-
-
-
-
-    output: latent
-    latent_steps: ten
-  - {name: judger, output: text, prompt: x}
-""")
-    with pytest.raises(ValueError, match="critic") as error:
-        read_chain("chain.yaml")
-    assert [line for line in DOCS.splitlines() if line.startswith("    chain.yaml:")] == [
-        f"    {line}" for line in str(error.value).splitlines()
-    ]
-
-
-def test_the_documentation_names_every_shipped_chain():
-    assert re.findall(r"^\| `(\w+)` \|", DOCS.split("## Chains that come")[1], re.MULTILINE) == [
-        "single", "text", "sequential", "hierarchical", "debate", "mix",
-    ]  # fmt: skip
-
-
 # ---- any mistake ---------------------------------------------------------------------------------------------------------
 
 PIECES = ["\n", "  ", "- ", ": ", "{", "}", "[", "]", "'", '"', "&a ", "*a", "!!str ", "|-\n", "\t", "---\n", "{notes}"]
@@ -785,3 +666,15 @@ def test_any_text_is_a_chain_or_named_by_line(tmp_path_factory, pieces):
     file.write_bytes("".join(pieces).encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match="any.yaml:[1-9]"):
         read_chain(file)
+
+
+def test_keys_that_are_no_words_are_shown_as_they_are_written(tmp_path):
+    """Not as what they hold: aliases of aliases would be endless."""
+    anchors = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(12))
+    chain = "".join(f"b{n}: &b{n} [{f'*b{n - 1}' if n else 'x'}]\n" for n in range(1200))
+    for number, text in enumerate((anchors + "? *a11\n: x\n", chain + "? *b1199\n: x\n", "? [a,\r b]\n: x\n")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_bytes((text + "agents: []\n").encode())
+        with pytest.raises(ValueError, match=rf"{number}.yaml:\d+: the chain has the key ") as refused:
+            read_chain(file)
+        assert all(line.isprintable() for line in str(refused.value).split("\n"))

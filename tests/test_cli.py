@@ -362,6 +362,25 @@ def test_a_chain_that_changed_is_not_gone_on_with(command, tiny, three, tmp_path
     assert "chain_digest" in err
 
 
+def test_a_chain_is_named_as_the_run_begins(command, tiny, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: two\ndescription: Two think.\n" + CHAIN)
+    _, _, err = command("run", QUESTION, "--chain", str(file), "--aligner", "ridge")
+    assert re.fullmatch(
+        r"two: Two think\.; keys and values take up to [\d.]+ MB \(budget: 900 slots\)", err.splitlines()[0]
+    )
+
+
+def test_the_model_of_the_run_is_loaded_once(command, tiny, tmp_path):
+    """Agents may name it; another one is another."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(CHAIN.replace("memory: last", "model: here, memory: last"))
+    assert command("run", QUESTION, "--chain", str(file), "--aligner", "ridge", "--model", "here")[0] == 0
+    assert [asked[0] for asked in tiny] == ["here"]
+    assert command("run", QUESTION, "--chain", str(file), "--aligner", "ridge", "--model", "there")[0] == 0
+    assert [asked[0] for asked in tiny] == ["here", "there", "here"]
+
+
 @pytest.mark.parametrize("mode", ["parallel", "serial"])
 def test_hierarchical(command, tiny, mode):
     document = document_of(command("run", QUESTION, *FAST, "--hierarchical", mode, "--json"))
@@ -425,6 +444,44 @@ def test_interrupted_runs_keep_the_trace_of_what_is_finished(command, tiny, thre
     assert [question["number"] for question in json.loads(file.read_text())["questions"]] == [1]
 
 
+@pytest.mark.parametrize("other", ["--output", "--questions"])
+def test_a_trace_does_not_take_the_place_of_another_file(command, tiny, three, tmp_path, other):
+    path = three if other == "--questions" else str(tmp_path / "results.jsonl")
+    before = Path(three).read_text()
+    options = ["--questions", three, *FAST, *([other, path] if other == "--output" else []), "--trace", path]
+    assert_one_line(command("run", *options), "cannot write the trace", "name another file")
+    assert Path(three).read_text() == before
+
+
+def test_a_trace_that_cannot_be_written_in_the_end_costs_nothing_else(command, tiny, three, tmp_path, monkeypatch):
+    def full(path, document):
+        raise OSError("no space")
+
+    monkeypatch.setattr("latentmas.trace_file.write_trace", full)
+    code, out, err = command("run", "--questions", three, *FAST, "--trace", str(tmp_path / "t.json"), "--json")
+    assert code == 2
+    assert len(json.loads(out)["answers"]) == 3
+    assert "error: no space" in err
+    monkeypatch.setattr(Chain, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command("run", "--questions", three, *FAST, "--trace", str(tmp_path / "t.json"))[0] == 130
+
+
+def test_a_pipe_is_no_place_for_a_trace(command, tiny, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert_one_line(
+        command("run", QUESTION, *FAST, "--trace", str(tmp_path / "pipe")), "must be a plain file or nothing"
+    )
+
+
+def test_a_trace_file_has_the_mode_of_any_new_file(command, tiny, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert command("run", QUESTION, *FAST, "--trace", str(tmp_path / "t.json"))[0] == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t.json").stat().st_mode & 0o777 == 0o640
+
+
 # ---- what the user can mend: one line, exit code 2 -----------------------------------------------------------------
 
 
@@ -450,6 +507,8 @@ def test_interrupted_runs_keep_the_trace_of_what_is_finished(command, tiny, thre
             [QUESTION, *FAST, "--budget", "20 slots"],
             ["question 1: planner takes", "the budget leaves 20 to a question"],
         ),
+        ([QUESTION, "--trace", "x", "--output", "y", "--resume"], ["got --resume and --trace"]),
+        ([QUESTION, "--trace", "x", "--method", "text"], ["got --trace", "no agent of this chain thinks"]),
         ([QUESTION, "--trace", "no/such/folder/x"], ["cannot write the trace to no/such/folder/x"]),
         ([QUESTION, "--engine", "magic"], ["--engine magic", "auto, eager"]),
         ([QUESTION, "--batch-size", "0"], ["--batch-size must be 1 or more", "got 0"]),

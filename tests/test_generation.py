@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -457,6 +458,12 @@ def test_an_end_token_at_the_limit_is_an_end(model):
     out = generate(model, ids, mask, max_new_tokens=4, eos_token_id=end)
     assert out.finish_reasons == ["stop", "length"]
     assert out.new_tokens == [4, 4]
+
+
+def test_numbers_of_steps_may_be_those_of_numpy(model):
+    ids, mask = ragged([4, 6])
+    for steps, want in ((np.int64(2), [2, 2]), ([np.int32(1), 3], [1, 3]), (torch.tensor(2), [2, 2])):
+        assert latent_generate(model, ids, mask, latent_steps=steps, aligner="identity").latent_steps == want
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])

@@ -1,5 +1,7 @@
 """The generic tier against the eager engine, with plain calls for graphs: models that no packed family covers."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from conftest import FAMILIES, OTHERS, ragged, tiny_model
@@ -212,6 +214,77 @@ def test_windows_are_kept_and_caches_told_apart():
             assert_same_thought(ours, theirs)
     assert sorted(engine.state.windows) == [(2, 256), (2, 512)]
     assert len(engine.state.graphs) == 2
+
+
+def interrupted(step):
+    if step == 2:
+        raise KeyboardInterrupt
+
+
+def think_on_another(engine, eager, cache, start):
+    """A call on another memory that uses the same window and is interrupted, its graph being there."""
+    seed, aligner = torch.ones(1, 48), build_aligner(eager.model, "identity")
+    engine.think(start.fork(40), seed, aligner, every(1, 1), None)
+    engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[8]])), logits=True)
+    other = start.fork(40)
+    other.crop(-9)
+    with pytest.raises(KeyboardInterrupt), other.transaction():
+        engine.think(other, seed, aligner, every(1, 5), interrupted)
+
+
+def read_again(engine, eager, cache, start):
+    cache.crop(-11)
+    eager.extend(cache, Prompt(torch.tensor([11]), torch.arange(30, 41)[None]), logits=False)
+
+
+def fail(engine, eager, cache, start):
+    with suppress(ZeroDivisionError), cache.transaction():
+        engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[9]])), logits=True)
+        raise ZeroDivisionError
+
+
+CHANGES = {
+    "interrupted": think_on_another,
+    "rewound": read_again,
+    "rebased": lambda engine, eager, cache, start: cache.rebase(eager.model),
+    "kept": lambda engine, eager, cache, start: cache.keep(torch.arange(int(cache.lengths[0]))[None] % 5 > 0),
+    "rolled back": fail,
+    "reset": lambda engine, eager, cache, start: cache.reset(),
+    "reordered": lambda engine, eager, cache, start: cache.reorder_cache(torch.tensor([0])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_window_is_used_again_only_for_the_content_that_is_in_it(change):
+    """Lengths alone do not tell: what was cut and written again may be as long as before."""
+    model = tiny_model("olmo2")
+    engine, eager = both(model)
+    start = read(model, [20]).past_key_values
+    start.keep((torch.arange(20)[None] < 5) | (torch.arange(20)[None] > 7))
+    start = start.fork(40)
+    caches = [start.fork() for _ in range(2)]
+    token = Prompt(torch.tensor([1]), torch.tensor([[5]]))
+    for e, cache in zip((engine, eager), caches, strict=True):
+        e.extend(cache, token, logits=True)
+        CHANGES[change](e, eager, cache, start)
+        e.extend(cache, token, logits=True)
+    a, b = (e.extend(c, token, logits=True) for e, c in zip((engine, eager), caches, strict=True))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+    assert_same(*caches)
+
+
+@torch.no_grad()
+def test_tokens_in_a_row_are_not_copied_in_again(monkeypatch):
+    model = tiny_model("olmo2")
+    engine, _ = both(model)
+    loaded, real = [], generic.Window.load
+    monkeypatch.setattr(generic.Window, "load", lambda self, cache: (loaded.append(cache), real(self, cache)))
+    caches = [read(model, [20]).past_key_values.fork(40) for _ in range(2)]
+    token = Prompt(torch.tensor([1]), torch.tensor([[5]]))
+    for which in (0, 0, 0, 1, 1, 0):
+        engine.extend(caches[which], token, logits=True)
+    assert [caches.index(cache) for cache in loaded] == [0, 1, 0]
 
 
 @torch.no_grad()

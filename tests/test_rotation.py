@@ -55,6 +55,81 @@ def test_layers_of_different_frequencies():
     assert not torch.equal(frequencies[0], frequencies[1])
 
 
+def test_a_refusal_is_not_kept():
+    model = tiny_model("llama")
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
+    with pytest.raises(ValueError, match="cannot be moved"):
+        Rotation.of(model)
+    hook.remove()
+    assert torch.equal(Rotation.of(model).inv_freq, tables_of(model))
+
+
+def test_it_is_proved_in_the_dtype_of_the_model():
+    """Under autocast keys of float32 would be as rough as those of bfloat16."""
+    model = tiny_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Rotation.of(model).inv_freq, tables_of(model))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_frequencies_that_change_are_seen(inference):
+    model = tiny_model("llama")
+    with torch.inference_mode(inference):
+        first = Rotation.of(model)
+        model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 2
+        second = Rotation.of(model)
+        assert Rotation.of(model) is second
+        assert torch.equal(second.inv_freq, tables_of(model))
+        assert torch.equal(first.inv_freq, 2 * second.inv_freq)
+    if not inference:
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+        assert torch.equal(Rotation.of(model).inv_freq, second.inv_freq / 2)
+
+
+FACTOR_32 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wrong_low_frequencies_are_seen_in_every_dtype(dtype):
+    """The model turns by the scaled frequencies of Llama 3 and shows the unscaled ones."""
+    options = {"head_dim": 64, "max_position_embeddings": 131072}
+    model = tiny_model("llama", rope_parameters=FACTOR_32, **options).to(dtype)
+    rope = model.model.rotary_emb
+    right, forward = rope.inv_freq, rope.forward
+    unscaled = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **options)
+    wrong = unscaled.model.rotary_emb.inv_freq.to(right.dtype)
+    assert torch.equal(Rotation.of(model).inv_freq[0], right.float())
+
+    def turned(x, position_ids):
+        rope.inv_freq = right
+        try:
+            return forward(x, position_ids)
+        finally:
+            rope.inv_freq = wrong
+
+    rope.inv_freq, rope.forward = wrong, turned
+    with pytest.raises(ValueError, match="moved by 1061 positions, keys of layer 0 are 0.[23456]"):
+        Rotation.of(model)
+
+
+def test_layers_are_moved_one_by_one_from_the_first_slot_that_moves_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "latentmas_kernels.rotation.rerotate_keys", lambda keys, shifts, table: seen.append((keys, shifts))
+    )
+    keys = torch.zeros(3, 2, 1, 10, 4)
+    shifts = torch.tensor([[0, 0, 0, 2, 0, 2], [0, 0, 0, 0, 1, 1]])
+    rotation = Rotation(torch.tensor([[1.0, 0.5], [0.0, 0.0], [1.0, 0.5]]))
+    rotation.move(keys, torch.zeros_like(shifts))
+    assert not seen
+    rotation.move(keys, shifts)
+    assert [k.data_ptr() for k, _ in seen] == [keys[layer, :, :, 3:].data_ptr() for layer in (0, 2)]
+    assert all(k.shape[0] == 1 and torch.equal(s, shifts[:, 3:]) for k, s in seen)
+
+
 @pytest.mark.parametrize("rope", ROPES)
 def test_scaled_frequencies_can_be_moved(rope):
     model = tiny_model("llama", rope_parameters=ROPES[rope])
@@ -66,8 +141,8 @@ def test_scaled_frequencies_can_be_moved(rope):
 @pytest.mark.parametrize(
     ("name", "overrides", "words"),
     [
-        ("cohere2", {}, "Cohere2ForCausalLM cannot be moved.*moved by 37 positions, keys of layer 0 are 0.* off"),
-        ("gpt2", {}, "GPT2LMHeadModel cannot be moved.*moved by 37 positions, keys of layer 0"),
+        ("cohere2", {}, "Cohere2ForCausalLM cannot be moved.*moved by 508 positions, keys of layer 0 are 1.* off"),
+        ("gpt2", {}, "GPT2LMHeadModel cannot be moved.*moved by 508 positions, keys of layer 0"),
         (
             "llama",
             {"model_type": "glm", "partial_rotary_factor": 0.5},
@@ -90,7 +165,7 @@ def test_keys_that_cannot_be_moved_are_refused_with_the_reason(name, overrides, 
     cache.rebase(model)
     cache.keep(torch.arange(7).expand(2, 7) % 2 == 1)
     before = cache.fork()
-    for _ in range(2):  # the answer is remembered
+    for _ in range(2):
         with pytest.raises(ValueError, match="cannot be moved"):
             cache.rebase(model)
         with pytest.raises(ValueError, match="cannot be moved"):

@@ -5,7 +5,7 @@ from contextlib import suppress
 import latentmas.chain
 import pytest
 import torch
-from conftest import count_buffers, tiny_model
+from conftest import VOCAB, count_buffers, tiny_model
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from latentmas import Agent, Budget, Chain, HandOver
@@ -323,7 +323,7 @@ def test_without_a_budget_the_need_is_told_before(model, tokenizer, buffers):
 def test_a_budget_that_is_too_small_is_refused_before_any_work(model, tokenizer, budget, words, monkeypatch):
     agents = [Agent("agent 0", "More on: {question}", latent_steps=5), JUDGER]
     chain = Chain(model, tokenizer, agents, aligner="ridge", budget=budget)
-    monkeypatch.setattr("latentmas.run.latent_generate", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr("latentmas.stage_run.latent_generate", lambda *_, **__: pytest.fail("the model ran"))
     for call in (chain.run, chain.kv_bytes):
         with pytest.raises(ValueError, match=words):
             call(QUESTIONS)
@@ -332,6 +332,11 @@ def test_a_budget_that_is_too_small_is_refused_before_any_work(model, tokenizer,
 # ---- any chain -----------------------------------------------------------------------------------------------------
 
 MODEL = endless()
+STOPS = endless()
+STOPS.generation_config.eos_token_id = list(range(0, VOCAB, 5))
+NESTED = ["What is 12 times 7?", "What is 12 times 7? And 8 times 9?", "What", "What is it, and why is it so? Say it."]
+LONG = "Read all of this with care, and more than once, before you say anything about it. "
+PROMPTS = ["Q: {question} Go on.", "Q: {question} Say!", "Go.", "{question}", LONG + "{question}"]
 HANDED = st.builds(
     HandOver, st.sampled_from(["all", "all", "last"]), st.sampled_from(["all", "all", "latent"]),
     st.none() | st.integers(1, 60),
@@ -349,7 +354,15 @@ def chains(draw):
         members = []
         for _ in range(draw(st.integers(1, 3))):
             number += 1
-            prompt = draw(st.sampled_from(["Q: {question} Go on.", "Q: {question} Say!", "Go."])) + "{notes}" * reads
+            prompt = draw(
+                st.sampled_from(
+                    ["Q: {question} Go on.", "Q: {question} Say!", "Go.", "{question}", LONG + "{question}"]
+                )
+            )
+            if reads:
+                prompt = draw(
+                    st.sampled_from(["{notes} " + prompt, prompt + "{notes}", "{notes}" + prompt + "{notes}"])
+                )
             thinks = draw(st.booleans())
             options = (
                 {"latent_steps": draw(st.integers(0, 4))} if thinks else {"max_new_tokens": draw(st.integers(1, 4))}
@@ -367,10 +380,11 @@ def chains(draw):
 @given(data=st.data())
 def test_any_chain_takes_what_it_said_and_answers_each_question_as_alone(data):
     """KV buffers never take more than was told, or than the budget; rows of a batch are what they are alone."""
-    model, tokenizer = MODEL, character_tokenizer(TEMPLATE)
+    model = data.draw(st.sampled_from([MODEL, STOPS]))
+    tokenizer = character_tokenizer(data.draw(st.sampled_from([TEMPLATE, None])))
     agents = data.draw(chains())
-    questions = QUESTIONS[: data.draw(st.integers(1, 3))]
-    slots = data.draw(st.none() | st.integers(250, 400))
+    questions = data.draw(st.sampled_from([QUESTIONS, NESTED]))[: data.draw(st.integers(1, 4))]
+    slots = data.draw(st.none() | st.integers(250, 600))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latentmas.chain, "SHARE_FROM", data.draw(st.sampled_from([1, 10**9])))
         held = count_buffers(patch)
@@ -397,6 +411,133 @@ def test_any_chain_takes_what_it_said_and_answers_each_question_as_alone(data):
             bounded.kv_bytes(questions)
             bounded.run(questions)
         assert held[0] <= tight.bytes
+
+
+def test_a_question_that_begins_another_is_read_as_alone(model, tokenizer):
+    """One has nothing to read for all agents, the others do; what all have in common was read before."""
+    agents = [
+        [
+            Agent("pro", LONG + "{question} Argue for it.", latent_steps=3),
+            Agent("con", LONG + "{question} See both.", latent_steps=2),
+        ],
+        JUDGER,
+    ]
+    chain = Chain(model, tokenizer, agents, aligner="ridge")
+    result = chain.run(NESTED)
+    for row, question in enumerate(NESTED):
+        alone = chain.run([question])
+        assert texts(alone) == [texts(result)[row]]
+        assert alone.memory.lengths.tolist() == [int(result.memory.lengths[row])]
+        assert alone.memory.segments == result.memory.select([row]).segments
+
+
+def test_one_question_without_a_common_beginning_changes_nothing_for_the_others(model):
+    plain = character_tokenizer(None)
+    agents = [
+        [Agent("a", "What {question}", latent_steps=2), Agent("b", "{question}, against", latent_steps=2)],
+        JUDGER,
+    ]
+    questions = ["What is red, and what is blue", "Name a fruit"]
+    chain = Chain(model, plain, agents, aligner="ridge")
+    result = chain.run(questions)
+    for row, question in enumerate(questions):
+        assert chain.run([question]).memory.lengths.tolist() == [int(result.memory.lengths[row])]
+
+
+def test_what_ends_early_leaves_more_of_others_behind_a_cut(tokenizer):
+    """A text that ends at once: more thoughts are among the last slots, and are what is handed on next."""
+    agents = [
+        Agent("thinker", "Think: {question}", latent_steps=40),
+        Agent("writer", "Write.", max_new_tokens=60),
+        Agent("cutter", "Go on.", latent_steps=1, memory=HandOver(slots=100)),
+        Agent("judger", "Answer: {question}", max_new_tokens=6, memory=HandOver(kinds="latent")),
+    ]
+    STOPS.generation_config.eos_token_id = list(range(VOCAB))
+    try:
+        chain = Chain(STOPS, tokenizer, agents, aligner="ridge")
+        need = chain.kv_bytes(QUESTIONS)
+        result = chain.run(QUESTIONS)
+    finally:
+        STOPS.generation_config.eos_token_id = list(range(0, VOCAB, 5))
+    assert result.answers[0].turns[1].new_tokens == 1
+    assert result.memory.buffer.nbytes <= need
+
+
+def test_a_budget_of_exactly_what_is_needed_cuts_nothing(model, tokenizer):
+    agents = [Agent("p", "Plan: {question}", latent_steps=3), Agent("w", "{question} Say.", max_new_tokens=5), JUDGER]
+    free = Chain(model, tokenizer, agents, aligner="ridge").run(["Why?"]).memory
+    slots = int(free.lengths[0])
+    tight = Chain(model, tokenizer, agents, aligner="ridge", budget=f"{slots} slots").run(["Why?"]).memory
+    assert tight.lengths.tolist() == [slots]
+    assert tight.segments == free.segments
+    less = Chain(model, tokenizer, agents, aligner="ridge", budget=f"{slots - 1} slots").run(["Why?"]).memory
+    assert less.lengths.tolist() == [slots - 1]
+
+
+def test_agents_that_nothing_goes_on_from_need_positions_for_each_alone(tokenizer):
+    group = [Agent(f"w{n}", "Q: {question} Say.", max_new_tokens=40) for n in range(4)]
+    reader = Agent("judger", "{notes}", max_new_tokens=2)
+    chain = Chain(endless(max_position_embeddings=128), tokenizer, [group, reader], handover_tokens=5)
+    chain.check("x")
+    with pytest.warns(UserWarning, match=r"wrote \d+ tokens"):
+        assert len(chain.run(["x"]).answers[0].turns) == 5
+
+
+def test_notes_to_a_model_of_other_tokens_are_counted_and_cut_in_its_own(model, tokenizer):
+    """A word of the writer is many letters to the reader."""
+    words = character_tokenizer(TEMPLATE)
+    words.add_tokens(["longlonglonglong"])
+    writer = Agent("writer", "Say: {question}", max_new_tokens=6, model="words")
+    reader = Agent("judger", "{notes} Answer.", max_new_tokens=2)
+    talker = endless(vocab_size=VOCAB)
+    long_word = words.convert_tokens_to_ids("longlonglonglong")
+    talker.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))
+    with torch.no_grad():
+        talker.lm_head.bias[long_word] = 1e4
+    chain = Chain(model, tokenizer, [writer, reader], models={"words": (talker, words)}, handover_tokens=20)
+    need = chain.kv_bytes(["Why?"])
+    with pytest.warns(UserWarning, match="what writer wrote is 96 tokens to judger, of which 20 are read"):
+        result = chain.run(["Why?"])
+    assert result.memory.buffer.nbytes <= need
+    assert result.answers[0].turns[1].prompt_tokens < 96
+
+
+@pytest.mark.parametrize("name", ["a + b"])
+def test_no_agent_is_called_like_a_group(model, tokenizer, name):
+    agents = [
+        Agent(name, "x", latent_steps=1),
+        [Agent("a", "x", latent_steps=1), Agent("b", "y", latent_steps=1)],
+        JUDGER,
+    ]
+    with pytest.raises(ValueError, match=r"no agent may be called 'a \+ b'"):
+        Chain(model, tokenizer, agents, aligner="ridge")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Agent("a", "x", latent_steps=1.5), "latent_steps must be an integer of 0 or more; got 1.5"),
+        (lambda: Agent("a", "x", latent_steps=1, memory="last"), r"memory must be a HandOver, .*; got 'last'"),
+        (lambda: Chain(MODEL, character_tokenizer(None), [JUDGER], budget=64), "budget must be a Budget, .*; got int"),
+        (lambda: Chain(MODEL, character_tokenizer(None), [JUDGER], budget="64"), "got a budget of '64'"),
+    ],
+)
+def test_values_of_other_types_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_agents_in_several_calls_have_seconds_and_numbers_of_their_own(model, tokenizer):
+    """A thinker beside a writer: its steps are not charged with the text, and each is told of by its number."""
+    agents = [[MATH, WORDS, CODE], JUDGER]
+    told = []
+    chain = Chain(model, tokenizer, agents, aligner="ridge")
+    result = chain.run(QUESTIONS, on_progress=lambda p: told.append((p.names, p.number, p.others)))
+    math, words, code, _ = result.agents
+    assert (math.decode_seconds, code.decode_seconds, words.latent_seconds) == (0, 0, 0)
+    assert math.latent_seconds == code.latent_seconds > 0 < words.decode_seconds
+    assert list(dict.fromkeys(told)) == [("math + code", 1, (3,)), ("words", 2, ()), ("judger", 4, ())]
+    assert abs(sum(agent.seconds for agent in result.agents) / result.seconds - 1) < 0.2
 
 
 # ---- stopping early, looking inside --------------------------------------------------------------------------------

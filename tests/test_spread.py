@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import ragged, tiny_model
+from conftest import count_buffers, ragged, tiny_model
 from test_cache_edits import MODEL, assert_holds, go_on, held, poison
 
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.cache import LENT_SLOTS
+from latentmas_kernels.rotation import Rotation
 
 
 def spread_of(model, lengths, times, *, room=30):
@@ -87,6 +88,86 @@ def test_cuts_of_rows_that_borrow(edit, borrows):
     assert_holds(wide, held(plain))
     assert wide.segments == plain.segments
     assert [torch.equal(a, b) for a, b in zip(go_on(wide), go_on(plain), strict=True)] == [True] * 6
+
+
+def test_asking_for_sizes_leaves_what_is_lent():
+    wide, plain = spread_of(MODEL, [LENT_SLOTS + 1, LENT_SLOTS + 1], 2)
+    layer, lent = wide.layers[0], wide.borrowed.tolist()
+    length = plain.uniform_length()
+    assert (layer.batch_size, layer.get_seq_length(), layer.get_max_length()) == (4, length, wide.capacity)
+    assert layer.get_mask_sizes(1) == (length + 1, 0)
+    assert wide.get_seq_length() == length
+    assert wide.borrowed.tolist() == lent
+    assert torch.equal(layer.keys, plain.layers[0].keys)
+    assert torch.equal(layer.values, plain.layers[0].values)
+    assert not wide.borrowed.any()
+
+
+@pytest.mark.usefixtures("keys_are_moved_by_torch")
+@pytest.mark.parametrize(
+    ("kept", "still"),
+    [
+        (lambda n: n % 3 > 0, False),
+        (lambda n: (n < 2) | (n > LENT_SLOTS // 2), False),
+        (lambda n: (n < LENT_SLOTS) | (n > LENT_SLOTS + 1), False),
+        (lambda n: n > LENT_SLOTS, False),
+        (None, True),
+        (lambda n: n < LENT_SLOTS - 3, False),
+    ],
+    ids=["all over", "lent part", "own part", "nothing that is lent", "nothing", "end"],
+)
+def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still, monkeypatch):
+    """What they borrow is read from where it lies; their own memory under it is NaN."""
+    wide, plain = spread_of(MODEL, [LENT_SLOTS + 5, 2 * LENT_SLOTS + 9, 12], 3)
+    Rotation.of(MODEL)
+    made = count_buffers(monkeypatch)
+    home = wide.buffer.data_ptr()
+    for cache in (plain, wide):
+        if cache is wide:
+            made[0] = 0
+        if kept is not None:
+            width = int(cache.lengths.max())
+            mask = kept(torch.arange(width)).expand(9, -1).clone()
+            mask[4] = True  # rows that lend and rows that borrow are cut apart
+            mask[6:, :9] = True
+            cache.keep(mask)
+        else:  # gaps behind what is lent: it stays lent
+            far = cache.positions >= 2 * LENT_SLOTS + 3
+            cache.positions[far] += 7
+            cache.next_position += 7
+        cache.rebase(MODEL)
+    assert made[0] == 0
+    assert wide.buffer.data_ptr() == home
+    assert bool(wide.borrowed.any()) == still
+    assert wide.segments == plain.segments
+    assert torch.equal(wide.lengths, plain.lengths)
+    assert_holds(wide, held(plain))
+    assert [torch.equal(a, b) for a, b in zip(go_on(wide), go_on(plain), strict=True)] == [True] * 9
+
+
+@pytest.mark.usefixtures("keys_are_moved_by_torch")
+def test_lent_slots_that_move_are_taken_over_in_place(monkeypatch):
+    wide, plain = spread_of(MODEL, [LENT_SLOTS + 5, LENT_SLOTS], 3)
+    made = count_buffers(monkeypatch)
+    for cache in (plain, wide):
+        made[0] = 0
+        cache.positions[:, 4:] += 3
+        cache.next_position += 3
+        cache.rebase(MODEL)
+    assert made[0] == 0
+    assert not wide.borrowed.any()
+    assert_holds(wide, held(plain))
+
+
+@pytest.mark.usefixtures("keys_are_moved_by_torch")
+def test_a_branch_of_rows_that_borrow_is_left_alone_by_cuts_and_moves():
+    wide, _ = spread_of(MODEL, [LENT_SLOTS + 5, LENT_SLOTS], 3)
+    branch = wide.branch()
+    before = held(branch)
+    wide.keep(torch.arange(int(wide.lengths.max())).expand(6, -1) % 3 > 0)
+    wide.rebase(MODEL)
+    assert branch.borrowed.any()
+    assert_holds(branch, before)
 
 
 # ---- calls that go on from them ----------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import OTHERS, PlainLoop, feed_back, is_tied, ragged, real, tiny_model
 
-from latentmas_kernels import LatentCache, Segment, build_aligner, latent_generate
+from latentmas_kernels import LatentCache, Segment, build_aligner, generation, latent_generate
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines import EagerEngine, NativeEngine, Thinking
+from latentmas_kernels.engines import EagerEngine, GenericEngine, NativeEngine, Thinking
+from latentmas_kernels.engines.thinking import cosine, settled
 
 ENGINES = ["eager", "native"]
 KINDS = ["ridge", "identity", "soft"]
@@ -189,6 +190,65 @@ def test_settling_is_seen_in_the_numbers_that_are_fed(engine):
     assert out.latent_steps == want
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_cosine_is_that_of_float64_and_1_for_the_same_bits(dtype):
+    now, before = torch.randn(2, 200, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = cosine(now, before)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.cosine_similarity(now.double(), before.double(), dim=-1), rtol=0, atol=1e-14)
+    assert (cosine(now, now) == 1).all()
+    assert (cosine(now, -now) == -1).all()
+    zero, bad = torch.zeros_like(now[0]), torch.full_like(now[0], torch.nan)
+    assert [cosine(*pair).item() for pair in ((now[0], zero), (zero, now[0]), (zero, zero))] == [0, 0, 0]
+    assert all(cosine(*pair).isnan() for pair in ((now[0], bad), (bad, bad), (zero, bad)))
+    assert settled(torch.stack([now, now], dim=1), 1, 1.0).all()
+    assert not settled(torch.stack([now[0], bad])[None], 1, -1.0).any()
+
+
+def test_without_settle_nothing_is_asked_of_the_device():
+    nowhere = torch.empty(3, 4, 5, device="meta")
+    for step, settle in ((2, None), (0, 0.5)):
+        ends = settled(nowhere, step, settle)
+        assert ends.device.type == "cpu"
+        assert ends.tolist() == [False] * 3
+
+
+ALL_ENGINES = [EagerEngine, NativeEngine, GenericEngine]
+
+
+@pytest.mark.parametrize(("settle", "want"), [(0.0, 2), (0.01, 4)])
+@pytest.mark.parametrize("engine", ALL_ENGINES)
+@torch.no_grad()
+def test_zero_embeddings_have_a_cosine_of_0(model, engine, settle, want):
+    """Neither NaN nor 1."""
+    model.model.norm.weight.zero_()
+    cache = latent_generate(tiny_model("llama"), *ragged([6, 3]), latent_steps=0, max_cache_len=20).past_key_values
+    thinking, aligner = Thinking(torch.tensor([4, 4]), settle), build_aligner(model, "identity")
+    thought = engine(model, Architecture.of(model)).think(cache, torch.zeros(2, 48), aligner, thinking, None)
+    assert thought.steps.tolist() == [want, want]
+
+
+@pytest.mark.parametrize("engine", ALL_ENGINES)
+@torch.no_grad()
+def test_the_same_bits_twice_have_settled_at_1(model, engine):
+    """Layers that add nothing: the state of a step points to where its input did, soon bit for bit."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    rows, runner, aligner = 16, engine(model, Architecture.of(model)), build_aligner(model, "identity")
+    past = latent_generate(model, *ragged([3] * rows), latent_steps=0, max_cache_len=40)
+    ends = []
+    for settle in (None, 1.0):
+        thinking = Thinking(torch.full((rows,), 12), settle)
+        ends.append(runner.think(past.past_key_values.fork(), past.last_hidden, aligner, thinking, None))
+    free = ends[0].latents
+    same = (free[:, 1:] == free[:, :-1]).all(-1)
+    still = same.any(dim=1)
+    assert still.sum() > rows / 2, "or the test would say nothing"
+    latest = 2 + same.int().argmax(dim=1)
+    assert (ends[1].steps <= latest)[still].all()
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -263,6 +323,12 @@ def wrong():
     yield "soft beside ridge", {"cross": [ridge, soft]}, "got 'soft' beside 'ridge'"
     yield "ridge beside soft", {"cross": [ridge], "aligner": "soft"}, "got 'ridge' beside 'soft'"
     back = build_aligner(wide, "ridge", target_model=model)
+    yield "settle of another type", {"settle": True}, "settle is a cosine, from -1 to 1, or None; got True"
+    yield (
+        "a number of steps that is none",
+        {"latent_steps": [2, True]},
+        "latent_steps must be an integer of 0 or more, or 2",
+    )
     yield "from another model", {"cross": [back]}, "[48, 64]"
 
 
@@ -383,3 +449,18 @@ def test_engines_end_each_row_at_its_own_step(engine):
     for row, count in enumerate([2, 5, 1]):
         assert cache.buffer[:, :, row, :, :count].isfinite().all()
         assert cache.buffer[:, :, row, :, count:].isnan().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_soft_crossings_never_hold_the_logits_of_all_steps(model, engine, monkeypatch):
+    largest, real_logits = [0], generation.logits_of
+
+    def logits_of(*args):
+        logits = real_logits(*args)
+        largest[0] = max(largest[0], logits.numel())
+        return logits
+
+    monkeypatch.setattr(generation, "logits_of", logits_of)
+    cross = [build_aligner(model, "soft", target_model=tiny_model("llama", hidden_size=64))]
+    latent_generate(model, *ragged([4, 6]), latent_steps=9, aligner="soft", engine=engine, cross=cross)
+    assert largest[0] == 2 * model.config.vocab_size

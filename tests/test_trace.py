@@ -11,6 +11,7 @@ from torch import Tensor
 from latentmas_kernels import LatentOutput, latent_generate, trace
 from latentmas_kernels.architecture import Architecture, decoder_of, logits_of
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.thinking import cosine
 from latentmas_kernels.generation import Metrics
 from latentmas_kernels.trace import LatentTrace, trace_of
 
@@ -141,6 +142,18 @@ def test_a_row_that_settles_has_fewer_steps(model):
     got = trace_of(model, output, top_k=TOP)
     assert got.norms.shape == (3, 2)
     assert_reference(got, model, output)
+
+
+def test_cosines_are_those_that_settle_sees(model):
+    output = thought_of(model, 6)
+    for row, taken in enumerate(output.latent_steps):
+        output.latents[row, taken // 2] = output.latents[row, taken // 2 - 1]
+    output.latents[0, :2] = 0
+    got = trace_of(model, output)
+    want = cosine(output.latents[:, 1:], output.latents[:, :-1]).float()
+    for row, taken in enumerate(output.latent_steps):
+        assert torch.equal(got.cosines[row, 1:taken], want[row, : taken - 1])
+    assert got.cosines[0, 1] == 0
 
 
 def test_no_steps_at_all(model):

@@ -49,14 +49,17 @@ const char* at(const void* data, std::int64_t element, DType dtype) {
   return static_cast<const char*>(data) + element * size_of(dtype);
 }
 
-float cosine(const std::vector<float>& a, const std::vector<float>& b) {
+// 0 where one of them is zero, NaN where one holds NaN; of the same bits exactly 1, since the root of a square is exact.
+// latentmas_kernels/engines/thinking.py has the same.
+double cosine(const std::vector<float>& a, const std::vector<float>& b) {
   double both = 0, of_a = 0, of_b = 0;
   for (std::size_t i = 0; i < a.size(); ++i) {
     both += static_cast<double>(a[i]) * b[i];
     of_a += static_cast<double>(a[i]) * a[i];
     of_b += static_cast<double>(b[i]) * b[i];
   }
-  return static_cast<float>(both / std::sqrt(of_a * of_b));
+  const double size = std::sqrt(of_a * of_b), cosine = size == 0 ? 0 : both / size;
+  return cosine < -1 ? -1 : cosine;
 }
 
 // Entries as vectors that can be filled.

@@ -31,7 +31,7 @@ struct Feedback {
 // earliest) has at least the cosine `settle` to that of the step before; above 1 is never.
 struct Thinking {
   std::vector<std::int64_t> steps;
-  float settle = 2;
+  double settle = 2;
 };
 
 struct Speaking {

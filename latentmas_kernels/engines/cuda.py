@@ -19,7 +19,7 @@ from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.graphs import Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.step import Step
 from latentmas_kernels.engines.thinking import Thinking, Thought
@@ -31,8 +31,6 @@ from latentmas_kernels.weights import Weights, read_weights
 from latentmas_kernels.weights import why_not as why_not_packable
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-CHECK_EVERY = 16
-"""Steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not show."""
 NO_ROOM = "out of memory for the graph of even one row: this call runs on the eager engine"
 
 

@@ -4,8 +4,8 @@ For models outside the families that the kernels cover. The launches stay transf
 them one by one, which is most of a step's time at small batch sizes. Attention runs over a window of slots that is as
 long as the longest row, rounded up to a power of two: the cost follows the rows, in steps, and not the capacity.
 
-Keys and values live in static tensors of the engine while steps run. A cache is copied in when a call first sees it, and
-the new position of every step is copied back, so the cache is whole after each call.
+Keys and values live in static tensors of the engine while steps run. A cache is copied in when a call first sees it or when
+its content has changed since, and the new position of every step is copied back, so the cache is whole after each call.
 """
 
 import threading
@@ -21,14 +21,12 @@ from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.graphs import Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
 from latentmas_kernels.engines.once import warn_once
-from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.engines.thinking import Thinking, Thought, cosine
 from latentmas_kernels.prompt import Prompt
 
 SMALLEST_WINDOW = 256
-CHECK_EVERY = 16
-"""Latent steps between two looks at whether all rows have settled, as in the CUDA engine."""
 
 
 def why_not(model: Any, architecture: Architecture) -> str | None:
@@ -51,6 +49,8 @@ class Window:
     def __init__(self, eager: EagerEngine, batch: int, slots: int) -> None:
         a = eager.architecture
         self.eager, self.slots = eager, slots
+        # The `mirror` of the cache whose content this is; None where that is not certain.
+        self.holds: object | None = None
         # One slot more than is attended to: where rows write that do not take part.
         shape = (2, a.layers, batch, a.kv_heads, slots + 1, a.head_dim)
         self.store = torch.zeros(shape, dtype=a.dtype, device=a.device)
@@ -59,7 +59,7 @@ class Window:
         self.rows = torch.arange(batch, device=a.device)
         # What ends a row's latent steps: how many are left, and the cosine to the step before.
         self.left = torch.zeros(batch, dtype=torch.int64, device=a.device)
-        self.settle = torch.zeros((), device=a.device)
+        self.settle = torch.zeros((), dtype=torch.float64, device=a.device)
         self.embedding = torch.zeros(batch, 1, a.hidden_size, dtype=a.dtype, device=a.device)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=a.device)
         self.seeds: dict[int, Tensor] = {}  # by width: hidden states [B, D] and logits [B, V], what a step ends with
@@ -105,7 +105,7 @@ class Window:
     def latent(self, seed: Tensor, aligner: Aligner) -> None:
         """One latent step of the active rows, from `seed` to `seed`; it ends those that are done."""
         fed, last = aligner(seed), self.embedding[:, 0]
-        settled = torch.cosine_similarity(fed.float(), last.float(), dim=-1) >= self.settle
+        settled = cosine(fed, last) >= self.settle
         self.embedding[:, 0] = fed
         result = self.forward(inputs_embeds=self.embedding, logits=aligner.needs_logits)
         # A row that has ended keeps the state behind its own last step.
@@ -157,13 +157,12 @@ class _StaticForward(Cache):
 
 
 class _State:
-    """What is kept between calls for one model: a window per size, graphs, and which cache a window holds."""
+    """What is kept between calls for one model: a window per size, and graphs."""
 
     def __init__(self, addresses: tuple, capture: Capture) -> None:
         self.addresses, self.capture = addresses, capture
         self.windows: dict[tuple[int, int], Window] = {}
         self.graphs: dict[tuple[tuple[int, int], Aligner | None], Replay] = {}
-        self.held: tuple[Any, Window, Tensor] | None = None
         self.failed = False
         self.lock = threading.RLock()
 
@@ -201,7 +200,7 @@ class GenericEngine:
             rows = prompt.counts.nonzero()[:, 0]
             window.store_back(cache, rows.to(window.rows.device), cache.lengths[rows].to(window.rows.device))
             cache.advance(prompt.counts)
-            self.state.held = weakref.ref(cache), window, cache.lengths
+            window.holds = cache.mirror = object()
             return seed.clone()
 
     def think(
@@ -250,7 +249,6 @@ class GenericEngine:
             taken = thinking.steps.clone() if thinking.settle is None else window.lengths.cpu() - cache.lengths
             window.store_back(cache, *_appended(cache.lengths, taken, window.rows.device))
             cache.advance(taken)
-            self.state.held = None
             last = static.clone()
         steps = int(taken.max())
         behind = (torch.arange(steps) >= taken[:, None]).to(seed.device)[..., None]
@@ -302,11 +300,11 @@ class GenericEngine:
             )
             seed = window.seeds.setdefault(width, window.embedding.new_zeros(cache.batch_size, width))
             if (size, aligner) not in state.graphs:
-                state.held = None
+                window.holds = None
                 window.active.zero_()
                 state.graphs[size, aligner] = state.capture(_body(window, seed, aligner))
         except RuntimeError as error:  # out of memory, or a forward that waits for the device, which no graph can hold
-            state.failed, state.held = True, None
+            state.failed = True
             state.windows.clear()
             state.graphs.clear()
             state.capture.release()
@@ -315,8 +313,9 @@ class GenericEngine:
                 f"{self.architecture.name} runs on the eager engine: a step of it could not be captured ({first})"
             )
             return None
-        held = state.held
-        if held is None or held[0]() is not cache or held[1] is not window or not torch.equal(held[2], cache.lengths):
+        held = window.holds is not None and cache.mirror is window.holds
+        window.holds = None  # until the steps are through: what an interrupted call leaves is no cache's content
+        if not held:
             window.load(cache)
         return window, seed, state.graphs[size, aligner]
 

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 
 Replay = Callable[[], None]
+CHECK_EVERY = 16
+"""Steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not show."""
 
 
 class Capture(Protocol):

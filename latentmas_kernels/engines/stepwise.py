@@ -35,7 +35,7 @@ def think_stepwise(
         if on_step is not None:
             on_step(step)
         latents[:, step] = aligner(seed).masked_fill(~active.to(device)[:, None], 0)
-        going = active & (thinking.steps > step + 1) & ~settled(latents, step, thinking.settle).cpu()
+        going = active & (thinking.steps > step + 1) & ~settled(latents, step, thinking.settle)
         prompt = Prompt(active.long(), inputs_embeds=latents[:, step : step + 1])
         if not aligner.needs_logits or not bool(going.any()):
             seed = hidden = engine.extend(cache, prompt, logits=False)

@@ -13,8 +13,7 @@ class Thinking:
     Attributes:
         steps: int64 [B] on the CPU, each row's own number of steps, all of them 1 or more.
         settle: a row also ends with the first step, its second at the earliest, whose embedding has a cosine of at least
-            this to the embedding of the step before (both as they were fed, in the model's dtype; the cosine in float32).
-            None is off.
+            this to the embedding of the step before (both as they were fed, in the model's dtype; see `cosine`). None is off.
         record: keep the states after the steps.
     """
 
@@ -45,9 +44,19 @@ class Thought:
     states: Tensor | None = None
 
 
+def cosine(now: Tensor, before: Tensor) -> Tensor:
+    """float64 [...], the cosine of embeddings [..., D]: 0 where one of them is zero, NaN where one holds NaN.
+
+    One root of one product: that of a square is exact, so what has the same bits has a cosine of 1 and not a bit less. The
+    other engines compute the same, `cosine` in csrc/cpu/runner.cpp and `cosine_to_last` in ops/triton/realign.py (in float32).
+    """
+    now, before = now.double(), before.double()
+    size = ((now * now).sum(-1) * (before * before).sum(-1)).sqrt()
+    return torch.where(size == 0, 0, (now * before).sum(-1) / size).clamp_min(-1)
+
+
 def settled(latents: Tensor, step: int, settle: float | None) -> Tensor:
-    """bool [B]: whose embedding of this step, counted from 0, is as good as that of the step before."""
+    """bool [B] on the CPU: whose embedding of this step, counted from 0, is as good as that of the step before."""
     if settle is None or step == 0:
-        return torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
-    now, before = latents[:, step].float(), latents[:, step - 1].float()
-    return torch.cosine_similarity(now, before, dim=-1) >= settle
+        return torch.zeros(len(latents), dtype=torch.bool)
+    return (cosine(latents[:, step], latents[:, step - 1]) >= settle).cpu()

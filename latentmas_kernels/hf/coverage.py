@@ -20,7 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from latentmas_kernels.cache import PLAIN_LAYERS, LatentCache
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache_from_hf import PLAIN_LAYERS
 from latentmas_kernels.engines import Decoding
 
 # What transformers hands to every decoding loop. `use_cache` and `logits_to_keep` do not change the tokens; `tokenizer`, given

@@ -48,10 +48,13 @@ class Agent:
                 f"agent {self.name!r} needs either latent_steps (it thinks) or max_new_tokens (it writes); "
                 f"got latent_steps={self.latent_steps}, max_new_tokens={self.max_new_tokens}"
             )
-        if self.latent_steps is not None and self.latent_steps < 0:
-            raise ValueError(f"agent {self.name!r}: latent_steps must be 0 or more; got {self.latent_steps}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"agent {self.name!r}: max_new_tokens must be 1 or more; got {self.max_new_tokens}")
+        for what, number, least in (("latent_steps", self.latent_steps, 0), ("max_new_tokens", self.max_new_tokens, 1)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+                raise ValueError(f"agent {self.name!r}: {what} must be an integer of {least} or more; got {number!r}")
+        if not isinstance(self.memory, HandOver):
+            raise ValueError(
+                f"agent {self.name!r}: memory must be a HandOver, like HandOver(agents='last'); got {self.memory!r}"
+            )
         if self.settle is not None and (self.latent_steps is None or not -1 <= self.settle <= 1):
             raise ValueError(
                 f"agent {self.name!r}: settle is a cosine, from -1 to 1, for agents that think; got {self.settle} and "

@@ -19,6 +19,7 @@ class Arrangement:
 
     Attributes:
         agents: a list among them works side by side.
+        title: of the chain, where it came from a file that has one.
         budget: of keys and values, or None.
         settings: what was asked for, to be kept with results.
     """
@@ -26,6 +27,7 @@ class Arrangement:
     agents: list[Agent | list[Agent]]
     budget: Budget | None
     settings: Mapping[str, Any]
+    title: str = ""
 
     @classmethod
     def read(
@@ -37,6 +39,7 @@ class Arrangement:
         latent_steps: int | None,
         max_new_tokens: int | None,
         think: bool,
+        model: str | None,
         memory: str | None,
         budget: str | None,
     ) -> "Arrangement":
@@ -52,6 +55,7 @@ class Arrangement:
             raise ValueError(f"got --hierarchical {hierarchical}; supported are parallel, serial")
         limit = None if budget is None else Budget.parse(budget)
         over = None if memory is None else _hand_over(memory)
+        title = ""
         settings: dict[str, Any] = {"hierarchical": hierarchical, "memory": memory, "budget": budget}
         if chain is None:
             name = method or ("latent" if hierarchical is None else "hierarchical")
@@ -62,8 +66,9 @@ class Arrangement:
             agents = list(METHODS[name](latent_steps, max_new_tokens))
             settings["method"] = name
         else:
-            file = read_chain(chain, latent_steps=latent_steps, max_new_tokens=max_new_tokens)
+            file = read_chain(chain, latent_steps=latent_steps, max_new_tokens=max_new_tokens, enable_thinking=think)
             agents, limit = file.agents, limit or file.budget
+            title = f"{file.name}: {file.description}" if file.description else file.name
             # A file may change between a run and the one that goes on behind it.
             digest = hashlib.sha256(repr((agents, file.budget)).encode()).hexdigest()[:16]
             settings |= {"chain": chain, "chain_digest": digest}
@@ -75,11 +80,17 @@ class Arrangement:
             )
         changes: dict[str, Any] = {"enable_thinking": True} if think else {}
         changes |= {} if over is None else {"memory": over}
-        changed = [
-            [replace(a, **changes) for a in entry] if isinstance(entry, list) else replace(entry, **changes)
-            for entry in agents
-        ]
-        return cls(list(serial(changed)) if hierarchical == "serial" else changed, limit, settings)
+
+        def change(agent: Agent) -> Agent:
+            same: dict[str, Any] = {"model": None} if agent.model == model else {}  # what --model names is loaded once
+            return replace(agent, **changes, **same)
+
+        changed = [[change(a) for a in entry] if isinstance(entry, list) else change(entry) for entry in agents]
+        return cls(list(serial(changed)) if hierarchical == "serial" else changed, limit, settings, title)
+
+    @property
+    def thinks(self) -> bool:
+        return any(agent.thinks for agent in serial(self.agents))
 
     @property
     def models(self) -> list[str]:

@@ -52,13 +52,12 @@ def run_batches(
         ValueError: where a batch does not fit the memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
-    ends = chain.model.generation_config.eos_token_id
-    end_ids = [ends] if isinstance(ends, int) else ends or []
+    speakers = {name: (seat.tokenizer, _end_ids(seat.model)) for name, seat in chain.seats.items()}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         # By the question, so that a run that goes on draws what it would have drawn.
         torch.manual_seed(seed + batch[0].number)
-        with Display(console, chain.tokenizer, end_ids, _title(batch, start, len(questions))) as display:
+        with Display(console, *speakers[None], _title(batch, start, len(questions)), speakers) as display:
             try:
                 result = chain.run(
                     [question.text for question in batch], temperature=temperature, top_p=top_p, on_progress=display,
@@ -96,6 +95,11 @@ def _record(answer: Answer) -> dict[str, Any]:
     record = asdict(answer)
     record["answer"] = record.pop("text")
     return record
+
+
+def _end_ids(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [ends] if isinstance(ends, int) else ends or []
 
 
 def _title(batch: Sequence[Question], start: int, total: int) -> str:

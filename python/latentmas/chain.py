@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from latentmas.agents import Agent
@@ -11,10 +12,10 @@ from latentmas.plan import SINK, Load, Plan
 from latentmas.progress import Progress
 from latentmas.prompts import has_thinking_switch, turn_ids
 from latentmas.results import ChainResult
-from latentmas.rows import CUT, NOTHING, common_beginning, notes_of
+from latentmas.rows import CUT, NOTHING, Note, common_beginning, cut_note, notes_of
 from latentmas.run import Run
-from latentmas.seats import Seat
-from latentmas.stages import Stretch, stretches_of
+from latentmas.seats import Seat, tokens_differ
+from latentmas.stages import Stage, Stretch, stretches_of
 from latentmas_kernels import Aligner, build_aligner
 from latentmas_kernels.cache import check_room
 from latentmas_kernels.rotation import Rotation
@@ -22,6 +23,9 @@ from latentmas_kernels.rotation import Rotation
 SHARE_FROM = 64
 """Tokens that reading a common beginning once must save. The pass of its own costs as much as 10 to 15 tokens of a prompt: it
 reads the weights once more."""
+
+RESPLIT = 4
+"""Tokens by which a text may be longer when it is split anew, its ends stripped, than it was written."""
 
 Prompts = list[list[list[int]]]
 """Token ids, per stage and agent of it."""
@@ -57,7 +61,7 @@ class Chain:
         engine: str = "auto",
         weights: str = "model",
         handover_tokens: int = 512,
-        budget: Budget | None = None,
+        budget: Budget | str | None = None,
         models: Mapping[str, tuple[Any, Any]] | None = None,
     ) -> None:
         """Check the agents and measure how hidden states are fed back, where some agent thinks.
@@ -69,7 +73,7 @@ class Chain:
                 from a memory that they share, and what each adds is put behind what the one before it adds.
             aligner, engine, weights: as in `latent_generate`. Without an agent that thinks, there is no aligner.
             handover_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
-            budget: what keys and values may take; the oldest are cut out of the memory.
+            budget: what keys and values may take ("64 MB", "512 slots"); the oldest are cut out of the memory.
             models: (model, tokenizer) by the names that agents have in `Agent.model`; their aligner is a kind, as `aligner`.
 
         Raises:
@@ -77,10 +81,13 @@ class Chain:
         """
         if handover_tokens < 1:
             raise ValueError(f"handover_tokens must be 1 or more; got {handover_tokens}")
+        if not isinstance(budget, Budget | str | None):
+            raise ValueError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
         self._stretches = stretches_of(agents)
         self.agents = [agent for stretch in self._stretches for stage in stretch for agent in stage.agents]
         self.model, self.tokenizer, self.engine, self.weights = model, tokenizer, engine, weights
-        self.handover_tokens, self.budget = handover_tokens, budget
+        self.handover_tokens = handover_tokens
+        self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         given: dict[str | None, tuple[Any, Any]] = {None: (model, tokenizer)}
         given.update(models or {})
         names = list(dict.fromkeys([None, *(agent.model for agent in self.agents)]))
@@ -101,6 +108,13 @@ class Chain:
                 kind = aligner if isinstance(aligner, str) or seat.name is None else aligner.kind
                 seat.aligner = build_aligner(seat.model, kind) if isinstance(kind, str) else kind
         self.aligner = self.seats[None].aligner
+        # Pairs of models with other tokens.
+        self._foreign = {
+            (a.name, b.name)
+            for a in self.seats.values()
+            for b in self.seats.values()
+            if a is not b and tokens_differ(a, b)
+        }
         self.tracks = False
         for stretch in self._stretches:
             self._open_ways(stretch)
@@ -132,8 +146,7 @@ class Chain:
         Raises:
             ValueError: as `check`.
         """
-        plans = self._plans(questions)
-        return max(plan.bytes([self.seats[load.stage.model].slot_bytes for load in plan.loads]) for plan in plans)
+        return max(plan.bytes(self._slot_bytes(plan)) for plan in self._plans(questions))
 
     def run(
         self,
@@ -162,10 +175,12 @@ class Chain:
         check_request(questions, temperature, top_p)
         began = time.perf_counter()
         run = Run(self, list(questions), temperature=temperature, top_p=top_p, on_progress=on_progress, trace=trace)
-        for stretch in self._stretches:
-            run.stretch(stretch)
-        for text in run.warnings:
-            warnings.warn(text, stacklevel=2)
+        try:
+            for stretch in self._stretches:
+                run.stretch(stretch)
+        finally:
+            for text in run.warnings:
+                warnings.warn(text, stacklevel=2)
         assert run.memory is not None
         return ChainResult(
             [row.answer() for row in run.rows],
@@ -178,7 +193,26 @@ class Chain:
 
     # ---- what a run needs to know ----------------------------------------------------------------------------------
 
-    def prompts(self, stretch: Stretch, question: str, notes: list[tuple[str, str]]) -> Prompts:
+    def readable(self, reader: Stage, notes: list[Note]) -> tuple[list[Note], list[str]]:
+        """Notes as a stage reads them, and what is to be said of those that were cut for that: where its model has other
+        tokens than the writer's, a text may be longer in them."""
+        if not reader.reads_notes:
+            return notes, []
+        cut, said = [], []
+        for note in notes:
+            count = None
+            if (note.model, reader.model) in self._foreign:
+                text, count = cut_note(note.text, self.seats[reader.model].tokenizer, self.handover_tokens)
+                note = replace(note, text=text)
+            if count is not None:
+                said.append(
+                    f"what {note.agent} wrote is {count} tokens to {reader.names}, of which {self.handover_tokens} are read; "
+                    "raise handover_tokens to hand on more"
+                )
+            cut.append(note)
+        return cut, said
+
+    def prompts(self, stretch: Stretch, question: str, notes: list[Note]) -> Prompts:
         """Token ids of each agent's turn. The first one of a memory opens the conversation."""
         prompts = []
         for number, stage in enumerate(stretch):
@@ -225,35 +259,43 @@ class Chain:
 
     def check_room(self, plan: Plan) -> None:
         """Raise NoRoomError where the buffers of a stretch do not fit what is free."""
-        need = plan.bytes([self.seats[load.stage.model].slot_bytes for load in plan.loads])
+        need = plan.bytes(self._slot_bytes(plan))
         device = self.seats[plan.loads[0].stage.model].architecture.device
         rows, slots = len(plan.loads[0].common), max(max(size.end) for size in plan.sizes)
         check_room(need, device, f"a memory of {rows} rows of {slots} slots")
+
+    def _slot_bytes(self, plan: Plan) -> list[int]:
+        """Per stage, of its model."""
+        return [self.seats[load.stage.model].slot_bytes for load in plan.loads]
 
     def _plans(self, questions: Sequence[str]) -> list[Plan]:
         """Of each stretch, notes being as long as they may become."""
         written: list[Agent] = []
         plans = []
         for stretch in self._stretches:
-            notes = [(agent.name, CUT) for agent in written]
-            longest = sum(map(self._longest_note, written)) if stretch[0].reads_notes else 0
+            notes = [Note(agent.name, CUT, agent.model) for agent in written]
+            times = max(agent.places.count("notes") for agent in stretch[0].agents)
+            longest = times * sum(self._longest_note(agent, stretch[0].model) for agent in written)
             plans.append(self.lay_out(stretch, [self.prompts(stretch, q, notes) for q in questions], longest))
             written += [agent for stage in stretch for agent in stage.agents if not agent.thinks]
         return plans
 
-    def _longest_note(self, writer: Agent) -> int:
-        """Tokens that a text may have as a note, beyond those of CUT."""
-        tokenizer = self.seats[writer.model].tokenizer
+    def _longest_note(self, writer: Agent, reader: str | None) -> int:
+        """Tokens that a text may have as a note to a model, beyond those of CUT."""
+        if (writer.model, reader) in self._foreign:
+            return self.handover_tokens
+        tokenizer = self.seats[reader].tokenizer
         nothing, cut = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (NOTHING, CUT))
-        return max(min(writer.steps, self.handover_tokens), nothing - cut)
+        return max(min(writer.steps, self.handover_tokens) + RESPLIT, nothing - cut)
 
     def _load(self, stretch: Stretch, number: int, prompts: Prompts, more: int) -> Load:
         """Of one stage; prompts per question and agent."""
         stage, last = stretch[number], number + 1 == len(stretch)
-        common = [common_beginning(of) if stage.parallel else 0 for of in prompts]
-        if min(common) == 0:
-            common = [0] * len(prompts)
         extra = more if number == 0 else 0
+        # Where notes are still to be written, nobody knows how far prompts begin alike: counted as if they did not at all, and
+        # as if the shortest were common to all.
+        common = [common_beginning(of) if stage.parallel and not extra else 0 for of in prompts]
+        shortest = [min(map(len, of)) + extra for of in prompts] if stage.parallel and extra else None
         return Load(
             stage,
             common,
@@ -262,11 +304,12 @@ class Chain:
             [a.steps - (not a.thinks and (last or a is stage.agents[-1])) for a in stage.agents],
             pending=int(number > 0 and not stretch[number - 1].agents[-1].thinks),
             crosses=number > 0 and stage.model != stretch[number - 1].model,
+            more=shortest,
         )
 
     def _within(self, plan: Plan, most: int) -> Plan:
         """The plan with as many slots for each question as the bytes allow."""
-        sizes = [self.seats[load.stage.model].slot_bytes for load in plan.loads]
+        sizes = self._slot_bytes(plan)
         if plan.bytes(sizes) <= most:
             return plan
         questions = range(len(plan.loads[0].common))

@@ -106,12 +106,18 @@ def run(
     _check_at_least_one("--batch-size", batch_size)
     _check_at_least_one("--handover-tokens", handover_tokens)
     check_placement(dtype, device)
-    if trace is not None:
-        check_trace_path(trace)
     arranged = Arrangement.read(
         method=method, chain=chain, hierarchical=hierarchical, latent_steps=latent_steps, max_new_tokens=max_new_tokens,
-        think=think, memory=memory, budget=budget,
+        think=think, model=model, memory=memory, budget=budget,
     )  # fmt: skip
+    if trace is not None:
+        if resume:
+            raise ValueError(
+                "got --resume and --trace; what is finished is not thought again, so the trace would lack it"
+            )
+        if not arranged.thinks:
+            raise ValueError("got --trace, and no agent of this chain thinks in hidden states")
+        check_trace_path(trace, [name for name in (output, questions, chain) if name is not None])
     if (resume or overwrite) and output is None:
         raise ValueError("--resume and --overwrite say what to do with the file of --output; got no --output")
     asked, left_out = _questions(question, questions)
@@ -147,7 +153,8 @@ def run(
         left_out += too_long
         if asked:
             need = f"keys and values take up to {most_kv_bytes(run_by, asked, batch_size) / 2**20:,.1f} MB"
-            err.print(f"{need} (budget: {budget})" if budget else need, soft_wrap=True)
+            limit = f" (budget: {arranged.budget})" if arranged.budget else ""
+            err.print(f"{arranged.title + '; ' if arranged.title else ''}{need}{limit}", soft_wrap=True)
         report = Report(out, run_by.agents, done.values(), as_json=as_json)
         traced = None if trace is None else stack.enter_context(TraceFile(trace, tokenizer, None if as_json else out))
         try:
@@ -161,7 +168,7 @@ def run(
             raise typer.Exit(130) from None
         except ValueError as error:
             raise ValueError(f"{error}. {_state(report.finished, len(asked), output)}") from error
-    report.close(settings, setup, run_by.aligner, left_out)
+        report.close(settings, setup, run_by.aligner, left_out)
     if left_out:
         raise typer.Exit(2)
 

@@ -1,7 +1,7 @@
 """What is seen while a chain runs: a live view on a terminal, plain lines elsewhere. All of it on standard error."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -21,15 +21,25 @@ class Display:
     now and then takes less than one step in twenty.
     """
 
-    def __init__(self, console: Console, tokenizer: Any, end_ids: Sequence[int], title: str) -> None:
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: Any,
+        end_ids: Sequence[int],
+        title: str,
+        others: Mapping[str | None, tuple[Any, Sequence[int]]] | None = None,
+    ) -> None:
         """
         Args:
             console: where to write.
             tokenizer: shows the text of the batch's first row as it comes.
             end_ids: tokens that end a row.
             title: what the batch is.
+            others: tokenizer and end tokens of agents on other models, by the models' names.
         """
-        self.console, self.tokenizer, self.end_ids, self.title = console, tokenizer, set(end_ids), title
+        self.console, self.title = console, title
+        self.speakers: dict[str | None, tuple[Any, Sequence[int]]] = {None: (tokenizer, end_ids)}
+        self.speakers.update(others or {})
         self.live: Live | None = None
         self.finished: list[Text] = []
         self.progress: Progress | None = None
@@ -69,7 +79,7 @@ class Display:
         if self.live is None:
             many, steps = len(progress.beside) > 0, progress.steps
             does = "think" + "s" * (not many) if progress.agent.thinks else "write" + "s" * (not many) + " up to"
-            number = f"{progress.number}{f'-{progress.number + len(progress.beside)}' if many else ''}"
+            number = ", ".join(map(str, (progress.number, *progress.others)))
             unit = "steps" if progress.agent.thinks else "tokens"
             self.console.print(
                 f"  {progress.names} {does} {steps} {unit} ({number} of {progress.agents})", soft_wrap=True
@@ -87,7 +97,8 @@ class Display:
         if not self.ended[0]:
             self.ids.append(tokens[0])
         self.tokens += self.ended.count(False)
-        self.ended = [ended or token in self.end_ids for ended, token in zip(self.ended, tokens, strict=True)]
+        ends = self.speakers[progress.agent.model][1]
+        self.ended = [ended or token in ends for ended, token in zip(self.ended, tokens, strict=True)]
 
     def _line(self, progress: Progress, *, finished: bool = False) -> Text:
         seconds, thinks = time.perf_counter() - self.began if self.began else 0.0, progress.agent.thinks
@@ -106,6 +117,7 @@ class Display:
         assert self.progress is not None
         lines = [Text(self.title, "dim", overflow="ellipsis", no_wrap=True), *self.finished, self._line(self.progress)]
         if self.ids:
-            text = Text(self.tokenizer.decode(self.ids, skip_special_tokens=True).strip())
+            tokenizer, _ = self.speakers[self.progress.agent.model]
+            text = Text(tokenizer.decode(self.ids, skip_special_tokens=True).strip())
             lines += text.wrap(self.console, max(self.console.width - 1, 1))[-TEXT_LINES:]
         return Group(*lines)

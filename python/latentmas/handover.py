@@ -56,6 +56,9 @@ class Budget:
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
             raise ValueError(f"a budget must be an integer of 1 or more; got {amount!r}")
 
+    def __str__(self) -> str:
+        return f"{self.slots} slots" if self.bytes is None else f"{self.bytes / UNITS['MB']:,.1f} MB"
+
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """From "64 MB" (KB, MB, GB: powers of 1024) or "512 slots"."""

@@ -21,11 +21,14 @@ class Load:
 
     Attributes:
         stage: who works.
-        common: per question, the beginning that the prompts of all its agents have in common; 0 for a single agent.
+        common: per question, the beginning that the prompts of all its agents have in common, which is read once; 0 for a
+            single agent.
         prompts: per question and agent, the prompt behind that.
         steps: per agent, latent steps or tokens that are fed in.
         pending: 1 where the stage before it may leave the last token of a text, which this one brings.
         crosses: whether the memory before it is another model's and is built anew.
+        more: per question, tokens by which `common` may turn out longer, the prompts behind it being shorter then: where they
+            hold notes that are not written yet.
     """
 
     stage: Stage
@@ -34,12 +37,22 @@ class Load:
     steps: list[int]
     pending: int = 0
     crosses: bool = False
+    more: list[int] | None = None
 
     def own(self, question: int, agent: int) -> int:
         return self.prompts[question][agent] + self.steps[agent]
 
     def of(self, question: int) -> int:
+        """All that is added."""
         return self.pending + self.common[question] + sum(self.own(question, a) for a in range(len(self.steps)))
+
+    def once(self, question: int) -> int:
+        """What is added before the agents part, at most."""
+        return self.pending + self.common[question] + (0 if self.more is None else self.more[question])
+
+    def row(self, question: int, agents: Iterable[int]) -> int:
+        """What is added where one of these agents works, at most."""
+        return self.pending + self.common[question] + max(self.own(question, a) for a in agents)
 
 
 @dataclass(frozen=True)
@@ -52,12 +65,52 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Size:
-    """A stage in slots, per question: what it begins with, and what is there behind it.
+class Held:
+    """What the memory of one question may hold.
+
+    A text or a thought that ends early leaves more of others behind a cut than one that does not. So there is no worst case of
+    all runs together: each is as long as it may be, and all of them are at most so many.
 
     Attributes:
-        begin, end: per question.
-        prompts: of `end`, per question, those that hold prompts.
+        runs: in order, each as long as it may be by itself.
+        most: slots of all together, at most.
+    """
+
+    runs: tuple[Slots, ...] = ()
+    most: int = 0
+
+    def handed_over(self, what: HandOver, last: int) -> "Held":
+        """What is handed on, the stage `last` having written the latest; always with the first slot."""
+        if not self.runs:
+            return self
+        kept = [r for r in self.runs if what.agents == "all" or r.stage == last]
+        kept = [r for r in kept if what.kinds == "all" or r.kind == "latent"]
+        if self.runs[0] not in kept:
+            kept.insert(0, replace(self.runs[0], slots=SINK))
+        held = Held(tuple(kept), min(self.most, _sum(kept)))
+        return held if what.slots is None else held.latest(what.slots)
+
+    def latest(self, slots: int) -> "Held":
+        """The first slot and the last ones: so many together."""
+        return Held(tuple(replace(r, slots=min(r.slots, slots)) for r in self.runs), min(self.most, slots))
+
+    def plus(self, runs: Sequence[Slots]) -> "Held":
+        return Held((*self.runs, *(r for r in runs if r.slots)), self.most + _sum(runs))
+
+    @property
+    def prompts(self) -> int:
+        """Slots that hold prompts, at most."""
+        return min(_sum(r for r in self.runs if r.kind == "prompt"), self.most)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A stage in slots, per question, at most.
+
+    Attributes:
+        begin: of the memory that the agents get.
+        end: of the memory that they leave; where nothing goes on from agents side by side, of the longest of theirs.
+        prompts: those of `end` that hold prompts.
     """
 
     begin: list[int]
@@ -83,18 +136,19 @@ class Plan:
     def __post_init__(self) -> None:
         """Raises ValueError where a stage alone takes more than the limit."""
         questions = range(len(self.loads[0].common))
-        runs: list[list[Slots]] = [[] for _ in questions]
+        held = [Held() for _ in questions]
         self.sizes = []
         for number, load in enumerate(self.loads):
             for q in questions:
-                runs[q] = handed_over(runs[q], load.stage.memory, number - 1)
+                held[q] = held[q].handed_over(load.stage.memory, number - 1)
                 if self.limit is not None:
-                    runs[q] = latest(runs[q], self._left(load, q, bool(runs[q])))
-            begin = [_sum(row) for row in runs]
-            for q in questions:
-                runs[q] += _added(number, load, q)
-            prompts = [_sum(run for run in row if run.kind == "prompt") for row in runs]
-            self.sizes.append(Size(begin, [_sum(row) for row in runs], prompts))
+                    held[q] = held[q].latest(self._left(load, q, bool(held[q].runs)))
+            begin = [of.most for of in held]
+            held = [of.plus(_added(number, load, q)) for q, of in enumerate(held)]
+            end = [of.most for of in held]
+            if load.stage.parallel and number + 1 == len(self.loads):
+                end = [b + load.row(q, range(len(load.steps))) for q, b in enumerate(begin)]
+            self.sizes.append(Size(begin, end, [min(of.prompts, e) for of, e in zip(held, end, strict=True)]))
 
     def _left(self, load: Load, question: int, before: bool) -> int:
         """Slots that a stage leaves to what was there before it, if anything was."""
@@ -117,15 +171,14 @@ class Plan:
             if load.crosses and (merged or n != number):
                 break
             if load.stage.parallel:
-                return max([need] + [b + load.pending + c for b, c in zip(size.begin, load.common, strict=True)])
+                return max([need, *(b + load.once(q) for q, b in enumerate(size.begin))])
             need = max([need, *size.end])
         return need
 
     def group_capacity(self, number: int, agents: Sequence[int]) -> int:
         """Slots per row of a buffer in which agents of a stage work side by side, a row for each question and agent."""
-        load, size = self.loads[number], self.sizes[number]
-        before = [b + load.pending + c for b, c in zip(size.begin, load.common, strict=True)]
-        return max(slots + load.own(q, a) for q, slots in enumerate(before) for a in agents)
+        load = self.loads[number]
+        return max(b + load.row(q, agents) for q, b in enumerate(self.sizes[number].begin))
 
     def bytes(self, slot_bytes: Sequence[int]) -> int:
         """Bytes of all KV buffers where they are largest together.
@@ -157,28 +210,6 @@ def side_by_side(agents: Sequence[Agent]) -> list[list[int]]:
     return list(calls.values())
 
 
-def handed_over(runs: list[Slots], what: HandOver, last: int) -> list[Slots]:
-    """The runs that are handed on, of which the stage `last` wrote the latest; always with the first slot."""
-    kept = [r for r in runs if what.agents == "all" or r.stage == last]
-    kept = [r for r in kept if what.kinds == "all" or r.kind == "latent"]
-    if runs and runs[0] not in kept:
-        kept.insert(0, replace(runs[0], slots=SINK))
-    return kept if what.slots is None else latest(kept, what.slots)
-
-
-def latest(runs: list[Slots], slots: int) -> list[Slots]:
-    """The first slot and, of the others, the last ones: so many together."""
-    if _sum(runs) <= slots:
-        return runs
-    first, rest = replace(runs[0], slots=SINK), [replace(runs[0], slots=runs[0].slots - SINK), *runs[1:]]
-    left, kept = slots - SINK, list[Slots]()
-    for run in reversed(rest):
-        if left > 0 and run.slots:
-            kept.insert(0, replace(run, slots=min(run.slots, left)))
-            left -= run.slots
-    return [first, *kept]
-
-
 def _added(number: int, load: Load, question: int) -> list[Slots]:
     runs = [Slots(number, "text", load.pending), Slots(number, "prompt", load.common[question])]
     for agent, (prompt, steps) in enumerate(zip(load.prompts[question], load.steps, strict=True)):
@@ -186,7 +217,7 @@ def _added(number: int, load: Load, question: int) -> list[Slots]:
             Slots(number, "prompt", prompt),
             Slots(number, "latent" if load.stage.agents[agent].thinks else "text", steps),
         ]
-    return [run for run in runs if run.slots]
+    return runs
 
 
 def _sum(runs: Iterable[Slots]) -> int:

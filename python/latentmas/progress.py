@@ -20,6 +20,7 @@ class Progress:
         tokens: int64 [B] on the CPU, the tokens just written, anything behind the end of a row; None at step 0 and for
             an agent that thinks.
         beside: who else is at work in the same steps; rows of a question follow each other, the agent's own first.
+        others: their numbers.
     """
 
     agent: Agent
@@ -28,6 +29,7 @@ class Progress:
     step: int
     tokens: Tensor | None = None
     beside: tuple[Agent, ...] = ()
+    others: tuple[int, ...] = ()
 
     @property
     def names(self) -> str:

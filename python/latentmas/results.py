@@ -59,7 +59,7 @@ class AgentMetrics:
         shared_tokens: tokens of its prompts that it need not read, since they were read once for several rows.
         steps: latent or token steps one after the other; one step works on all rows of a batch.
         prefill_seconds, latent_seconds, decode_seconds: the phases, wall clock.
-        other_seconds: tokens from and to text, checks, buffers. Agents side by side share their seconds evenly.
+        other_seconds: tokens from and to text, checks, buffers. Agents that one call runs share its seconds evenly.
         kv_bytes: keys and values in the agent's memory as it ends; over several batches the largest.
     """
 

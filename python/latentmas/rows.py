@@ -1,7 +1,7 @@
 """A question on its way through a chain."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from latentmas.results import Answer, Turn
 from latentmas.seats import Fed
@@ -12,12 +12,21 @@ NOTHING = "(nothing)"
 """Stands for an empty text."""
 
 
+@dataclass(frozen=True)
+class Note:
+    """A text as others read it; `model` is the writer's, as agents call it."""
+
+    agent: str
+    text: str
+    model: str | None
+
+
 @dataclass
 class Row:
     """One question: what was said so far, and what its memory was fed.
 
     Attributes:
-        notes: name and text of each agent that wrote.
+        notes: of each agent that wrote.
         pending: the last token of a text that was ended by its length. It was not fed in: the next turn in that memory
             brings it.
         fed: per slot of the memory; kept only where it may have to cross to another model.
@@ -25,7 +34,7 @@ class Row:
 
     question: str
     turns: list[Turn] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     fed: list[Fed] = field(default_factory=list)
     text: str = ""
@@ -35,9 +44,15 @@ class Row:
         return Answer(self.question, self.text, self.finish_reason, self.turns)
 
 
-def notes_of(written: list[tuple[str, str]]) -> str:
+def notes_of(written: list[Note]) -> str:
     """What "{notes}" stands for."""
-    return "\n\n".join(f"{name}:\n{text or NOTHING}" for name, text in written)
+    return "\n\n".join(f"{note.agent}:\n{note.text or NOTHING}" for note in written)
+
+
+def cut_note(text: str, tokenizer: Any, limit: int) -> tuple[str, int | None]:
+    """A text of so many tokens at most, and the number of its tokens where it was cut."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return (text, None) if len(ids) <= limit else (tokenizer.decode(ids[:limit]) + CUT, len(ids))
 
 
 def common_beginning(rows: list[list[int]]) -> int:

@@ -54,7 +54,7 @@ class Seat:
         Raises:
             ValueError: where the two do not have the same tokens.
         """
-        differs = _tokens_differ(self, other)
+        differs = tokens_differ(self, other)
         if differs:
             raise ValueError(
                 f"memory cannot cross from {self.title} to {other.title}: {differs}. Let the agents before it write "
@@ -65,7 +65,7 @@ class Seat:
             self.across[other.name] = build_aligner(self.model, kind, target_model=other.model)
 
 
-def _tokens_differ(one: Seat, other: Seat) -> str | None:
+def tokens_differ(one: Seat, other: Seat) -> str | None:
     """Why token ids of one mean nothing to the other, as a clause; None where they mean the same."""
     here, there = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     apart = sorted(here.items() ^ there.items(), key=lambda item: item[1])

@@ -64,6 +64,12 @@ def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
             + (f"{stages[-1].names!r}, side by side" if stages and stages[-1].parallel else "")
             + ("" if stages else "no agents")
         )
+    joined = next((stage.names for stage in stages if stage.parallel and stage.names in names), None)
+    if joined is not None:
+        raise ValueError(
+            f"no agent may be called {joined!r}, as what those agents side by side read together is called; give it "
+            "another name"
+        )
     stretches: list[Stretch] = []
     for stage in stages:
         if not stage.reads_notes:

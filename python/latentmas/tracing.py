@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ class AgentTrace:
     Attributes:
         agent: its name.
         trace: its thoughts, a row per question of the batch.
+        tokenizer: of the model that it ran on; None is that of the run.
     """
 
     agent: str
     trace: LatentTrace
+    tokenizer: Any = None
 
 
 def trace_table(
@@ -53,11 +56,11 @@ def trace_table(
         ValueError: where the traces are of another number of questions.
     """
     console = Console() if console is None else console
-    spelling = _Spelling(tokenizer)
+    spellings = _spellings(traces, tokenizer)
     for row, question in _rows(traces, questions):
         title = Text(f"Question {question.number} ", "bold").append(question.text, "not bold")
         console.print(title, soft_wrap=True)
-        for agent in traces:
+        for agent, spelling in zip(traces, spellings, strict=True):
             steps = agent.trace.steps[row]
             count = "1 step" if steps == 1 else f"{steps} steps"
             console.print(Text(f"\n{agent.agent} ", "bold").append(count, "not bold dim"), soft_wrap=True)
@@ -83,7 +86,7 @@ def trace_document(
     Raises:
         ValueError: as `trace_table`.
     """
-    spelling = _Spelling(tokenizer)
+    spellings = _spellings(traces, tokenizer)
     return {
         "questions": [
             {
@@ -91,7 +94,7 @@ def trace_document(
                 "question": question.text,
                 "agents": [
                     {"agent": agent.agent, "steps": [_entry(step, spelling) for step in _steps(agent.trace, row)]}
-                    for agent in traces
+                    for agent, spelling in zip(traces, spellings, strict=True)
                 ],
             }
             for row, question in _rows(traces, questions)
@@ -110,10 +113,17 @@ def write_trace(path: str | Path, document: dict[str, Any]) -> None:
     try:
         with whole_file(Path(path)) as temporary:
             temporary.write_text(text, encoding="ascii")
+            temporary.chmod(0o666 & ~_umask())  # a temporary file is for its owner alone
     except OSError as error:
         raise OSError(
             f"cannot write the trace to {path}: {error.strerror or error}; make room, or name another file"
         ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 # ---- rows and steps ------------------------------------------------------------------------------------------------
@@ -201,6 +211,13 @@ def _table(trace: LatentTrace, row: int, spelling: "_Spelling") -> Table:
 
 
 # ---- how a token is spelled ----------------------------------------------------------------------------------------
+
+
+def _spellings(traces: Sequence[AgentTrace], tokenizer: Any) -> list["_Spelling"]:
+    """Of each agent; one for each tokenizer."""
+    theirs = [tokenizer if agent.tokenizer is None else agent.tokenizer for agent in traces]
+    known = {id(one): _Spelling(one) for one in theirs}
+    return [known[id(one)] for one in theirs]
 
 
 class _Spelling:

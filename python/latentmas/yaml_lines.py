@@ -58,6 +58,10 @@ def fault(faults: Faults, node: yaml.Node, message: str) -> None:
     faults.append((line_of(node), message))
 
 
+BREAKS = "\r\n|[\r\n\x85\u2028\u2029]"
+"""Where PyYAML ends a line."""
+
+
 def line_of(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
@@ -65,7 +69,7 @@ def line_of(node: yaml.Node) -> int:
 def source_lines(node: yaml.Node) -> Iterator[tuple[int, str]]:
     """The lines that a value is written in, with their numbers."""
     written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
-    return enumerate(written.split("\n"), start=line_of(node))
+    return enumerate(re.split(BREAKS, written), start=line_of(node))
 
 
 def shown(node: yaml.Node) -> str:
@@ -73,7 +77,8 @@ def shown(node: yaml.Node) -> str:
     if _kind(node) == "str":
         return quoted(node.value)
     _, written = next(source_lines(node))
-    return _short(written.strip()) or "(empty)"
+    written = _short(written.strip()) or "(empty)"
+    return written if written.isprintable() else written.encode("unicode_escape").decode()
 
 
 def peek(node: yaml.Node, key: str) -> yaml.Node | None:
@@ -117,14 +122,13 @@ def mapping(
     keys: dict[str, yaml.Node] = {}
     lines: dict[str, int] = {}
     for key, value in node.value:
-        word = quoted(str(key.value))
         if not isinstance(key, yaml.ScalarNode) or not key.value:
             fault(faults, key, f"{owner} has the key {shown(key)}; allowed are words as keys")
         elif key.value in lines:
-            fault(faults, key, f"{owner} has {word} again, after line {lines[key.value]}; allowed is one")
+            fault(faults, key, f"{owner} has {quoted(key.value)} again, after line {lines[key.value]}; allowed is one")
         elif allowed is not None and key.value not in allowed:
             known = f"{meant(key.value, allowed)}allowed {'are' if len(allowed) > 1 else 'is'} {', '.join(allowed)}"
-            fault(faults, key, f"{owner} has the unknown key {word}; {known}")
+            fault(faults, key, f"{owner} has the unknown key {quoted(key.value)}; {known}")
         else:
             keys[key.value], lines[key.value] = value, line_of(key)
     return keys

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from latentmas_kernels.ops.triton.memory import keeps_states, states_pointer
 from latentmas_kernels.ops.triton.product import wait_for_inputs
+from latentmas_kernels.ops.triton.rows import taken_latent_step
 from latentmas_kernels.ops.triton.target import Target
 
 
@@ -23,8 +24,8 @@ def rmsnorm_kernel(
     stored = inside
     keeps = False
     if STEP:
-        stored = cols < tl.where(tl.load(rows + 3 * rows_stride + row) >= 0, width, 0)
-        step = tl.load(rows + 4 * rows_stride + row) - 1  # realign has counted it already
+        takes_part, step = taken_latent_step(rows, rows_stride, row)
+        stored = cols < tl.where(takes_part, width, 0)
         keeps = keeps_states(memory)
     values = tl.load(x + row * width + cols, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)

@@ -58,6 +58,14 @@ def latent_step(rows, stride, row):
 
 
 @triton.jit
+def taken_latent_step(rows, stride, row):
+    """Of the present latent step, once `end_latent_step` has counted it: whether the row takes part in it, and its number."""
+    slot = tl.load(rows + 3 * stride + row)
+    step = tl.load(rows + 4 * stride + row)
+    return slot >= 0, step - 1
+
+
+@triton.jit
 def end_latent_step(rows, stride, row, step, goes_on):
     """Count the step, and say whether the row takes part in the next one. Behind `advance`, which reads that of this."""
     tl.store(rows + 4 * stride + row, step + 1)

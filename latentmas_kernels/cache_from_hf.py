@@ -1,0 +1,104 @@
+"""A transformers cache of any plain or quantized kind as a LatentCache."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, cache_utils
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from latentmas_kernels.cache import LatentCache
+
+# Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
+# quanto, HQQ and what else derives from it. Newer transformers have a wider base, for FP8, which keeps no residual.
+QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
+
+
+def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | None) -> LatentCache:
+    """See `LatentCache.from_hf`."""
+    if isinstance(cache, LatentCache):
+        return cache.fork(capacity)
+    other = [type(layer) for layer in cache.layers if not isinstance(layer, QUANTIZED_LAYER)]
+    strange = sorted({kind.__name__ for kind in other if kind not in PLAIN_LAYERS})
+    if strange:
+        raise ValueError(
+            f"got a {type(cache).__name__} with layers of type {', '.join(strange)}; "
+            f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))} and quantized layers"
+        )
+    length = int(cache.get_seq_length()) if cache.layers else 0
+    if length == 0:
+        raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
+    layers: list[Any] = cache.layers
+    keys, _ = _states(layers[0], length)
+    batch, heads, _, width = keys.shape
+    mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
+    if list(mask.shape) != [batch, length]:
+        raise ValueError(
+            f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}"
+        )
+    counts = (mask != 0).sum(1)
+    capacity = int(counts.max()) if capacity is None else capacity
+    if capacity < int(counts.max()):
+        raise ValueError(
+            f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
+        )
+    own = LatentCache(
+        layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
+        dtype=keys.dtype, device=layers[0].device if cache.offloading else keys.device,
+    )  # fmt: skip
+    device = own._buffer.device
+    if cache.offloading and device.type == "cuda":
+        torch.cuda.synchronize(device)  # layers go to the CPU without waiting for their bytes to get there
+    rows, columns = (mask != 0).nonzero(as_tuple=True)
+    slots = ((mask != 0).cumsum(1) - 1)[rows, columns]
+    rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
+    cut = torch.zeros(batch, dtype=torch.bool)  # rows of which some layer has dropped slots
+    for index, layer in enumerate(layers):
+        pair = _states(layer, length)  # one layer at a time: quantized ones are taken for their small size
+        shapes = [[*full.shape[:2], full.shape[3]] for full in pair]
+        if shapes != [[batch, heads, width]] * 2:
+            raise ValueError(
+                f"layer {index} of this {type(cache).__name__} holds keys and values of [batch, heads, width] {shapes}, "
+                f"layer 0 keys of {[batch, heads, width]}; supported is one shape for all"
+            )
+        for store, full in zip((own.keys[index], own.values[index]), pair, strict=True):
+            full = full.to(device)
+            dropped = length - full.shape[2]
+            cut |= (mask[:, :dropped] != 0).any(1)
+            kept = columns >= dropped
+            store[rows[~kept], :, slots[~kept]] = 0
+            store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped]
+    own.positions[rows, slots] = slots
+    own.lengths, own.next_position = counts, counts.clone()
+    own.whole_from = torch.where(cut, counts, 0)
+    own.add_segment("prompt", torch.zeros_like(counts))
+    return own
+
+
+def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
+    """The filled part of a transformers layer's keys and values, each [B, H, S, D], dequantized where it is quantized.
+
+    S is `length`, or less for a sliding window that has dropped some.
+    """
+    if not isinstance(layer, QUANTIZED_LAYER):
+        return layer.keys[:, :, :length], layer.values[:, :, :length]
+    # What is not quantized yet tells the shape of no tokens; where all is quantized, that has no shape.
+    states = layer.keys, layer.values
+    if layer.keys.dim() != 4:
+        states = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
+    # An update by no tokens gives the whole states. It binds the layer's fields anew and may quantize again: to a copy.
+    keys, values = copy.copy(layer).update(states[0][:, :, :0], states[1][:, :, :0])
+    if keys.shape[2] != length:
+        raise ValueError(
+            f"a {type(layer).__name__} counts {length} tokens and holds {keys.shape[2]}, as after a crop(), which "
+            "quantized layers do not support; pass a cache that was not cropped"
+        )
+    return keys, values
