@@ -452,8 +452,8 @@ class LatentCache(Cache):
         """Each row `times` times, one behind the other, for that many ways to go on. The first of them lends the others what
         they have in common, in whole runs of LENT_SLOTS slots.
 
-        What is lent is neither computed nor copied, and engines read it once. The buffer has room for it in every row all the
-        same: on CUDA that memory is reserved, on the CPU its pages are never touched.
+        What is lent is neither computed nor copied, and engines read it where it lies. The buffer has room for it in every row
+        all the same: on CUDA that memory is reserved, on the CPU its pages are never touched.
         """
         from latentmas_kernels.cache_edits import spread  # it needs LatentCache itself
 

@@ -374,6 +374,7 @@ def test_what_a_writer_cannot_have(faults, line, message):
         ("{name: a}", "agent 'a' has no prompt and no output; allowed are agents with name, prompt, output"),
         ("{output: text, prompt: x}", "an agent has no name; allowed are agents with name, prompt, output"),
         ("{name: ' ', output: text, prompt: x}", "agent ' ' has name \" \"; allowed is text"),
+        ("{name: a + b, output: text, prompt: x}", "agent 'a + b' has \" + \" in its name; allowed are names without it"),
         ("{name: 'a:b', output: text, prompt: x}", "agent 'a:b' has \":\" in its name; allowed are names without it"),
         ("{name: a, output: speech, prompt: x}", "agent 'a' has output \"speech\"; allowed is latent or text"),
         ("{name: a, output: text, prompt: ''}", "agent 'a' has prompt \"\"; allowed is text"),

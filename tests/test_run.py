@@ -1,5 +1,7 @@
 """A run of a chain: agents side by side, common beginnings read once, memories cut and kept within a budget."""
 
+import itertools
+import time
 from contextlib import suppress
 
 import latentmas.chain
@@ -527,8 +529,11 @@ def test_values_of_other_types_are_refused(make, words):
         make()
 
 
-def test_agents_in_several_calls_have_seconds_and_numbers_of_their_own(model, tokenizer):
-    """A thinker beside a writer: its steps are not charged with the text, and each is told of by its number."""
+def test_agents_in_several_calls_have_seconds_and_numbers_of_their_own(model, tokenizer, monkeypatch):
+    """A thinker beside a writer: its steps are not charged with the text, and each is told of by its number. On a clock that
+    ticks when it is looked at, all seconds but the first and the last are somebody's."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     agents = [[MATH, WORDS, CODE], JUDGER]
     told = []
     chain = Chain(model, tokenizer, agents, aligner="ridge")
@@ -537,7 +542,7 @@ def test_agents_in_several_calls_have_seconds_and_numbers_of_their_own(model, to
     assert (math.decode_seconds, code.decode_seconds, words.latent_seconds) == (0, 0, 0)
     assert math.latent_seconds == code.latent_seconds > 0 < words.decode_seconds
     assert list(dict.fromkeys(told)) == [("math + code", 1, (3,)), ("words", 2, ()), ("judger", 4, ())]
-    assert abs(sum(agent.seconds for agent in result.agents) / result.seconds - 1) < 0.2
+    assert sum(agent.seconds for agent in result.agents) == pytest.approx(result.seconds - 2)
 
 
 # ---- stopping early, looking inside --------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from latentmas_kernels.cache import check_room
 from latentmas_kernels.rotation import Rotation
 
 SHARE_FROM = 64
-"""Tokens that reading a common beginning once must save. The pass of its own costs as much as 10 to 15 tokens of a prompt: it
-reads the weights once more."""
+"""Tokens that reading a common beginning once must save. The pass of its own reads the weights once more: on SmolLM2-135M in
+bfloat16 on two cores, 30 tokens saved took 29 ms instead of 33, 64 tokens 39 instead of 56, 90 tokens 40 instead of 66."""
 
 RESPLIT = 4
 """Tokens by which a text may be longer when it is split anew, its ends stripped, than it was written."""

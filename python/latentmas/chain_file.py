@@ -323,8 +323,9 @@ def _check_agent(
     missing = [key for key in _NEEDED if key not in keys]
     if isinstance(node, yaml.MappingNode) and missing:
         reading.fault(node, f"{owner} has no {' and no '.join(missing)}; allowed are agents with {', '.join(_NEEDED)}")
-    if ":" in values.get("name", ""):
-        reading.fault(keys["name"], f'{owner} has ":" in its name; allowed are names without it')
+    for mark in (":", " + "):  # "name:kind" is a segment, "one + other" what agents side by side read together
+        if mark in values.get("name", ""):
+            reading.fault(keys["name"], f'{owner} has "{mark}" in its name; allowed are names without it')
     output = values.get("output")
     others = {"text": ("latent_steps", "settle"), "latent": ("max_new_tokens",)}
     for key in others.get(str(output), ()):
