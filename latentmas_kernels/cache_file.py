@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import reprlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -45,6 +46,23 @@ VOLATILE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """Whose cache it is: what a file of one says of its model.
+
+    Attributes:
+        fingerprint: `model_fingerprint`.
+        model: shapes and dtype in words.
+    """
+
+    fingerprint: str
+    model: str
+
+    @classmethod
+    def of(cls, model: Any) -> "Stamp":
+        return cls(model_fingerprint(model), _describe(Architecture.of(model)))
+
+
 def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> None:
     """`LatentCache.save`."""
     architecture = Architecture.of(model)
@@ -53,10 +71,16 @@ def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> 
     want = _description("cache", architecture.layers, architecture.kv_heads, architecture.head_dim, architecture.dtype)
     if got != want:
         raise ValueError(f"got a {got}, {architecture.name} writes a {want}; pass the model that wrote this cache")
-    told = {
+    write_cache(cache, Path(path), Stamp.of(model))
+
+
+def write_cache(cache: LatentCache, path: Path, stamp: Stamp) -> None:
+    """As `save_cache`, for a cache that is known to be of that model and borrows nothing."""
+    _, layers, batch, heads, _, width = cache.buffer.shape
+    told: dict[str, Any] = {
         "format": FORMAT,
-        "fingerprint": model_fingerprint(model),
-        "model": _describe(architecture),
+        "fingerprint": stamp.fingerprint,
+        "model": stamp.model,
         "segments": [vars(segment) for segment in cache.segments],
     }
     if bool(cache.whole_from.any()):
@@ -84,7 +108,7 @@ def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> 
         "next_position": cache.next_position.clone(),  # the format takes no two tensors of one memory
         "positions": positions,
     }
-    with whole_file(Path(path)) as temporary:
+    with whole_file(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"latentmas": facts})
         except SafetensorError as error:  # a full disk, say
@@ -95,24 +119,60 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
     """`LatentCache.load`."""
     path = Path(path)
     architecture = Architecture.of(model)
-    facts, tensors = _read(path)
-    kv = tensors.pop("kv")
-    _check_model(path, facts, kv, model, architecture)
-    _, _, batch, _, slots, _ = kv.shape
-    # Copies: what was checked stays so, whatever happens to the file.
-    lengths, next_position, positions = (tensors[name].clone() for name in TENSORS[1:])
-    _check_rows(path, batch, slots, lengths, next_position, positions)
-    segments = _segments(path, facts["segments"], lengths.tolist())
-    whole_from = _whole_from(path, facts.get("whole_from", [0] * batch), lengths.tolist())
+    saved = read_rows(path)
+    _check_model(path, saved, model, architecture)
+    lengths = saved.lengths.tolist()
+    segments = _segments(path, saved.facts["segments"], lengths)
+    whole_from = _whole_from(path, saved.facts.get("whole_from", [0] * len(lengths)), lengths)
 
     if architecture.device.type == "cpu":
-        cache = LatentCache.over(kv)
+        cache = LatentCache.over(saved.kv)
     else:
-        cache = LatentCache.for_model(architecture, batch, slots)
-        cache.buffer.copy_(kv)
-    cache.lengths, cache.next_position, cache.segments = lengths, next_position, segments
-    cache.positions, cache.whole_from = positions.to(architecture.device), torch.tensor(whole_from)
+        cache = LatentCache.for_model(architecture, len(lengths), saved.kv.shape[4])
+        cache.buffer.copy_(saved.kv)
+    cache.lengths, cache.next_position, cache.segments = saved.lengths, saved.next_position, segments
+    cache.positions, cache.whole_from = saved.positions.to(architecture.device), torch.tensor(whole_from)
     return cache
+
+
+@dataclass(frozen=True)
+class SavedRows:
+    """What a file holds. Tensors as in the file; `kv` is mapped, copy-on-write.
+
+    Attributes:
+        stamp: of the model that wrote it.
+        facts: of the metadata; segments and whole_from may still be anything.
+    """
+
+    stamp: Stamp
+    facts: dict[str, Any]
+    kv: Tensor
+    lengths: Tensor
+    next_position: Tensor
+    positions: Tensor
+
+
+def read_rows(path: Path) -> SavedRows:
+    """A file for a reader that has no model of transformers; everything is checked but that keys and values are of the reader's
+    model, and finite.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file that is damaged or not of this format.
+    """
+    facts, tensors = _read(path)
+    kv = tensors.pop("kv")
+    stamp = _stamp(path, facts)
+    if kv.dim() != 6 or kv.shape[0] != 2 or min(kv.shape) < 1 or not kv.is_floating_point():
+        raise _refusal(
+            path,
+            f"keys and values {list(kv.shape)} in {kv.dtype}",
+            "[2, layers, B, kv_heads, slots, head_dim], none of them 0, in a floating point dtype",
+        )
+    # Copies: what was checked stays so, whatever happens to the file.
+    lengths, next_position, positions = (tensors[name].clone() for name in TENSORS[1:])
+    _check_rows(path, kv.shape[2], kv.shape[4], lengths, next_position, positions)
+    return SavedRows(stamp, facts, kv, lengths, next_position, positions)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -177,19 +237,18 @@ def _description(name: str, layers: int, heads: int, width: int, dtype: torch.dt
     return f"{name} of {layers} layers, {heads} KV heads of {width}, {dtype}"
 
 
-def _check_model(path: Path, facts: dict[str, Any], kv: Tensor, model: Any, architecture: Architecture) -> None:
-    """Raise ValueError where `kv` is no keys and values, or not of this model."""
+def _stamp(path: Path, facts: dict[str, Any]) -> Stamp:
     fingerprint, writer = facts["fingerprint"], facts["model"]
     if not (isinstance(fingerprint, str) and len(fingerprint) == 64 and set(fingerprint) <= set("0123456789abcdef")):
         raise _refusal(path, f"the fingerprint {reprlib.repr(fingerprint)}", "a sha256 in hexadecimal")
     if not (isinstance(writer, str) and writer.isprintable() and len(writer) <= 200):
         raise _refusal(path, f"the model {reprlib.repr(writer)}", "a description of up to 200 characters")
-    if kv.dim() != 6 or kv.shape[0] != 2 or min(kv.shape) < 1 or not kv.is_floating_point():
-        raise _refusal(
-            path,
-            f"keys and values {list(kv.shape)} in {kv.dtype}",
-            "[2, layers, B, kv_heads, slots, head_dim], none of them 0, in a floating point dtype",
-        )
+    return Stamp(fingerprint, writer)
+
+
+def _check_model(path: Path, saved: SavedRows, model: Any, architecture: Architecture) -> None:
+    """Raise ValueError where these are not keys and values of this model."""
+    fingerprint, writer, kv = saved.stamp.fingerprint, saved.stamp.model, saved.kv
     another = (
         f"{path} is the cache of another model: {writer} wrote it (fingerprint {fingerprint[:12]}), got "
         f"{_describe(architecture)} (fingerprint {{}}). Load it with the model that wrote it, with the same weights, or let "

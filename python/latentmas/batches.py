@@ -52,7 +52,7 @@ def run_batches(
         ValueError: where a batch does not fit the memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
-    speakers = {name: (seat.tokenizer, _end_ids(seat.model)) for name, seat in chain.seats.items()}
+    speakers = {name: (seat.tokenizer, seat.end_ids) for name, seat in chain.seats.items()}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         # By the question, so that a run that goes on draws what it would have drawn.
@@ -95,11 +95,6 @@ def _record(answer: Answer) -> dict[str, Any]:
     record = asdict(answer)
     record["answer"] = record.pop("text")
     return record
-
-
-def _end_ids(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return [ends] if isinstance(ends, int) else ends or []
 
 
 def _title(batch: Sequence[Question], start: int, total: int) -> str:

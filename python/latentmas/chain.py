@@ -1,12 +1,13 @@
 """A chain of agents: thinkers extend a latent memory, writers write from it or read each other's notes; some side by side."""
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from latentmas.agents import Agent
+from latentmas.backends.fits import check_decoder
+from latentmas.backends.writing import Decoder, TextRequest, Written
 from latentmas.handover import EVERYTHING, Budget
 from latentmas.plan import SINK, Load, Plan
 from latentmas.progress import Progress
@@ -15,8 +16,9 @@ from latentmas.results import ChainResult
 from latentmas.rows import CUT, NOTHING, Note, common_beginning, cut_note, notes_of
 from latentmas.run import Run
 from latentmas.seats import Seat, tokens_differ
+from latentmas.stage_run import StageRun
 from latentmas.stages import Stage, Stretch, stretches_of
-from latentmas_kernels import Aligner, build_aligner
+from latentmas_kernels import Aligner, LatentCache, build_aligner
 from latentmas_kernels.cache import check_room
 from latentmas_kernels.rotation import Rotation
 
@@ -26,6 +28,31 @@ bfloat16 on two cores, 30 tokens saved took 29 ms instead of 33, 64 tokens 39 in
 
 RESPLIT = 4
 """Tokens by which a text may be longer when it is split anew, its ends stripped, than it was written."""
+
+
+@dataclass
+class Prepared:
+    """A run whose last text is still to be written.
+
+    Attributes:
+        memory: that it is written behind, a row for each question; None where there is nothing in it.
+        requests: of each question.
+    """
+
+    run: Run
+    last: StageRun
+    memory: LatentCache | None = field(init=False)
+    requests: list[TextRequest] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory, self.requests = self.last.given, self.last.requests()
+
+    def finish(self, written: Sequence[Written]) -> ChainResult:
+        """The answers, from the texts of the requests."""
+        self.last.end(written)
+        self.run.take_down(self.last)
+        return self.run.result()
+
 
 Prompts = list[list[list[int]]]
 """Token ids, per stage and agent of it."""
@@ -63,6 +90,7 @@ class Chain:
         handover_tokens: int = 512,
         budget: Budget | str | None = None,
         models: Mapping[str, tuple[Any, Any]] | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """Check the agents and measure how hidden states are fed back, where some agent thinks.
 
@@ -75,6 +103,7 @@ class Chain:
             handover_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
             budget: what keys and values may take ("64 MB", "512 slots"); the oldest are cut out of the memory.
             models: (model, tokenizer) by the names that agents have in `Agent.model`; their aligner is a kind, as `aligner`.
+            decoder: writes the texts of all agents on the last agent's model; None writes them here.
 
         Raises:
             ValueError: where a model cannot run, the agents make no chain, or a memory cannot be cut or cross as they want.
@@ -83,8 +112,8 @@ class Chain:
             raise ValueError(f"handover_tokens must be 1 or more; got {handover_tokens}")
         if not isinstance(budget, Budget | str | None):
             raise ValueError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
-        self._stretches = stretches_of(agents)
-        self.agents = [agent for stretch in self._stretches for stage in stretch for agent in stage.agents]
+        self.stretches = stretches_of(agents)
+        self.agents = [agent for stretch in self.stretches for stage in stretch for agent in stage.agents]
         self.model, self.tokenizer, self.engine, self.weights = model, tokenizer, engine, weights
         self.handover_tokens = handover_tokens
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
@@ -115,8 +144,11 @@ class Chain:
             for b in self.seats.values()
             if a is not b and tokens_differ(a, b)
         }
-        self.tracks = False
-        for stretch in self._stretches:
+        self.decoder = decoder
+        if decoder is not None:
+            check_decoder(decoder, self.seats[self.agents[-1].model], self.stretches, self.budget)
+        self.tracks = decoder is not None and decoder.hand_over == "embeds"
+        for stretch in self.stretches:
             self._open_ways(stretch)
 
     def _open_ways(self, stretch: Stretch) -> None:
@@ -173,25 +205,46 @@ class Chain:
                 memory.
         """
         check_request(questions, temperature, top_p)
-        began = time.perf_counter()
         run = Run(self, list(questions), temperature=temperature, top_p=top_p, on_progress=on_progress, trace=trace)
         try:
-            for stretch in self._stretches:
-                run.stretch(stretch)
+            last = run.to_last()
+            last.run()
+            run.take_down(last)
         finally:
             for text in run.warnings:
                 warnings.warn(text, stacklevel=2)
-        assert run.memory is not None
-        return ChainResult(
-            [row.answer() for row in run.rows],
-            run.metrics,
-            time.perf_counter() - began,
-            self.aligner,
-            run.memory,
-            run.traces,
-        )
+        return run.result()
+
+    def prepare(
+        self,
+        questions: Sequence[str],
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Prepared:
+        """Run all agents but the last, whose text the caller lets a decoder write; arguments as of `run`.
+
+        Raises:
+            ValueError: as `run`.
+        """
+        assert self.decoder is not None, "without a decoder nobody could write the last text"
+        check_request(questions, temperature, top_p)
+        run = Run(self, list(questions), temperature=temperature, top_p=top_p, on_progress=on_progress, trace=None)
+        try:
+            last = run.to_last()
+            last.begin()
+        finally:
+            for text in run.warnings:
+                warnings.warn(text, stacklevel=2)
+        return Prepared(run, last)
 
     # ---- what a run needs to know ----------------------------------------------------------------------------------
+
+    def decoder_of(self, stage: Stage) -> Decoder | None:
+        """Who writes the texts of a stage, where that is not the chain's own engine."""
+        writes = not stage.agents[0].thinks and stage.model == self.agents[-1].model
+        return self.decoder if writes else None
 
     def readable(self, reader: Stage, notes: list[Note]) -> tuple[list[Note], list[str]]:
         """Notes as a stage reads them, and what is to be said of those that were cut for that: where its model has other
@@ -253,7 +306,7 @@ class Chain:
 
     def is_read(self, writer: Agent) -> bool:
         """Whether an agent behind it reads what it wrote."""
-        stages = [stage for stretch in self._stretches for stage in stretch]
+        stages = [stage for stretch in self.stretches for stage in stretch]
         at = next(number for number, stage in enumerate(stages) if writer in stage.agents)
         return any(stage.reads_notes for stage in stages[at + 1 :])
 
@@ -265,14 +318,16 @@ class Chain:
         check_room(need, device, f"a memory of {rows} rows of {slots} slots")
 
     def _slot_bytes(self, plan: Plan) -> list[int]:
-        """Per stage, of its model."""
+        """Per stage, of its model; nothing where a decoder keeps all of the memory."""
+        if len(plan.loads) == 1 and self.decoder_of(plan.loads[0].stage) is not None:
+            return [0]
         return [self.seats[load.stage.model].slot_bytes for load in plan.loads]
 
     def _plans(self, questions: Sequence[str]) -> list[Plan]:
         """Of each stretch, notes being as long as they may become."""
         written: list[Agent] = []
         plans = []
-        for stretch in self._stretches:
+        for stretch in self.stretches:
             notes = [Note(agent.name, CUT, agent.model) for agent in written]
             times = max(agent.places.count("notes") for agent in stretch[0].agents)
             longest = times * sum(self._longest_note(agent, stretch[0].model) for agent in written)
@@ -332,6 +387,17 @@ class Chain:
         return Plan(plan.loads, plan.shared, low)
 
     def _check_positions(self, plan: Plan) -> None:
+        for load, size in zip(plan.loads, plan.sizes, strict=True):
+            decoder = self.decoder_of(load.stage)
+            agents = range(len(load.stage.agents))
+            # The last token that is written takes a position, too.
+            tokens = max(begin + load.row(q, agents) for q, begin in enumerate(size.begin)) + 1
+            if decoder is not None and tokens > decoder.max_model_len:
+                raise ValueError(
+                    f"{load.stage.names} goes up to {tokens} tokens ({max(size.begin)} of memory), and the decoder was started "
+                    f"for {decoder.max_model_len} (max_model_len); start it with more, shorten the question, or lower "
+                    "latent_steps and max_new_tokens"
+                )
         # The longest row of the largest stage of each model.
         ends = [
             (end, prompt, load)

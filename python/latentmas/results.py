@@ -107,7 +107,8 @@ class ChainResult:
         agents: one per agent, in the order of the chain.
         seconds: wall clock of the run, measured by itself; the agents' seconds add up to it but for the loop around them.
         aligner: the feedback that was used; None where no agent thinks.
-        memory: keys and values that the last agent left, its prompt and text included.
+        memory: keys and values that the last agent left, its prompt and text included. Where the chain's decoder wrote the
+            text, those that it was given; None where that was nothing.
         traces: of each agent that thought, where the run was asked for them.
     """
 
@@ -115,7 +116,7 @@ class ChainResult:
     agents: list[AgentMetrics]
     seconds: float
     aligner: Aligner | None
-    memory: LatentCache
+    memory: LatentCache | None
     traces: "list[AgentTrace]" = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """One run of a chain: a batch of questions goes from stage to stage."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from latentmas.progress import Laps, Progress
-from latentmas.results import AgentMetrics
+from latentmas.results import AgentMetrics, ChainResult
 from latentmas.rows import Row
 from latentmas.stage_run import StageRun
 from latentmas.stages import Stretch
@@ -45,27 +44,31 @@ class Run:
         self.metrics: list[AgentMetrics] = []
         self.traces: list[AgentTrace] = []
         self.warnings: list[str] = []
-        self._laps = Laps()
+        self._began, self._laps = time.perf_counter(), Laps()
 
-    @torch.no_grad()
-    def stretch(self, stages: Stretch) -> None:
-        """Run stages that share a memory."""
-        self.memory = None  # what the stretch before left is free before there is more
-        for row in self.rows:
-            row.pending, row.fed = [], []
-        prompts = []
-        for row in self.rows:
-            notes, said = self.chain.readable(stages[0], row.notes)
-            self.warnings += [f"{text} (question: {row.question[:60]!r})" for text in said]
-            prompts.append(self.chain.prompts(stages, row.question, notes))
-        plan = self.chain.lay_out(stages, prompts)
-        self.chain.check_room(plan)
-        for number in range(len(stages)):
-            self._take_down(StageRun(self, plan, number, [row[number] for row in prompts]))
+    def to_last(self) -> StageRun:
+        """Run all stages but the last one."""
+        for stretch in self.chain.stretches:
+            for stage in self._stages_of(stretch):
+                if stage.is_final:
+                    return stage
+                stage.run()
+                self.take_down(stage)
+        raise AssertionError("a chain has a last stage")
 
-    def _take_down(self, stage: StageRun) -> None:
-        """Run a stage and add up what its agents took. What is no agent's own, they share evenly."""
-        stage.run()
+    def result(self) -> ChainResult:
+        """Once the last stage has been taken down."""
+        return ChainResult(
+            [row.answer() for row in self.rows],
+            self.metrics,
+            time.perf_counter() - self._began,
+            self.chain.aligner,
+            self.memory,
+            self.traces,
+        )
+
+    def take_down(self, stage: StageRun) -> None:
+        """Add up what the agents of a stage took, once it has ended. What is no agent's own, they share evenly."""
         self.memory = stage.memory
         self.traces += stage.traces
         seconds, count = self._laps(), len(stage.agents)
@@ -88,3 +91,18 @@ class Run:
                     kv_bytes=kv_bytes,
                 )
             )
+
+    def _stages_of(self, stages: Stretch) -> Iterator[StageRun]:
+        """Stages that share a memory; each begins when the one before it has been taken down."""
+        self.memory = None  # what the stretch before left is free before there is more
+        for row in self.rows:
+            row.pending, row.fed = [], []
+        prompts = []
+        for row in self.rows:
+            notes, said = self.chain.readable(stages[0], row.notes)
+            self.warnings += [f"{text} (question: {row.question[:60]!r})" for text in said]
+            prompts.append(self.chain.prompts(stages, row.question, notes))
+        plan = self.chain.lay_out(stages, prompts)
+        self.chain.check_room(plan)
+        for number in range(len(stages)):
+            yield StageRun(self, plan, number, [row[number] for row in prompts])

@@ -43,6 +43,12 @@ class Seat:
         return "the chain's own model" if self.name is None else f"model {self.name!r}"
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return (ends,) if isinstance(ends, int) else tuple(ends or ())
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of keys and values of one slot."""
         a = self.architecture

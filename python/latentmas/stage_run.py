@@ -1,11 +1,13 @@
 """One stage of a run: its agents go on from the memory before them, each by itself or side by side."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from latentmas.backends.writing import TextRequest, Written
 from latentmas.plan import SINK, Plan, side_by_side
 from latentmas.progress import Laps, Progress, Teller
 from latentmas.prompts import padded
@@ -50,7 +52,7 @@ class StageRun:
         prompts: per question and agent, token ids, without what is pending.
         ids: per question and agent, what it reads: what was pending, and its prompt.
         sayings: per question and agent, what it leaves.
-        memory: that the agents go on from, and then what they leave.
+        memory: that the agents go on from, and then what they leave; None where the chain's decoder keeps it to itself.
         caches: what the stage ends with: the memory, or those of the groups where nothing goes on from it.
         tallies: per agent.
         traces: of those that thought, in their order, where they were asked for.
@@ -62,6 +64,7 @@ class StageRun:
         self.load = plan.loads[number]
         self.stage, self.agents = self.load.stage, self.load.stage.agents
         self.seat: Seat = self.chain.seats[self.stage.model]
+        self.decoder = self.chain.decoder_of(self.stage)
         self.last = number + 1 == len(plan.loads)
         self.prompts = prompts
         self.ids: list[list[list[int]]] = []
@@ -71,13 +74,35 @@ class StageRun:
         self.sayings = [[_Saying() for _ in self.agents] for _ in self.rows]
         self.prefill_seconds = 0.0
         self._traces: dict[int, AgentTrace] = {}
+        self._texts: list[Written] = []
 
     @property
     def traces(self) -> list[AgentTrace]:
         return [trace for _, trace in sorted(self._traces.items())]
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it is the chain's last."""
+        return self.agents[-1] is self.chain.agents[-1]
+
     def run(self) -> None:
-        self.memory = self._begin()
+        self.begin()
+        if self.decoder is not None:
+            tell, lap = self._teller(list(range(len(self.agents)))), Laps()
+            tell(0)
+            written = self.decoder.write(self.given, self.requests(), tell)
+            seconds = lap() / len(self.agents)
+            for tally in self.tallies:
+                tally.seconds[2] += seconds
+            self.end(written)
+        else:
+            self.end()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Get the memory and the prompts ready."""
+        alone = self.decoder is not None and self.last and self.number == 0  # nobody needs what it reads
+        self.memory = None if alone else self._begin()
         self.ids = [
             [row.pending + ids for ids in prompts] for row, prompts in zip(self.rows, self.prompts, strict=True)
         ]
@@ -85,10 +110,41 @@ class StageRun:
             row.pending = []
         for number, tally in enumerate(self.tallies):
             tally.read += sum(len(ids[number]) for ids in self.ids)
+
+    @property
+    def given(self) -> LatentCache | None:
+        """The memory that the agents go on from, where there is anything in it."""
+        return self.memory if self.memory is not None and bool(self.memory.lengths.any()) else None
+
+    def requests(self) -> list[TextRequest]:
+        """What the chain's decoder is to write: of each question the agents' texts, behind the memory as `begin` left it."""
+        given, temperature = self.given, self.whole.temperature
+        shared = self.plan.shared if given is not None and self.number == 0 else 0
+        return [
+            TextRequest(
+                self.ids[q][number][shared:], agent.max_new_tokens or 0, self.seat.end_ids, row=None if given is None else q,
+                fed=row.fed if given is not None else (), temperature=temperature, top_p=self.whole.top_p,
+                seed=int(torch.randint(2**31, ())) if temperature else 0,
+            )
+            for q, row in enumerate(self.rows)
+            for number, agent in enumerate(self.agents)
+        ]  # fmt: skip
+
+    @torch.no_grad()
+    def end(self, written: Sequence[Written] = ()) -> None:
+        """Let the agents work, or take down what the chain's decoder wrote for them; and leave the memory to the next stage."""
+        self._texts = list(written)
         done = [self.plan.shared if self.number == 0 else 0] * len(self.rows)
-        if self.stage.parallel:
+        if written and self.last:
+            for number, tally in enumerate(self.tallies):
+                mine = self._texts[number :: len(self.agents)]
+                tally.computed += sum(text.computed_tokens for text in mine)
+                self._take_texts([number])
+            self.caches = [] if self.memory is None else [self.memory]
+        elif self.stage.parallel:
             self._side_by_side(done)
         else:
+            assert self.memory is not None
             self._work(self.memory, [0], done)
             self.memory.name_segments(self.agents[0].name)
             self.caches = [self.memory]
@@ -205,22 +261,27 @@ class StageRun:
 
     def _work(self, cache: LatentCache, numbers: list[int], done: list[int]) -> None:
         """Let agents, by number, go on in a cache with a row for each question and each of them."""
-        agents = [self.agents[number] for number in numbers]
-        before = len(self.whole.metrics) + 1
+        ids = [self.ids[q][number][done[q] :] for q in range(len(self.rows)) for number in numbers]
+        for place, number in enumerate(numbers):
+            self.tallies[number].computed += sum(map(len, ids[place :: len(numbers)]))
+        if self._texts:
+            self._read_along(cache, numbers, ids)
+            return
+        tell = self._teller(numbers)
+        tell(0)
+        tokens, mask = padded(ids, self.seat.architecture.device)
+        if self.agents[numbers[0]].thinks:
+            self._think(cache, numbers, ids, tokens, mask, tell)
+        else:
+            self._write(cache, numbers, ids, tokens, mask, tell)
+
+    def _teller(self, numbers: list[int]) -> Teller:
+        agents, before = [self.agents[number] for number in numbers], len(self.whole.metrics) + 1
         progress = Progress(
             agents[0], before + numbers[0], len(self.chain.agents), 0,
             beside=tuple(agents[1:]), others=tuple(before + number for number in numbers[1:]),
         )  # fmt: skip
-        tell = Teller(self.whole.on_progress, progress)
-        tell(0)
-        ids = [self.ids[q][number][done[q] :] for q in range(len(self.rows)) for number in numbers]
-        for place, number in enumerate(numbers):
-            self.tallies[number].computed += sum(map(len, ids[place :: len(numbers)]))
-        tokens, mask = padded(ids, self.seat.architecture.device)
-        if agents[0].thinks:
-            self._think(cache, numbers, ids, tokens, mask, tell)
-        else:
-            self._write(cache, numbers, ids, tokens, mask, tell)
+        return Teller(self.whole.on_progress, progress)
 
     def _think(
         self, cache: LatentCache, numbers: list[int], ids: list[list[int]], tokens: Tensor, mask: Tensor, tell: Teller
@@ -269,17 +330,44 @@ class StageRun:
         for r, (new, reason) in enumerate(zip(said.new_tokens, said.finish_reasons, strict=True)):
             q, number = r // len(numbers), numbers[r % len(numbers)]
             text = said.sequences[r, tokens.shape[1] : tokens.shape[1] + new].tolist()
-            self.tallies[number].new_tokens += new
-            self.tallies[number].steps = max(self.tallies[number].steps, new)
-            self._read_text(q, number, text, reason)
-            # Another agent's memory comes behind it: the text goes in to its last token.
-            followed = self.stage.parallel and not self.last and number + 1 < len(self.agents)
-            if number + 1 == len(self.agents):
-                self.rows[q].pending = text[-1:] if reason == "length" else []
-            unfed.append(text[-1:] if followed else [])
+            self._take_text(q, number, text, reason)
+            unfed.append(text[-1:] if self._followed(number) else [])
             self._feed(self.sayings[q][number].fed, [*ids[r], *text[:-1], *unfed[-1]])
         if any(unfed):
             self._extend(cache, unfed, "text")
+
+    def _read_along(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
+        """Bring what the chain's decoder wrote into the memory that goes on from it."""
+        self._take_texts(numbers)
+        texts = [
+            text.ids if self._followed(number) else text.ids[:-1]
+            for q in range(len(self.rows))
+            for number in numbers
+            for text in [self._texts[q * len(self.agents) + number]]
+        ]
+        for r, text in enumerate(texts):
+            self._feed(self.sayings[r // len(numbers)][numbers[r % len(numbers)]].fed, [*ids[r], *text])
+        self._extend(cache, ids, "prompt")
+        if any(texts):
+            self._extend(cache, texts, "text")
+
+    def _take_texts(self, numbers: list[int]) -> None:
+        for q in range(len(self.rows)):
+            for number in numbers:
+                text = self._texts[q * len(self.agents) + number]
+                self._take_text(q, number, text.ids, text.finish_reason)
+
+    def _followed(self, number: int) -> bool:
+        """Whether another agent's part of the memory comes behind this one's: then its text goes in to the last token."""
+        return self.stage.parallel and not self.last and number + 1 < len(self.agents)
+
+    def _take_text(self, q: int, number: int, ids: list[int], reason: Literal["stop", "length"]) -> None:
+        """Count a text, and leave its last token to the next turn where nothing ended it."""
+        self.tallies[number].new_tokens += len(ids)
+        self.tallies[number].steps = max(self.tallies[number].steps, len(ids))
+        self._read_text(q, number, ids, reason)
+        if number + 1 == len(self.agents):
+            self.rows[q].pending = ids[-1:] if reason == "length" else []
 
     def _read_text(self, q: int, number: int, ids: list[int], reason: Literal["stop", "length"]) -> None:
         """Take down what an agent wrote."""

@@ -1,0 +1,1 @@
+"""Engines of others that write the texts of a chain."""
