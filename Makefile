@@ -31,7 +31,7 @@ test-oldest: .venv-oldest/.installed
 # vLLM brings its own torch, and a transformers older than that of constraints.txt.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
-	.venv-vllm/bin/python -m pytest -n 0 tests/vllm
+	.venv-vllm/bin/python -m pytest -n 0 tests/with_vllm
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

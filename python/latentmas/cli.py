@@ -1,4 +1,4 @@
-"""The command line: latentmas run, latentmas doctor."""
+"""The command line: latentmas run, latentmas doctor, latentmas serve."""
 
 import io
 import json
@@ -7,7 +7,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -68,6 +69,14 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: the accelerator, if any.")] = None,
     engine: Annotated[str, typer.Option(help="auto, native, cuda or eager.")] = "auto",
     weights: Annotated[str, typer.Option(help="model, or int8: rounded by row, on the CPU.")] = "model",
+    decoder: Annotated[str, typer.Option(help="Who writes the texts: own, or vllm (docs/vllm.md).")] = "own",
+    hand_over: Annotated[
+        str | None,
+        typer.Option(help="Memory to vLLM: kv, keys and values as they are (the default), or embeds, read again."),
+    ] = None,
+    vllm: Annotated[
+        str | None, typer.Option(help='Settings of vLLM as JSON: {"tensor_parallel_size": 2}, say.')
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**62)] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[
@@ -88,9 +97,11 @@ def run(
     Without a question, the first one of the sample is asked.
     """
     from latentmas.arrangement import Arrangement
+    from latentmas.backends.writing import EngineError
     from latentmas.batches import most_kv_bytes, questions_that_fit, run_batches
     from latentmas.chain import Chain, check_request
-    from latentmas.default_model import NAME
+    from latentmas.chain_file import serial
+    from latentmas.default_model import NAME, default_model_folder
     from latentmas.loading import check_placement, load_model
     from latentmas.output import ResultsFile
     from latentmas.report import Report
@@ -103,6 +114,7 @@ def run(
     _check_choice("--aligner", aligner, KINDS)
     _check_choice("--engine", engine, ENGINES)
     _check_choice("--weights", weights, WEIGHTS)
+    vllm_settings = _vllm_settings(decoder, hand_over, vllm)
     _check_at_least_one("--batch-size", batch_size)
     _check_at_least_one("--handover-tokens", handover_tokens)
     check_placement(dtype, device)
@@ -125,7 +137,8 @@ def run(
     check_request([entry.text for entry in asked] or ["-"], temperature, top_p)
     settings = {
         "model": model or NAME, **arranged.settings, "aligner": aligner, "handover_tokens": handover_tokens,
-        "dtype": dtype, "seed": seed, "temperature": temperature, "top_p": top_p, "think": think,
+        "dtype": dtype, "seed": seed, "temperature": temperature, "top_p": top_p, "think": think, "decoder": decoder,
+        "hand_over": hand_over,
     }  # fmt: skip
 
     with ExitStack() as stack:
@@ -142,10 +155,23 @@ def run(
         with err.status("loading the model (the default one is fetched and converted the first time)"):
             loaded, tokenizer = load_model(model, dtype=dtype, device=device)
             others = {name: load_model(name, dtype=dtype, device=device) for name in arranged.models}
+        writer = None
+        if vllm_settings is not None:
+            from latentmas.backends.vllm import Vllm
+
+            last = serial(arranged.agents)[-1].model
+            with err.status("starting vLLM"):
+                writer = stack.enter_context(
+                    Vllm(
+                        str(default_model_folder()) if last is None and model is None else str(last or model),
+                        loaded if last is None else others[last][0],
+                        hand_over=hand_over or "kv", settings=vllm_settings,
+                    )
+                )  # fmt: skip
         with err.status("setting up the chain, measuring how hidden states are best fed back"):
             run_by = Chain(
                 loaded, tokenizer, arranged.agents, aligner=aligner, engine=engine, weights=weights,
-                handover_tokens=handover_tokens, budget=arranged.budget, models=others,
+                handover_tokens=handover_tokens, budget=arranged.budget, models=others, decoder=writer,
             )  # fmt: skip
         setup = time.perf_counter() - began
         asked, too_long = questions_that_fit(run_by, asked)
@@ -166,7 +192,7 @@ def run(
         except KeyboardInterrupt:
             err.print(f"stopped: {_state(report.finished, len(asked), output)}", soft_wrap=True)
             raise typer.Exit(130) from None
-        except ValueError as error:
+        except (ValueError, EngineError) as error:
             raise ValueError(f"{error}. {_state(report.finished, len(asked), output)}") from error
         report.close(settings, setup, run_by.aligner, left_out)
     if left_out:
@@ -185,6 +211,66 @@ def doctor(
     _quiet()
     report = look(load_skeleton(model) if model is not None else None)
     out.print(json.dumps(report.to_dict(), indent=2) if as_json else str(report), soft_wrap=True)
+
+
+@app.command()
+def serve(
+    vllm_options: Annotated[
+        list[str] | None, typer.Argument(help="Behind --, options of the vLLM server that is started.", metavar="[-- VLLM OPTIONS]")
+    ] = None,
+    model: ModelOption = None,
+    chain: Annotated[
+        list[str] | None,
+        typer.Option(help="Chain to serve: a file, or a name of those that come with the package; may be repeated. Default: those."),
+    ] = None,
+    latent_steps: Annotated[int | None, typer.Option(help="Most steps that an agent thinks. Default: the chain's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Limit of each text. Default: the chain's.")] = None,
+    aligner: Annotated[str, typer.Option(help="auto, ridge, identity or soft (thinking agents).")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Of the agents that think. Default: the accelerator, if any.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, native, cuda or eager.")] = "auto",
+    weights: Annotated[str, typer.Option(help="model, or int8: rounded by row, on the CPU.")] = "model",
+    hand_over: Annotated[
+        str, typer.Option(help="Memory to vLLM: kv, keys and values as they are, or embeds, read again.")
+    ] = "kv",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    vllm_url: Annotated[
+        str | None, typer.Option(help="A vLLM server that runs, in place of one that is started (see --kv-config).")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where memories are handed over. Default: shared memory.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that vLLM may be silent while it works for a request.")] = 300.0,
+    max_waiting: Annotated[int, typer.Option(help="Requests at a time; more are refused (429).")] = 256,
+    kv_config: Annotated[
+        bool, typer.Option("--kv-config", help="Print vLLM's --kv-transfer-config for this model and folder, and end.")
+    ] = False,
+) -> None:
+    """Serve chains over OpenAI's API: agents think here, vLLM writes. `model` in a request names the chain."""
+    from latentmas.loading import check_placement
+    from latentmas_kernels.alignment import KINDS
+    from latentmas_kernels.engines import ENGINES, WEIGHTS
+
+    _quiet()
+    _check_choice("--aligner", aligner, KINDS)
+    _check_choice("--engine", engine, ENGINES)
+    _check_choice("--weights", weights, WEIGHTS)
+    check_placement(dtype, device)
+    try:
+        from latentmas.serving.command import Serving, print_kv_config, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"latentmas serve needs {error.name}, which is not installed: pip install 'latentmas-kernels[serve]'"
+        ) from error
+    serving = Serving(
+        model, chain or (), latent_steps, max_new_tokens, aligner, dtype, device, engine, weights, hand_over, host, port,
+        vllm_url, folder, timeout, max_waiting, vllm_options or (),
+    )  # fmt: skip
+    if kv_config:
+        print_kv_config(serving, out)
+    else:
+        raise typer.Exit(serve(serving, err))
 
 
 def main() -> None:
@@ -217,6 +303,27 @@ def _warn(message: str) -> None:
 def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
     if got not in choices:
         raise ValueError(f"got {option} {got}; supported are {', '.join(choices)}")
+
+
+def _vllm_settings(decoder: str, hand_over: str | None, settings: str | None) -> dict[str, Any] | None:
+    """Of vLLM's engine; None where nobody asked for it."""
+    from latentmas.backends.writing import HAND_OVERS
+
+    _check_choice("--decoder", decoder, ("own", "vllm"))
+    _check_choice("--hand-over", hand_over or "kv", HAND_OVERS)
+    if decoder == "own":
+        if hand_over is not None or settings is not None:
+            raise ValueError("--hand-over and --vllm are for --decoder vllm; got --decoder own")
+        return None
+    try:
+        read = json.loads(settings or "{}")
+    except ValueError as error:
+        raise ValueError(
+            f"got --vllm {settings}, which is no JSON ({error}); it takes an object of vLLM's settings"
+        ) from error
+    if not isinstance(read, dict):
+        raise ValueError(f"got --vllm {settings}; it takes an object of vLLM's settings")
+    return read
 
 
 def _check_at_least_one(option: str, got: int) -> None:

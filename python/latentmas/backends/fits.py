@@ -27,7 +27,7 @@ def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], bu
         return
     for stretch in stretches:
         for number, stage in enumerate(stretch):
-            if stage.model == seat.name and not stage.agents[0].thinks:
+            if stage.model == seat.name and stage.writes:
                 _check_linear(stretch, number, budget)
 
 
@@ -37,7 +37,7 @@ def _check_linear(stretch: Stretch, number: int, budget: Budget | None) -> None:
     reader = stretch[number]
     # What comes from another model is read anew, in one go.
     begin = max((n for n in range(1, number + 1) if stretch[n].model != stretch[n - 1].model), default=0)
-    if budget is not None and number > 0:
+    if budget is not None and number > begin:
         raise ValueError(
             f"a budget may cut the memory before {reader.names}. What is left was computed in sight of what was cut, so its "
             f"embeddings, read again without that, are another memory; {remedy}, or leave the budget out"
@@ -45,8 +45,8 @@ def _check_linear(stretch: Stretch, number: int, budget: Budget | None) -> None:
     for stage in stretch[begin + 1 : number + 1]:
         if stage.memory != EVERYTHING:
             raise ValueError(
-                f"the memory is cut before {stage.names}. What is left was computed in sight of what was cut, so its embeddings, "
-                f"read again without that, are another memory; {remedy}, or hand on all of it (memory: all)"
+                f"the memory is cut before {stage.names}. What is left was computed in sight of what was cut, so its "
+                f"embeddings, read again without that, are another memory; {remedy}, or hand on all of it (memory: all)"
             )
     for stage in stretch[begin:number]:
         if stage.parallel:

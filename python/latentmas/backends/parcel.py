@@ -5,6 +5,7 @@ left; across hosts it is one of a file system that they share.
 """
 
 import os
+import re
 import socket
 import tempfile
 import uuid
@@ -182,9 +183,9 @@ def heads_of(rank: int, ranks: int, heads: int) -> slice:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this host left in a folder when they were killed."""
-    mine = f"{socket.gethostname()}-"
-    for path in folder.glob(f"{mine}*{SUFFIX}"):
-        owner = path.name.removeprefix(mine).partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+    """Remove what processes of this host left in a folder when they were killed, half-written files among it."""
+    left = re.compile(rf"\.?{re.escape(socket.gethostname())}-([0-9]{{1,9}})-[0-9a-f]+{re.escape(SUFFIX)}(\..*)?")
+    for path in folder.glob("*"):
+        found = left.fullmatch(path.name)
+        if found and not psutil.pid_exists(int(found[1])):
             path.unlink(missing_ok=True)

@@ -202,7 +202,10 @@ class Vllm:
 
 def _vllm(on_cpu: bool) -> tuple[Any, Any]:
     """vLLM's EngineArgs and LLMEngine."""
-    for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "WARNING")):
+    # Its log is for errors, and standard output is ours.
+    for name, value in (
+        ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
+    ):  # fmt: skip
         os.environ.setdefault(name, value)
     if on_cpu:
         # Of vLLM's process. Where it is not set, several pools of threads spin on the same cores: the first request took 17 s

@@ -1,0 +1,318 @@
+"""Keys and values in vLLM: the same tokens and log-probabilities as here, whatever the chain did to its memory."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import logprobs_of, rows_of
+from latentmas import METHODS, Chain, HandOver
+from latentmas.backends.parcel import SUFFIX, Handed, Parcel
+from latentmas.backends.vllm import Vllm
+from latentmas.backends.writing import EngineError, Steps, TextRequest
+from latentmas.chain import Prepared
+from latentmas.default_model import default_model_folder
+
+from latentmas_kernels import LatentCache, generate
+
+pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
+
+QUESTIONS = [
+    "How many legs have 3 cats and 2 birds?",
+    "Name the capital of France and say why it is famous.",
+    "What is 12 times 7?",
+]
+MEMORIES = {"full": None, "cut": HandOver(slots=40), "latent-only": HandOver(kinds="latent")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parcels")
+
+
+@pytest.fixture(scope="module")
+def vllm(float32: tuple[Any, Any], folder: Path) -> Iterator[Vllm]:
+    """With few slots, so that requests wait for each other and blocks are used again."""
+    with Vllm(
+        str(default_model_folder()), float32[0], folder=folder, logprobs=True,
+        settings={"max_model_len": 2048, "max_num_seqs": 8},
+    ) as engine:  # fmt: skip
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(folder: Path) -> Iterator[None]:
+    yield
+    assert list(folder.iterdir()) == []
+
+
+def agents_of(method: str, memory: HandOver | None, steps: int = 6, tokens: int = 16) -> list[Any]:
+    def with_memory(agent: Any) -> Any:
+        return agent if memory is None else replace(agent, memory=memory)
+
+    agents = METHODS[method](steps, tokens)
+    return [[with_memory(a) for a in entry] if isinstance(entry, list) else with_memory(entry) for entry in agents]
+
+
+def prepared(
+    vllm: Vllm, float32: tuple[Any, Any], memory: HandOver | None, question: str, method: str = "latent"
+) -> Prepared:
+    return Chain(*float32, agents_of(method, memory), decoder=vllm).prepare([question])
+
+
+def here(model: Any, memory: LatentCache, prompt: list[int], count: int) -> list[int]:
+    """What our own engine writes."""
+    out = generate(model, torch.tensor([prompt]), past_key_values=memory, max_new_tokens=count, eos_token_id=None)
+    return out.sequences[0, -count:].tolist()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_tokens_and_logprobs_are_those_of_our_own_engine(memory: str, vllm: Vllm, float32: tuple[Any, Any]) -> None:
+    ready = prepared(vllm, float32, MEMORIES[memory], QUESTIONS[0])
+    assert ready.memory is not None
+    prompt = ready.requests[0].prompt
+    (written,) = vllm.write(ready.memory, [TextRequest(prompt, 48, (), row=0)])
+    expected = here(float32[0], ready.memory, prompt, 48)
+    assert written.ids == expected
+    error = (torch.tensor(written.logprobs) - logprobs_of(float32[0], ready.memory, prompt, expected)).abs().max()
+    assert error < 1e-4
+    assert written.computed_tokens == len(prompt), "the memory was read again"
+    assert written.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("method", "memory"),
+    [("single", "full"), ("text", "full")]
+    + [(method, memory) for method in METHODS if method not in ("single", "text") for memory in MEMORIES],
+)
+def test_chains_say_what_they_say_here(method: str, memory: str, vllm: Vllm, float32: tuple[Any, Any]) -> None:
+    agents = agents_of(method, MEMORIES[memory])
+    expected = Chain(*float32, agents).run(QUESTIONS)
+    got = Chain(*float32, agents, decoder=vllm).run(QUESTIONS)
+    assert got.answers == expected.answers  # texts, why they ended, and every agent's turn
+
+
+def test_32_chains_in_one_batch_twice(vllm: Vllm, float32: tuple[Any, Any]) -> None:
+    """No answer crosses to another chain, with prefix caching on and the same placeholders everywhere."""
+    ready = [
+        prepared(vllm, float32, MEMORIES[memory], f"What is {number} times {number + 3}?", method)
+        for number in range(4)
+        for method, memory in (
+            ("latent", "full"),
+            ("latent", "cut"),
+            ("latent", "latent-only"),
+            ("hierarchical", "full"),
+            ("hierarchical", "latent-only"),
+            ("debate", "full"),
+            ("debate", "cut"),
+            ("mix", "full"),
+        )
+    ]
+    memories = [of.memory for of in ready if of.memory is not None]
+    assert len(memories) == 32
+    together = rows_of(memories, float32[0])
+    requests = [TextRequest(of.requests[0].prompt, 10, (), row=row) for row, of in enumerate(ready)]
+    expected = [
+        here(float32[0], memory, request.prompt, 10) for memory, request in zip(memories, requests, strict=True)
+    ]
+    assert len({tuple(ids) for ids in expected}) > 24, "the chains must have different things to say"
+    for _ in range(2):
+        assert [written.ids for written in vllm.write(together, requests)] == expected
+
+
+def test_agents_side_by_side_share_what_was_loaded(vllm: Vllm, float32: tuple[Any, Any]) -> None:
+    """Two requests behind one row find its whole blocks in the prefix cache of the first: it is the same memory."""
+    ready = prepared(vllm, float32, None, " ".join(QUESTIONS * 6))
+    assert ready.memory is not None
+    first = vllm.write(ready.memory, [TextRequest([5, 6, 7], 8, (), row=0), TextRequest([8, 9], 8, (), row=0)])
+    assert [written.ids for written in first] == [
+        here(float32[0], ready.memory, [5, 6, 7], 8),
+        here(float32[0], ready.memory, [8, 9], 8),
+    ]
+
+
+def test_memory_that_ends_at_a_block(vllm: Vllm, float32: tuple[Any, Any]) -> None:
+    """Lengths about a multiple of vLLM's block (128 on a CPU)."""
+    whole = prepared(vllm, float32, None, " ".join(QUESTIONS * 10)).memory
+    assert whole is not None
+    assert int(whole.lengths) > 256
+    for length in (1, 127, 128, 129, 256):
+        memory = whole.fork()
+        memory.cut_to(torch.tensor([length]))
+        for prompt in ([5], list(range(5, 140))):
+            (written,) = vllm.write(memory, [TextRequest(prompt, 6, (), row=0)])
+            assert written.ids == here(float32[0], memory, prompt, 6), (length, len(prompt))
+            assert written.computed_tokens == len(prompt)
+
+
+# ---- what goes wrong is one request's affair -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(vllm: Vllm, float32: tuple[Any, Any]) -> Prepared:
+    return prepared(vllm, float32, None, QUESTIONS[0])
+
+
+def check_lives(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    """The engine answers the next request as if nothing had been."""
+    assert ready.memory is not None
+    (written,) = vllm.write(ready.memory, [TextRequest(ready.requests[0].prompt, 12, (), row=0)])
+    assert written.ids == here(float32[0], ready.memory, ready.requests[0].prompt, 12)
+
+
+def send(vllm: Vllm, prompt: dict[str, Any], handed: Any) -> Any:
+    """Past the checks of `write`, as a stranger would."""
+    request = TextRequest(prompt["prompt_token_ids"], 4, ())
+    return vllm._run([request], [(prompt, handed)], Steps(1, None))
+
+
+def test_nan_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    assert ready.memory is not None
+    spoiled = ready.memory.fork()
+    spoiled.buffer[1, 7, 0, 2, 11, 3] = float("nan")
+    with pytest.raises(ValueError, match="row 0 of the memory holds NaN or Inf"):
+        vllm.write(spoiled, [TextRequest([5], 4, (), row=0)])
+    check_lives(vllm, float32, ready)
+
+
+def test_nan_in_a_file_ends_that_request_only(
+    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ready.memory is not None
+    spoiled = ready.memory.fork()
+    spoiled.buffer[0, 20, 0, 1, 3, 5] = float("nan")
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmas.backends.parcel.check_finite", lambda *_: None)
+        parcel = Parcel(spoiled, vllm.stamp, folder)
+    with parcel:
+        (handed,) = parcel.rows
+        prompt = {"prompt_token_ids": [0] * handed.slots + [5, 6], "cache_salt": handed.salt}
+        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
+            send(vllm, prompt, handed)
+    check_lives(vllm, float32, ready)
+
+
+def test_a_missing_file_ends_that_request_only(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    handed = Handed(f"nobody{SUFFIX}", 0, 40)
+    prompt = {"prompt_token_ids": [0] * 40 + [5], "cache_salt": handed.salt}
+    with pytest.raises(EngineError, match="ended request 0 with 'error'"):
+        send(vllm, prompt, handed)
+    check_lives(vllm, float32, ready)
+
+
+@pytest.mark.parametrize("salt", [None, "mine"])
+def test_another_salt_ends_that_request_only(
+    salt: str | None, vllm: Vllm, float32: tuple[Any, Any], ready: Prepared
+) -> None:
+    assert ready.memory is not None
+    with Parcel(ready.memory, vllm.stamp, vllm.folder) as parcel:
+        (handed,) = parcel.rows
+        prompt = {"prompt_token_ids": [0] * handed.slots + [5], **({} if salt is None else {"cache_salt": salt})}
+        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
+            send(vllm, prompt, handed)
+    check_lives(vllm, float32, ready)
+
+
+def test_parameters_from_a_stranger_end_that_request_only(
+    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared
+) -> None:
+    for params in (
+        {"latentmas_file": "../../etc/passwd", "latentmas_row": 0, "latentmas_slots": 3},
+        {"latentmas_file": 7, "latentmas_row": "x"},
+        {"latentmas_row": 0},
+        {"latentmas_file": f"nobody{SUFFIX}", "latentmas_row": 0, "latentmas_slots": 10**9},
+    ):
+        stranger = SimpleNamespace(params=params, slots=0)
+        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
+            send(vllm, {"prompt_token_ids": [5, 6, 7], "cache_salt": "s"}, stranger)
+    check_lives(vllm, float32, ready)
+
+
+def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    """The same shapes and other weights: by the chain, and by the engine for a file that came another way."""
+    assert ready.memory is not None
+    other = replace(vllm.stamp, fingerprint="0" * 64)
+    with Parcel(ready.memory, other, vllm.folder) as parcel:
+        (handed,) = parcel.rows
+        prompt = {"prompt_token_ids": [0] * handed.slots + [5], "cache_salt": handed.salt}
+        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
+            send(vllm, prompt, handed)
+    model = float32[0]
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    try:
+        with pytest.raises(ValueError, match="start it with the last agent's model"):
+            Chain(*float32, METHODS["latent"](2, 2), decoder=vllm)
+    finally:
+        with torch.no_grad():
+            model.model.norm.weight[0] -= 1
+    check_lives(vllm, float32, ready)
+
+
+def test_too_long_a_prompt_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    assert ready.memory is not None
+    room = vllm.max_model_len - int(ready.memory.lengths) - 4
+    with pytest.raises(
+        ValueError, match=rf"request 0 has {vllm.max_model_len - 3} tokens \({int(ready.memory.lengths)} of"
+    ):
+        vllm.write(ready.memory, [TextRequest([5] * (room + 1), 4, (), row=0)])
+    (written,) = vllm.write(ready.memory, [TextRequest([5] * room, 4, (), row=0)])
+    assert len(written.ids) == 4
+    check_lives(vllm, float32, ready)
+
+
+def test_a_memory_that_vllm_did_not_take_is_an_error(
+    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that skip the prefix cache skip connectors as well, in silence."""
+    assert ready.memory is not None
+    sampling = vllm._sampling
+
+    def skipping(*given: Any) -> Any:
+        params = sampling(*given)
+        params.skip_reading_prefix_cache = True
+        return params
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm, "_sampling", skipping)
+        with pytest.raises(EngineError, match="of memory as placeholders in request 0"):
+            vllm.write(ready.memory, [TextRequest([5], 4, (), row=0)])
+    check_lives(vllm, float32, ready)
+
+
+def test_an_interrupt_ends_the_requests(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    assert ready.memory is not None
+
+    def interrupt(step: int, tokens: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vllm.write(ready.memory, [TextRequest([5], 200, (), row=0)] * 3, interrupt)
+    assert not vllm._engine.has_unfinished_requests()
+    check_lives(vllm, float32, ready)
+
+
+def test_seeds_and_temperatures(vllm: Vllm, ready: Prepared) -> None:
+    assert ready.memory is not None
+
+    def texts(*seeds: int) -> list[list[int]]:
+        requests = [TextRequest([5], 24, (), row=0, temperature=1.0, top_p=0.9, seed=seed) for seed in seeds]
+        return [written.ids for written in vllm.write(ready.memory, requests)]
+
+    first = texts(1, 2)
+    assert first == texts(1, 2)
+    assert first[0] != first[1]
+
+
+def test_ends_are_those_of_the_request(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+    assert ready.memory is not None
+    prompt = ready.requests[0].prompt
+    expected = here(float32[0], ready.memory, prompt, 12)
+    end = next(token for token in expected if expected.index(token) >= 3)
+    (written,) = vllm.write(ready.memory, [TextRequest(prompt, 12, (end,), row=0)])
+    assert written.ids == expected[: expected.index(end) + 1]
+    assert written.finish_reason == "stop"
