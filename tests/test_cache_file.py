@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from latentmas_kernels import LatentCache, Segment, cache_file, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.cache_file import HEADER_LIMIT, model_fingerprint
+from latentmas_kernels.cache_file import HEADER_LIMIT, Stamp, model_fingerprint, read_rows
 from latentmas_kernels.weights import read_weights
 
 MODELS = {torch.float32: tiny_model("llama"), torch.bfloat16: tiny_model("llama").bfloat16()}
@@ -638,6 +638,57 @@ def test_a_file_with_any_bytes_changed_is_refused_or_sound(data):
         used = [-1, *loaded.positions[row, :length].tolist(), int(loaded.next_position[row])]
         assert length == 0 or all(a < b for a, b in itertools.pairwise(used))
         assert all(s.stop[row] <= length for s in loaded.segments)
+
+
+@pytest.mark.parametrize("dtype", list(MODELS))
+def test_rows_are_read_without_a_model(tmp_path, dtype):
+    """For a reader that has no model of transformers: what was saved, and whose it is."""
+    cache, path = example(dtype), tmp_path / "memory"
+    cache.save(path, MODELS[dtype])
+    saved = read_rows(path)
+    assert saved.stamp == Stamp.of(MODELS[dtype]) == Stamp(model_fingerprint(MODELS[dtype]), saved.stamp.model)
+    assert saved.stamp.model == f"LlamaForCausalLM of 3 layers, 2 KV heads of 16, {dtype}"
+    assert saved.kv.dtype == dtype
+    assert torch.equal(saved.lengths, cache.lengths)
+    assert torch.equal(saved.next_position, cache.next_position)
+    for row, length in enumerate(cache.lengths.tolist()):
+        assert torch.equal(saved.kv[:, :, row, :, :length], cache.buffer[:, :, row, :, :length])
+        assert torch.equal(saved.positions[row, :length], cache.positions[row, :length])
+
+
+def test_what_was_checked_stays_as_it_was_read(path):
+    """Whoever writes into the file afterwards: lengths and positions are copies; only keys and values are mapped."""
+    saved = read_rows(path)
+    before = saved.lengths.clone(), saved.next_position.clone(), saved.positions.clone()
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(8 + size)
+        file.write(b"\xff" * (path.stat().st_size - 8 - size))
+    assert torch.equal(saved.lengths, before[0])
+    assert torch.equal(saved.next_position, before[1])
+    assert torch.equal(saved.positions, before[2])
+    assert saved.kv.isnan().all(), "these are read where they lie"
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        torch.zeros(2, 3, 3, 2, 9),
+        torch.zeros(3, 3, 3, 2, 9, 16),
+        torch.zeros(2, 3, 3, 0, 9, 16),
+        torch.zeros(2, 3, 3, 2, 9, 16, dtype=torch.int16),
+    ],
+    ids=["dims", "no pair", "no heads", "integers"],
+)
+def test_rows_of_another_kind_are_refused_without_a_model(path, kv):
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "kv": kv}, path, metadata=metadata)
+    with pytest.raises(
+        ValueError, match=r"found keys and values \[.*supported is \[2, layers, B, kv_heads, slots, head_dim\]"
+    ):
+        read_rows(path)
 
 
 def test_the_fingerprint_looks_everywhere_in_a_matrix():

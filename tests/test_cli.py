@@ -299,7 +299,8 @@ def test_help_says_what_there_is(command):
     code, out, _ = command("run", "--help")
     assert code == 0
     options = (
-        "model method latent-steps aligner max-new-tokens batch-size dtype device engine weights seed temperature top-p"
+        "model method latent-steps aligner max-new-tokens batch-size dtype device engine weights decoder hand-over vllm seed "
+        "temperature top-p"
     )
     options = [
         f"--{option}" for option in (options + " think questions output resume overwrite json keep-going").split()
@@ -511,6 +512,10 @@ def test_a_trace_file_has_the_mode_of_any_new_file(command, tiny, tmp_path):
         ([QUESTION, "--trace", "x", "--method", "text"], ["got --trace", "no agent of this chain thinks"]),
         ([QUESTION, "--trace", "no/such/folder/x"], ["cannot write the trace to no/such/folder/x"]),
         ([QUESTION, "--engine", "magic"], ["--engine magic", "auto, eager"]),
+        ([QUESTION, "--decoder", "magic"], ["--decoder magic", "own, vllm"]),
+        ([QUESTION, "--decoder", "vllm", "--hand-over", "magic"], ["--hand-over magic", "kv, embeds"]),
+        ([QUESTION, "--hand-over", "kv"], ["--hand-over and --vllm are for --decoder vllm", "own"]),
+        ([QUESTION, "--vllm", "{}"], ["--hand-over and --vllm are for --decoder vllm", "own"]),
         ([QUESTION, "--batch-size", "0"], ["--batch-size must be 1 or more", "got 0"]),
         ([QUESTION, "--handover-tokens", "0"], ["--handover-tokens must be 1 or more", "got 0"]),
         ([QUESTION, "--dtype", "int8"], ["dtype 'int8'", "auto, float32, bfloat16, float16"]),
@@ -529,6 +534,20 @@ def test_a_trace_file_has_the_mode_of_any_new_file(command, tiny, tmp_path):
 )
 def test_user_errors_are_one_line(command, tiny, arguments, parts):
     assert_one_line(command("run", *arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("there", "arguments", "parts"),
+    [
+        (False, [], ["vLLM is not installed here", "docs/vllm.md"]),
+        (True, ["--vllm", "{'a': 1}"], ["got --vllm {'a': 1}", "no JSON", "an object of vLLM's settings"]),
+        (True, ["--vllm", "[1]"], ["got --vllm [1]", "an object of vLLM's settings"]),
+    ],
+)
+def test_what_vllm_needs_is_seen_before_a_model_is_loaded(command, tiny, monkeypatch, there, arguments, parts):
+    monkeypatch.setattr("latentmas.backends.vllm.find_spec", lambda name: object() if there else None)
+    assert_one_line(command("run", QUESTION, "--decoder", "vllm", *arguments), *parts)
+    assert tiny == []
 
 
 @pytest.mark.parametrize("arguments", [["--aligner", "magic"], ["--latent-steps", "-1"], ["--max-new-tokens", "0"]])

@@ -47,6 +47,10 @@ class Prepared:
     def __post_init__(self) -> None:
         self.memory, self.requests = self.last.given, self.last.requests()
 
+    def forget(self) -> None:
+        """Free the memory, once the decoder has one of its own."""
+        self.memory = self.last.memory = None
+
     def finish(self, written: Sequence[Written]) -> ChainResult:
         """The answers, from the texts of the requests."""
         self.last.end(written)
@@ -243,8 +247,7 @@ class Chain:
 
     def decoder_of(self, stage: Stage) -> Decoder | None:
         """Who writes the texts of a stage, where that is not the chain's own engine."""
-        writes = not stage.agents[0].thinks and stage.model == self.agents[-1].model
-        return self.decoder if writes else None
+        return self.decoder if stage.writes and stage.model == self.agents[-1].model else None
 
     def readable(self, reader: Stage, notes: list[Note]) -> tuple[list[Note], list[str]]:
         """Notes as a stage reads them, and what is to be said of those that were cut for that: where its model has other
@@ -389,9 +392,7 @@ class Chain:
     def _check_positions(self, plan: Plan) -> None:
         for load, size in zip(plan.loads, plan.sizes, strict=True):
             decoder = self.decoder_of(load.stage)
-            agents = range(len(load.stage.agents))
-            # The last token that is written takes a position, too.
-            tokens = max(begin + load.row(q, agents) for q, begin in enumerate(size.begin)) + 1
+            tokens = max(begin + load.request(q) for q, begin in enumerate(size.begin))
             if decoder is not None and tokens > decoder.max_model_len:
                 raise ValueError(
                     f"{load.stage.names} goes up to {tokens} tokens ({max(size.begin)} of memory), and the decoder was started "

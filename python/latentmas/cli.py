@@ -216,18 +216,25 @@ def doctor(
 @app.command()
 def serve(
     vllm_options: Annotated[
-        list[str] | None, typer.Argument(help="Behind --, options of the vLLM server that is started.", metavar="[-- VLLM OPTIONS]")
+        list[str] | None,
+        typer.Argument(help="Behind --, options of the vLLM server that is started.", metavar="[-- VLLM OPTIONS]"),
     ] = None,
     model: ModelOption = None,
     chain: Annotated[
         list[str] | None,
-        typer.Option(help="Chain to serve: a file, or a name of those that come with the package; may be repeated. Default: those."),
+        typer.Option(
+            help="Chain to serve: a file, or a name of those that come with the package; may be repeated. Default: those."
+        ),
     ] = None,
-    latent_steps: Annotated[int | None, typer.Option(help="Most steps that an agent thinks. Default: the chain's.")] = None,
+    latent_steps: Annotated[
+        int | None, typer.Option(help="Most steps that an agent thinks. Default: the chain's.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Limit of each text. Default: the chain's.")] = None,
     aligner: Annotated[str, typer.Option(help="auto, ridge, identity or soft (thinking agents).")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Of the agents that think. Default: the accelerator, if any.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of the agents that think. Default: the accelerator, if any.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, native, cuda or eager.")] = "auto",
     weights: Annotated[str, typer.Option(help="model, or int8: rounded by row, on the CPU.")] = "model",
     hand_over: Annotated[
@@ -238,10 +245,10 @@ def serve(
     vllm_url: Annotated[
         str | None, typer.Option(help="A vLLM server that runs, in place of one that is started (see --kv-config).")
     ] = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where memories are handed over. Default: shared memory.")
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that vLLM may be silent while it works for a request.")] = 300.0,
+    folder: Annotated[Path | None, typer.Option(help="Where memories are handed over. Default: shared memory.")] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that vLLM may be silent while it works for a request.")
+    ] = 300.0,
     max_waiting: Annotated[int, typer.Option(help="Requests at a time; more are refused (429).")] = 256,
     kv_config: Annotated[
         bool, typer.Option("--kv-config", help="Print vLLM's --kv-transfer-config for this model and folder, and end.")
@@ -307,6 +314,7 @@ def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
 
 def _vllm_settings(decoder: str, hand_over: str | None, settings: str | None) -> dict[str, Any] | None:
     """Of vLLM's engine; None where nobody asked for it."""
+    from latentmas.backends.vllm import check_installed
     from latentmas.backends.writing import HAND_OVERS
 
     _check_choice("--decoder", decoder, ("own", "vllm"))
@@ -315,6 +323,7 @@ def _vllm_settings(decoder: str, hand_over: str | None, settings: str | None) ->
         if hand_over is not None or settings is not None:
             raise ValueError("--hand-over and --vllm are for --decoder vllm; got --decoder own")
         return None
+    check_installed()
     try:
         read = json.loads(settings or "{}")
     except ValueError as error:

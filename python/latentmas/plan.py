@@ -54,6 +54,12 @@ class Load:
         """What is added where one of these agents works, at most."""
         return self.pending + self.common[question] + max(self.own(question, a) for a in agents)
 
+    def request(self, question: int) -> int:
+        """Tokens of the longest text that one of these agents writes, the prompt before it included, to the last one."""
+        agents = zip(self.prompts[question], self.stage.agents, strict=True)
+        own = [prompt + agent.steps for prompt, agent in agents if not agent.thinks]
+        return self.pending + self.common[question] + max(own, default=0)
+
 
 @dataclass(frozen=True)
 class Slots:

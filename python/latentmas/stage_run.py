@@ -53,6 +53,7 @@ class StageRun:
         ids: per question and agent, what it reads: what was pending, and its prompt.
         sayings: per question and agent, what it leaves.
         memory: that the agents go on from, and then what they leave; None where the chain's decoder keeps it to itself.
+        writers: those of the agents that write, by number.
         caches: what the stage ends with: the memory, or those of the groups where nothing goes on from it.
         tallies: per agent.
         traces: of those that thought, in their order, where they were asked for.
@@ -65,6 +66,7 @@ class StageRun:
         self.stage, self.agents = self.load.stage, self.load.stage.agents
         self.seat: Seat = self.chain.seats[self.stage.model]
         self.decoder = self.chain.decoder_of(self.stage)
+        self.writers = [number for number, agent in enumerate(self.agents) if not agent.thinks]
         self.last = number + 1 == len(plan.loads)
         self.prompts = prompts
         self.ids: list[list[list[int]]] = []
@@ -74,7 +76,8 @@ class StageRun:
         self.sayings = [[_Saying() for _ in self.agents] for _ in self.rows]
         self.prefill_seconds = 0.0
         self._traces: dict[int, AgentTrace] = {}
-        self._texts: list[Written] = []
+        self._texts: dict[tuple[int, int], Written] = {}
+        self._read_again: list[int] = []  # of each question, slots that the decoder is fed again
 
     @property
     def traces(self) -> list[AgentTrace]:
@@ -88,12 +91,12 @@ class StageRun:
     def run(self) -> None:
         self.begin()
         if self.decoder is not None:
-            tell, lap = self._teller(list(range(len(self.agents)))), Laps()
+            tell, lap = self._teller(self.writers), Laps()
             tell(0)
             written = self.decoder.write(self.given, self.requests(), tell)
-            seconds = lap() / len(self.agents)
-            for tally in self.tallies:
-                tally.seconds[2] += seconds
+            seconds = lap() / len(self.writers)
+            for number in self.writers:
+                self.tallies[number].seconds[2] += seconds
             self.end(written)
         else:
             self.end()
@@ -117,29 +120,38 @@ class StageRun:
         return self.memory if self.memory is not None and bool(self.memory.lengths.any()) else None
 
     def requests(self) -> list[TextRequest]:
-        """What the chain's decoder is to write: of each question the agents' texts, behind the memory as `begin` left it."""
+        """What the chain's decoder is to write: of each question the writers' texts, behind the memory as `begin` left it."""
         given, temperature = self.given, self.whole.temperature
         shared = self.plan.shared if given is not None and self.number == 0 else 0
+        fed = [self._fed_again(row.fed) for row in self.rows]
+        self._read_again = [len(slots) for slots in fed]
         return [
             TextRequest(
-                self.ids[q][number][shared:], agent.max_new_tokens or 0, self.seat.end_ids, row=None if given is None else q,
-                fed=row.fed if given is not None else (), temperature=temperature, top_p=self.whole.top_p,
+                self.ids[q][number][shared:], self.agents[number].max_new_tokens or 0, self.seat.end_ids,
+                row=None if given is None else q, fed=fed[q], temperature=temperature, top_p=self.whole.top_p,
                 seed=int(torch.randint(2**31, ())) if temperature else 0,
             )
-            for q, row in enumerate(self.rows)
-            for number, agent in enumerate(self.agents)
+            for q in range(len(self.rows))
+            for number in self.writers
         ]  # fmt: skip
+
+    def _fed_again(self, fed: list[Fed]) -> Sequence[Fed]:
+        """What the decoder reads in place of a memory: of thoughts, the embeddings of its own model, which it calls None."""
+        if self.given is None or self.decoder is None or self.decoder.hand_over != "embeds":
+            return ()
+        return [slot if isinstance(slot, int) else {None: slot[self.seat.name]} for slot in fed]
 
     @torch.no_grad()
     def end(self, written: Sequence[Written] = ()) -> None:
         """Let the agents work, or take down what the chain's decoder wrote for them; and leave the memory to the next stage."""
-        self._texts = list(written)
+        places = [(q, number) for q in range(len(self.rows)) for number in self.writers]
+        self._texts = dict(zip(places, written, strict=True)) if written else {}
         done = [self.plan.shared if self.number == 0 else 0] * len(self.rows)
         if written and self.last:
-            for number, tally in enumerate(self.tallies):
-                mine = self._texts[number :: len(self.agents)]
-                tally.computed += sum(text.computed_tokens for text in mine)
-                self._take_texts([number])
+            for q, number in places:
+                self.tallies[number].read += self._read_again[q]
+                self.tallies[number].computed += self._texts[q, number].computed_tokens
+            self._take_texts(self.writers)
             self.caches = [] if self.memory is None else [self.memory]
         elif self.stage.parallel:
             self._side_by_side(done)
@@ -264,7 +276,7 @@ class StageRun:
         ids = [self.ids[q][number][done[q] :] for q in range(len(self.rows)) for number in numbers]
         for place, number in enumerate(numbers):
             self.tallies[number].computed += sum(map(len, ids[place :: len(numbers)]))
-        if self._texts:
+        if self._texts and not self.agents[numbers[0]].thinks:
             self._read_along(cache, numbers, ids)
             return
         tell = self._teller(numbers)
@@ -343,7 +355,7 @@ class StageRun:
             text.ids if self._followed(number) else text.ids[:-1]
             for q in range(len(self.rows))
             for number in numbers
-            for text in [self._texts[q * len(self.agents) + number]]
+            for text in [self._texts[q, number]]
         ]
         for r, text in enumerate(texts):
             self._feed(self.sayings[r // len(numbers)][numbers[r % len(numbers)]].fed, [*ids[r], *text])
@@ -354,7 +366,7 @@ class StageRun:
     def _take_texts(self, numbers: list[int]) -> None:
         for q in range(len(self.rows)):
             for number in numbers:
-                text = self._texts[q * len(self.agents) + number]
+                text = self._texts[q, number]
                 self._take_text(q, number, text.ids, text.finish_reason)
 
     def _followed(self, number: int) -> bool:

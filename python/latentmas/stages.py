@@ -21,6 +21,11 @@ class Stage:
         return len(self.agents) > 1
 
     @property
+    def writes(self) -> bool:
+        """Whether one of the agents does."""
+        return not all(agent.thinks for agent in self.agents)
+
+    @property
     def reads_notes(self) -> bool:
         return self.agents[0].reads_notes
 

@@ -66,15 +66,15 @@ class LatentConnector(KVConnectorBase_V1):
     # ---- in the scheduler --------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        tokens = request.num_prompt_tokens
-        return self._ledger.matched(request.kv_transfer_params, request.cache_salt, tokens, num_computed_tokens), False
+        brought = self._ledger.matched(
+            request.request_id, request.kv_transfer_params, request.cache_salt, request.num_prompt_tokens,
+            num_computed_tokens,
+        )  # fmt: skip
+        return brought, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         (ids,) = blocks.get_block_ids()
-        self._ledger.allocated(
-            request.request_id, request.kv_transfer_params, request.cache_salt, request.num_prompt_tokens, ids,
-            num_external_tokens,
-        )  # fmt: skip
+        self._ledger.allocated(request.request_id, request.kv_transfer_params, ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         return Loads(self._ledger.take())

@@ -48,50 +48,44 @@ class Ledger:
 
     def __init__(self) -> None:
         self._loads: list[Load] = []
+        self._faults: dict[str, tuple[int, str]] = {}
 
-    def matched(self, params: Mapping[str, Any] | None, salt: str | None, tokens: int, computed: int) -> int:
+    def matched(
+        self, request: str, params: Mapping[str, Any] | None, salt: str | None, tokens: int, computed: int
+    ) -> int:
         """Tokens beyond the `computed` ones that a request brings in its memory.
 
-        A request with a fault has one, whose load fails, so that vLLM ends it with an error.
+        A request with a fault brings one, whose load fails, so that vLLM ends it with an error; none where that would leave no
+        token to be read.
 
         Args:
-            params, salt: the request's kv_transfer_params and cache_salt.
+            request: its id.
+            params, salt: its kv_transfer_params and cache_salt.
             tokens: of its prompt, placeholders included.
         """
-        slots = _slots(params, salt, tokens)
-        return max(0, slots - computed)
+        try:
+            handed = _checked(params, salt, tokens)
+        except ValueError as error:
+            self._faults[request] = computed, str(error)
+            return min(1, max(0, tokens - 1 - computed))
+        return 0 if handed is None else max(0, handed.slots - computed)
 
-    def allocated(
-        self,
-        request: str,
-        params: Mapping[str, Any] | None,
-        salt: str | None,
-        tokens: int,
-        blocks: Sequence[int],
-        external: int,
-    ) -> None:
+    def allocated(self, request: str, params: Mapping[str, Any] | None, blocks: Sequence[int], external: int) -> None:
         """Take down that a request has blocks for the `external` tokens that `matched` promised."""
+        start, fault = self._faults.pop(request, (0, ""))
         if not external:
             return
-        slots = _slots(params, salt, tokens)
-        try:
-            handed, fault = _checked(params, salt, tokens), ""
-        except ValueError as error:
-            handed, fault = None, str(error)
-        self._loads.append(Load(request, handed, slots - external, slots, tuple(blocks), fault))
+        if fault:
+            self._loads.append(Load(request, None, start, start + external, tuple(blocks), fault))
+            return
+        handed = Handed.read(params)
+        assert handed is not None, "nothing was promised"
+        self._loads.append(Load(request, handed, handed.slots - external, handed.slots, tuple(blocks)))
 
     def take(self) -> list[Load]:
         """What is to be loaded before the next forward; forgets it."""
         loads, self._loads = self._loads, []
         return loads
-
-
-def _slots(params: Mapping[str, Any] | None, salt: str | None, tokens: int) -> int:
-    try:
-        handed = _checked(params, salt, tokens)
-    except ValueError:
-        return min(1, tokens - 1)
-    return 0 if handed is None else handed.slots
 
 
 def _checked(params: Mapping[str, Any] | None, salt: str | None, tokens: int) -> Handed | None:

@@ -4,8 +4,11 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from importlib.util import find_spec
+from multiprocessing import connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -79,7 +82,7 @@ class Vllm:
         self.hand_over, self.logprobs, self.folder = hand_over, logprobs, folder or shared_folder()
         self.stamp, self._width, self._dtype = Stamp.of(model), architecture.hidden_size, architecture.dtype
         sweep(self.folder)
-        engine_args, engine = _vllm(architecture.device.type == "cpu")
+        engine_args, engine, on_cpu = _vllm()
         given = {
             "model": name,
             "dtype": str(architecture.dtype).removeprefix("torch."),
@@ -87,7 +90,7 @@ class Vllm:
             "disable_log_stats": False,
             **({"kv_transfer_config": kv_config(self.stamp, self.folder)} if hand_over == "kv" else {}),
             **({"enable_prompt_embeds": True} if hand_over == "embeds" else {}),
-            **({"enforce_eager": True} if architecture.device.type == "cpu" else {}),
+            **({"enforce_eager": True} if on_cpu else {}),  # compiling for a CPU takes minutes
         }
         taken = sorted(given.keys() & (settings or {}).keys() - {"enforce_eager"})
         if taken:
@@ -102,6 +105,7 @@ class Vllm:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"vLLM did not start: {said[0]} (more in its log above)") from error
         self.max_model_len = self._engine.model_config.max_model_len
+        self._watch()
 
     def __enter__(self) -> "Vllm":
         return self
@@ -112,6 +116,21 @@ class Vllm:
     def close(self) -> None:
         """End vLLM's processes."""
         self._engine.engine_core.shutdown()
+
+    def _watch(self) -> None:
+        """vLLM notices when its process is killed, but leaves whoever waits for an answer waiting."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        core = self._engine.engine_core
+        manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+        if manager is None:  # it runs in this process
+            return
+
+        def wake() -> None:
+            connection.wait(manager.sentinels())
+            core.outputs_queue.put(EngineDeadError())
+
+        Thread(target=wake, daemon=True, name="vllm-watch").start()
 
     def write(
         self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
@@ -180,11 +199,12 @@ class Vllm:
                 "vLLM's engine has ended; its log says why. Start the run again (with --resume where there is an --output)"
             ) from error
         except BaseException:  # Ctrl-C among them: nothing goes on without anyone waiting for it
-            self._engine.abort_request(internal, internal=True)
+            with suppress(EngineDeadError):
+                self._engine.abort_request(internal, internal=True)
             raise
         written = []
-        for number, request in enumerate(requests):
-            output, handed = outputs[number], sent[number][1]
+        for number, (prompt, handed) in enumerate(sent):
+            output = outputs[number]
             reason = output.outputs[0].finish_reason
             slots = 0 if handed is None else handed.slots
             if reason not in ("stop", "length"):
@@ -195,29 +215,33 @@ class Vllm:
                     f"vLLM read {slots - cached} of {slots} slots of memory as placeholders in request {number}, so its answer "
                     "is worth nothing; it must run with our connector and prefix caching as it is by default"
                 )
-            tokens = slots + len(request.fed) + len(request.prompt)
-            written.append(Written(steps.ids[number], reason, tokens - cached, logprobs[number]))
+            computed = len(prompt["prompt_token_ids"]) - cached
+            written.append(Written(steps.ids[number], reason, computed, logprobs[number]))
         return written
 
 
-def _vllm(on_cpu: bool) -> tuple[Any, Any]:
-    """vLLM's EngineArgs and LLMEngine."""
+def check_installed() -> None:
+    """Raise ValueError where there is no vLLM; imports nothing of it."""
+    if find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
+
+
+def _vllm() -> tuple[Any, Any, bool]:
+    """vLLM's EngineArgs and LLMEngine, and whether it runs on the CPU."""
+    check_installed()
     # Its log is for errors, and standard output is ours.
     for name, value in (
         ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
     ):  # fmt: skip
         os.environ.setdefault(name, value)
-    if on_cpu:
+    if not torch.cuda.is_available():
         # Of vLLM's process. Where it is not set, several pools of threads spin on the same cores: the first request took 17 s
         # instead of 3 on two of them.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    try:
-        import vllm
-        from vllm import EngineArgs, LLMEngine
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"vLLM is not installed here ({error}); docs/vllm.md says how to make an environment with it"
-        ) from error
+    import vllm
+    from vllm import EngineArgs, LLMEngine
+    from vllm.platforms import current_platform
+
     if not vllm.__version__.startswith(f"{TESTED}."):
         warnings.warn(f"vLLM {vllm.__version__} is here; this was tested with {TESTED}", stacklevel=3)
-    return EngineArgs, LLMEngine
+    return EngineArgs, LLMEngine, current_platform.is_cpu()
