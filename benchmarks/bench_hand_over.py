@@ -2,9 +2,9 @@
 
     python benchmarks/bench_hand_over.py [--dtype bfloat16] [--rounds 9]
 
-In an environment with vLLM (docs/vllm.md). One engine takes both, in turns; every round has a memory of its own, so that nothing
-is found in vLLM's prefix cache. Before a time is printed, both ways give the same token, and that of our own engine, in float32
-(in bfloat16 near ties may flip it: they are counted).
+In an environment with vLLM (docs/vllm.md). One engine takes both, in turns; every round has a memory of its own, so that
+nothing is found in vLLM's prefix cache. Before a time is printed, both ways give the same token, and that of our own engine,
+in float32 (in bfloat16 near ties may flip it: they are counted).
 """
 
 import argparse
@@ -36,7 +36,7 @@ def memory_of(model: Any, aligner: Any, length: int, seed: int) -> tuple[LatentC
     """Random tokens and latent steps behind them, so many slots together; and what they were fed."""
     tokens = torch.randint(5, 40_000, (1, length - STEPS), generator=torch.Generator().manual_seed(seed))
     out = latent_generate(model, tokens, latent_steps=STEPS, aligner=aligner)
-    return out.past_key_values, [*tokens[0].tolist(), *({None: latent} for latent in out.latents[0])]
+    return out.past_key_values, [*tokens[0].tolist(), *out.latents[0]]
 
 
 def main() -> None:
@@ -66,7 +66,9 @@ def main() -> None:
                     (wrote[way],) = vllm.write(memory, [request])
                     took[way] = time.perf_counter() - began
                 assert wrote["kv"].computed_tokens == PROMPT, "keys and values were computed again"
-                assert wrote["embeds"].computed_tokens == PROMPT + length, "the prefix cache had embeddings of this memory"
+                assert wrote["embeds"].computed_tokens == PROMPT + length, (
+                    "the prefix cache had embeddings of this memory"
+                )
                 same = wrote["kv"].ids == wrote["embeds"].ids == [int(own)]
                 assert same or options.dtype == "bfloat16", (wrote, own)
                 began = time.perf_counter()
@@ -78,10 +80,14 @@ def main() -> None:
                         seconds[name].append(1000 * value)
             kv, embeds, file = (statistics.median(of) for of in seconds.values())
             mb = memory.kv_bytes / 2**20
-            lines.append(f"| {length} | {mb:.1f} | {kv:.1f} | {file:.1f} | {embeds:.1f} | {embeds / kv:.1f} | {differ} |")
+            lines.append(
+                f"| {length} | {mb:.1f} | {kv:.1f} | {file:.1f} | {embeds:.1f} | {embeds / kv:.1f} | {differ} |"
+            )
     print(conditions("cpu"))
     print(f"{read_bandwidth('cpu'):.0f} GB/s of read bandwidth")
-    print(f"SmolLM2-135M, {options.dtype}, a prompt of {PROMPT} tokens behind the memory; medians of {options.rounds} rounds, ms")
+    print(
+        f"SmolLM2-135M, {options.dtype}, a prompt of {PROMPT} tokens behind the memory; medians of {options.rounds} rounds, ms"
+    )
     print("| slots | MB | kv | of it: the file | embeds | embeds / kv | rounds with other tokens |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(lines))

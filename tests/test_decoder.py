@@ -79,7 +79,7 @@ class Fake:
         else:
             assert len(request.fed) == (0 if request.row is None else int(memory.lengths[request.row]))
             a = Architecture.of(self.model)
-            mixed = Embeds.of(request, None, a.hidden_size, a.dtype)
+            mixed = Embeds.of(request, a.hidden_size, a.dtype)
             ids, read = [*request.fed, *ids], read + len(request.fed)
             if mixed is not None:
                 whole = mixed.embedded(self.model.get_input_embeddings())[None]

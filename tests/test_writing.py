@@ -26,13 +26,9 @@ def request(prompt=(5, 6), *, fed=(), row=None, most=4):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.integers(0, 96), st.floats(-9, 9, width=32).map(thought)), max_size=12), st.data())
-def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots, data):
-    """Of several models' embeddings, those of the one that reads."""
-    seat = data.draw(st.sampled_from([None, "big"]))
-    others = {None, "big", "small"} - {seat}
-    fed = [s if isinstance(s, int) else {seat: s, **{other: thought(77, 5) for other in others}} for s in slots]
-    got = Embeds.of(request([8, 9], fed=fed), seat, WIDTH, torch.float32)
+@given(st.lists(st.one_of(st.integers(0, 96), st.floats(-9, 9, width=32).map(thought)), max_size=12))
+def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots):
+    got = Embeds.of(request([8, 9], fed=slots), WIDTH, torch.float32)
     if all(isinstance(slot, int) for slot in slots):
         assert got is None
         return
@@ -46,20 +42,20 @@ def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots, data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_have_the_dtype_of_the_model_that_reads_them(dtype):
-    fed = [{None: torch.full((WIDTH,), 1 / 3)}]
-    got = Embeds.of(request(fed=fed), None, WIDTH, dtype)
+    fed = [torch.full((WIDTH,), 1 / 3)]
+    got = Embeds.of(request(fed=fed), WIDTH, dtype)
     assert got.embeds.dtype == dtype
     assert torch.equal(got.embeds[0], torch.full((WIDTH,), 1 / 3).to(dtype))
 
 
 @pytest.mark.parametrize("fed", [[], [1, 2, 3]])
 def test_tokens_alone_need_no_embeddings(fed):
-    assert Embeds.of(request(fed=fed), None, WIDTH, torch.float32) is None
+    assert Embeds.of(request(fed=fed), WIDTH, torch.float32) is None
 
 
 def test_embedded_is_what_the_model_makes_of_the_tokens():
     embedding = MODEL.get_input_embeddings()
-    got = Embeds.of(request([3, 9], fed=[7, {None: thought(2)}, 5]), None, WIDTH, torch.float32)
+    got = Embeds.of(request([3, 9], fed=[7, thought(2), 5]), WIDTH, torch.float32)
     whole = got.embedded(embedding)
     assert torch.equal(whole[[0, 2, 3, 4]], embedding(torch.tensor([7, 5, 3, 9])))
     assert torch.equal(whole[1], thought(2))
@@ -70,7 +66,7 @@ def test_embedded_is_what_the_model_makes_of_the_tokens():
 def test_thoughts_of_another_width_are_refused():
     """vLLM's engine would end."""
     with pytest.raises(ValueError, match=r"position 1 has the shape \[5\]; this model reads \[48\].*target_model"):
-        Embeds.of(request(fed=[3, {None: thought(1, 5)}]), None, WIDTH, torch.float32)
+        Embeds.of(request(fed=[3, thought(1, 5)]), WIDTH, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
@@ -78,9 +74,9 @@ def test_thoughts_that_are_not_finite_are_refused(value):
     """Also those that are too large for the model's dtype only."""
     spoilt = thought(1)
     spoilt[7] = value
-    fed = [{None: thought(1)}, {None: spoilt}]
+    fed = [thought(1), spoilt]
     with pytest.raises(ValueError, match="what the agents thought holds NaN or Inf"):
-        Embeds.of(request(fed=fed), None, WIDTH, torch.float16)
+        Embeds.of(request(fed=fed), WIDTH, torch.float16)
 
 
 # ---- what is checked before it is sent -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 from latentmas.agents import Agent
 from latentmas.backends.fits import check_decoder
 from latentmas.backends.writing import Decoder, TextRequest, Written
+from latentmas.decoded_stage import DecodedStage
 from latentmas.handover import EVERYTHING, Budget
 from latentmas.plan import SINK, Load, Plan
 from latentmas.progress import Progress
@@ -16,7 +17,6 @@ from latentmas.results import ChainResult
 from latentmas.rows import CUT, NOTHING, Note, common_beginning, cut_note, notes_of
 from latentmas.run import Run
 from latentmas.seats import Seat, tokens_differ
-from latentmas.stage_run import StageRun
 from latentmas.stages import Stage, Stretch, stretches_of
 from latentmas_kernels import Aligner, LatentCache, build_aligner
 from latentmas_kernels.cache import check_room
@@ -40,7 +40,7 @@ class Prepared:
     """
 
     run: Run
-    last: StageRun
+    last: DecodedStage
     memory: LatentCache | None = field(init=False)
     requests: list[TextRequest] = field(init=False)
 
@@ -53,7 +53,7 @@ class Prepared:
 
     def finish(self, written: Sequence[Written]) -> ChainResult:
         """The answers, from the texts of the requests."""
-        self.last.end(written)
+        self.last.take(written)
         self.run.take_down(self.last)
         return self.run.result()
 
@@ -237,6 +237,7 @@ class Chain:
         run = Run(self, list(questions), temperature=temperature, top_p=top_p, on_progress=on_progress, trace=None)
         try:
             last = run.to_last()
+            assert isinstance(last, DecodedStage), "the decoder writes the last text"
             last.begin()
         finally:
             for text in run.warnings:

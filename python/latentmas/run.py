@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from latentmas.decoded_stage import DecodedStage
 from latentmas.progress import Laps, Progress
 from latentmas.results import AgentMetrics, ChainResult
 from latentmas.rows import Row
@@ -105,4 +106,9 @@ class Run:
         plan = self.chain.lay_out(stages, prompts)
         self.chain.check_room(plan)
         for number in range(len(stages)):
-            yield StageRun(self, plan, number, [row[number] for row in prompts])
+            mine = [row[number] for row in prompts]
+            decoder = self.chain.decoder_of(stages[number])
+            if decoder is None:
+                yield StageRun(self, plan, number, mine)
+            else:
+                yield DecodedStage(self, plan, number, mine, decoder)

@@ -1,13 +1,10 @@
 """One stage of a run: its agents go on from the memory before them, each by itself or side by side."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
-from latentmas.backends.writing import TextRequest, Written
 from latentmas.plan import SINK, Plan, side_by_side
 from latentmas.progress import Laps, Progress, Teller
 from latentmas.prompts import padded
@@ -53,7 +50,6 @@ class StageRun:
         ids: per question and agent, what it reads: what was pending, and its prompt.
         sayings: per question and agent, what it leaves.
         memory: that the agents go on from, and then what they leave; None where the chain's decoder keeps it to itself.
-        writers: those of the agents that write, by number.
         caches: what the stage ends with: the memory, or those of the groups where nothing goes on from it.
         tallies: per agent.
         traces: of those that thought, in their order, where they were asked for.
@@ -65,8 +61,6 @@ class StageRun:
         self.load = plan.loads[number]
         self.stage, self.agents = self.load.stage, self.load.stage.agents
         self.seat: Seat = self.chain.seats[self.stage.model]
-        self.decoder = self.chain.decoder_of(self.stage)
-        self.writers = [number for number, agent in enumerate(self.agents) if not agent.thinks]
         self.last = number + 1 == len(plan.loads)
         self.prompts = prompts
         self.ids: list[list[list[int]]] = []
@@ -76,8 +70,6 @@ class StageRun:
         self.sayings = [[_Saying() for _ in self.agents] for _ in self.rows]
         self.prefill_seconds = 0.0
         self._traces: dict[int, AgentTrace] = {}
-        self._texts: dict[tuple[int, int], Written] = {}
-        self._read_again: list[int] = []  # of each question, slots that the decoder is fed again
 
     @property
     def traces(self) -> list[AgentTrace]:
@@ -90,22 +82,12 @@ class StageRun:
 
     def run(self) -> None:
         self.begin()
-        if self.decoder is not None:
-            tell, lap = self._teller(self.writers), Laps()
-            tell(0)
-            written = self.decoder.write(self.given, self.requests(), tell)
-            seconds = lap() / len(self.writers)
-            for number in self.writers:
-                self.tallies[number].seconds[2] += seconds
-            self.end(written)
-        else:
-            self.end()
+        self.end()
 
     @torch.no_grad()
     def begin(self) -> None:
         """Get the memory and the prompts ready."""
-        alone = self.decoder is not None and self.last and self.number == 0  # nobody needs what it reads
-        self.memory = None if alone else self._begin()
+        self.memory = self._begin()
         self.ids = [
             [row.pending + ids for ids in prompts] for row, prompts in zip(self.rows, self.prompts, strict=True)
         ]
@@ -114,52 +96,10 @@ class StageRun:
         for number, tally in enumerate(self.tallies):
             tally.read += sum(len(ids[number]) for ids in self.ids)
 
-    @property
-    def given(self) -> LatentCache | None:
-        """The memory that the agents go on from, where there is anything in it."""
-        return self.memory if self.memory is not None and bool(self.memory.lengths.any()) else None
-
-    def requests(self) -> list[TextRequest]:
-        """What the chain's decoder is to write: of each question the writers' texts, behind the memory as `begin` left it."""
-        given, temperature = self.given, self.whole.temperature
-        shared = self.plan.shared if given is not None and self.number == 0 else 0
-        fed = [self._fed_again(row.fed) for row in self.rows]
-        self._read_again = [len(slots) for slots in fed]
-        return [
-            TextRequest(
-                self.ids[q][number][shared:], self.agents[number].max_new_tokens or 0, self.seat.end_ids,
-                row=None if given is None else q, fed=fed[q], temperature=temperature, top_p=self.whole.top_p,
-                seed=int(torch.randint(2**31, ())) if temperature else 0,
-            )
-            for q in range(len(self.rows))
-            for number in self.writers
-        ]  # fmt: skip
-
-    def _fed_again(self, fed: list[Fed]) -> Sequence[Fed]:
-        """What the decoder reads in place of a memory: of thoughts, the embeddings of its own model, which it calls None."""
-        if self.given is None or self.decoder is None or self.decoder.hand_over != "embeds":
-            return ()
-        return [slot if isinstance(slot, int) else {None: slot[self.seat.name]} for slot in fed]
-
     @torch.no_grad()
-    def end(self, written: Sequence[Written] = ()) -> None:
-        """Let the agents work, or take down what the chain's decoder wrote for them; and leave the memory to the next stage."""
-        places = [(q, number) for q in range(len(self.rows)) for number in self.writers]
-        self._texts = dict(zip(places, written, strict=True)) if written else {}
-        done = [self.plan.shared if self.number == 0 else 0] * len(self.rows)
-        if written and self.last:
-            for q, number in places:
-                self.tallies[number].read += self._read_again[q]
-                self.tallies[number].computed += self._texts[q, number].computed_tokens
-            self._take_texts(self.writers)
-            self.caches = [] if self.memory is None else [self.memory]
-        elif self.stage.parallel:
-            self._side_by_side(done)
-        else:
-            assert self.memory is not None
-            self._work(self.memory, [0], done)
-            self.memory.name_segments(self.agents[0].name)
-            self.caches = [self.memory]
+    def end(self) -> None:
+        """Let the agents work, and leave the memory to the next stage."""
+        self._go_on()
         for row, sayings in zip(self.rows, self.sayings, strict=True):
             for number in range(len(self.agents)):
                 said = sayings[number]
@@ -168,9 +108,19 @@ class StageRun:
                 row.notes += said.notes
                 row.fed += said.fed
 
+    def _go_on(self) -> None:
+        done = [self.plan.shared if self.number == 0 else 0] * len(self.rows)
+        if self.stage.parallel:
+            self._side_by_side(done)
+        else:
+            assert self.memory is not None
+            self._work(self.memory, [0], done)
+            self.memory.name_segments(self.agents[0].name)
+            self.caches = [self.memory]
+
     # ---- the memory before -----------------------------------------------------------------------------------------
 
-    def _begin(self) -> LatentCache:
+    def _begin(self) -> LatentCache | None:
         """The memory that the agents go on from, with room for what they add."""
         memory, self.whole.memory = self.whole.memory, None
         capacity = self.plan.capacity(self.number)
@@ -276,29 +226,26 @@ class StageRun:
         ids = [self.ids[q][number][done[q] :] for q in range(len(self.rows)) for number in numbers]
         for place, number in enumerate(numbers):
             self.tallies[number].computed += sum(map(len, ids[place :: len(numbers)]))
-        if self._texts and not self.agents[numbers[0]].thinks:
-            self._read_along(cache, numbers, ids)
-            return
-        tell = self._teller(numbers)
-        tell(0)
-        tokens, mask = padded(ids, self.seat.architecture.device)
         if self.agents[numbers[0]].thinks:
-            self._think(cache, numbers, ids, tokens, mask, tell)
+            self._think(cache, numbers, ids)
         else:
-            self._write(cache, numbers, ids, tokens, mask, tell)
+            self._write(cache, numbers, ids)
 
     def _teller(self, numbers: list[int]) -> Teller:
+        """For these agents; has told that they begin."""
         agents, before = [self.agents[number] for number in numbers], len(self.whole.metrics) + 1
         progress = Progress(
             agents[0], before + numbers[0], len(self.chain.agents), 0,
             beside=tuple(agents[1:]), others=tuple(before + number for number in numbers[1:]),
         )  # fmt: skip
-        return Teller(self.whole.on_progress, progress)
+        tell = Teller(self.whole.on_progress, progress)
+        tell(0)
+        return tell
 
-    def _think(
-        self, cache: LatentCache, numbers: list[int], ids: list[list[int]], tokens: Tensor, mask: Tensor, tell: Teller
-    ) -> None:
+    def _think(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
         assert self.seat.aligner is not None
+        tell = self._teller(numbers)
+        tokens, mask = padded(ids, self.seat.architecture.device)
         steps = [self.agents[number].latent_steps or 0 for number in numbers]
         others = list(self.seat.across)
         thought = latent_generate(
@@ -327,9 +274,9 @@ class StageRun:
                 }
                 saying.fed += [{name: states[step] for name, states in known.items()} for step in range(taken)]
 
-    def _write(
-        self, cache: LatentCache, numbers: list[int], ids: list[list[int]], tokens: Tensor, mask: Tensor, tell: Teller
-    ) -> None:
+    def _write(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
+        tell = self._teller(numbers)
+        tokens, mask = padded(ids, self.seat.architecture.device)
         limit = self.agents[numbers[0]].max_new_tokens
         assert limit is not None
         said = generate(
@@ -347,27 +294,6 @@ class StageRun:
             self._feed(self.sayings[q][number].fed, [*ids[r], *text[:-1], *unfed[-1]])
         if any(unfed):
             self._extend(cache, unfed, "text")
-
-    def _read_along(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
-        """Bring what the chain's decoder wrote into the memory that goes on from it."""
-        self._take_texts(numbers)
-        texts = [
-            text.ids if self._followed(number) else text.ids[:-1]
-            for q in range(len(self.rows))
-            for number in numbers
-            for text in [self._texts[q, number]]
-        ]
-        for r, text in enumerate(texts):
-            self._feed(self.sayings[r // len(numbers)][numbers[r % len(numbers)]].fed, [*ids[r], *text])
-        self._extend(cache, ids, "prompt")
-        if any(texts):
-            self._extend(cache, texts, "text")
-
-    def _take_texts(self, numbers: list[int]) -> None:
-        for q in range(len(self.rows)):
-            for number in numbers:
-                text = self._texts[q, number]
-                self._take_text(q, number, text.ids, text.finish_reason)
 
     def _followed(self, number: int) -> bool:
         """Whether another agent's part of the memory comes behind this one's: then its text goes in to the last token."""

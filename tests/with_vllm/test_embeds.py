@@ -78,7 +78,7 @@ def test_thoughts_that_are_wrong_are_refused_before_they_are_sent(vllm: Vllm, fl
         (torch.zeros(577), r"has the shape \[577\]; this model reads \[576\]"),
         (torch.zeros(2, 576), r"has the shape \[2, 576\]"),
     ):
-        fed = [slot if isinstance(slot, int) else {None: wrong} for slot in request.fed]
+        fed = [slot if isinstance(slot, int) else wrong for slot in request.fed]
         with pytest.raises(ValueError, match=why):
             vllm.write(ready.memory, [replace(request, fed=fed)])
     with pytest.raises(ValueError, match="vLLM was started for 2048 together"):

@@ -147,7 +147,7 @@ class Vllm:
     def _prompt(self, request: TextRequest, rows: list[Handed]) -> tuple[dict[str, Any], Handed | None]:
         """As vLLM takes it, and the row that comes before it."""
         if self.hand_over == "embeds":
-            mixed = Embeds.of(request, None, self._width, self._dtype)
+            mixed = Embeds.of(request, self._width, self._dtype)
             if mixed is None:
                 return {"prompt_token_ids": [*request.fed, *request.prompt]}, None
             return {

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from latentmas.backends.parcel import check_finite
-from latentmas.seats import Fed
 from latentmas_kernels import LatentCache
 from latentmas_kernels.cache_file import Stamp
 
@@ -28,7 +27,7 @@ class TextRequest:
         max_new_tokens: limit of the text.
         end_ids: tokens that end it.
         row: of the memory; None for a request that begins one.
-        fed: what that row was fed, slot by slot; for embeds only.
+        fed: what that row was fed, slot by slot: a token, or the embedding [D] of a thought; for embeds only.
         temperature, top_p: as in Chain.run; seed: of the sampling.
     """
 
@@ -36,7 +35,7 @@ class TextRequest:
     max_new_tokens: int
     end_ids: tuple[int, ...]
     row: int | None = None
-    fed: Sequence[Fed] = ()
+    fed: Sequence[int | Tensor] = ()
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -102,18 +101,17 @@ class Embeds:
     is_token: list[bool]
 
     @classmethod
-    def of(cls, request: TextRequest, seat: str | None, width: int, dtype: torch.dtype) -> "Embeds | None":
+    def of(cls, request: TextRequest, width: int, dtype: torch.dtype) -> "Embeds | None":
         """What the memory was fed and the prompt behind it, in that order; None where all of it are tokens.
 
         Args:
-            seat: whose model reads it, as `Fed` names it.
-            width, dtype: of that model's embeddings.
+            width, dtype: of the model's embeddings.
 
         Raises:
             ValueError: for thoughts that are not of that width, or hold NaN or Inf.
         """
-        slots: list[Fed] = [*request.fed, *request.prompt]
-        thoughts = [(at, slot[seat]) for at, slot in enumerate(slots) if not isinstance(slot, int)]
+        slots = [*request.fed, *request.prompt]
+        thoughts = [(at, slot) for at, slot in enumerate(slots) if not isinstance(slot, int)]
         if not thoughts:
             return None
         for at, thought in thoughts:
