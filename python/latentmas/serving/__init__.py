@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: chains think here, vLLM writes."""

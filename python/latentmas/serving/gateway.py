@@ -1,0 +1,314 @@
+"""The gateway: a request names a chain, whose agents think here and whose last text vLLM writes, streamed as it comes."""
+
+import asyncio
+import json
+import logging
+import math
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from latentmas.backends.writing import EngineError
+from latentmas.chain import Chain, Prepared
+from latentmas.serving.protocol import ApiError, ChatRequest, Reply, usage_of
+from latentmas.serving.turns import Turn
+from latentmas.serving.upstream import Sent, Silent, Unreachable, Upstream
+
+logger = logging.getLogger(__name__)
+
+BODY_BYTES = 16 * 2**20
+RETRY_SECONDS = 5
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What comes behind the text of an answer: OpenAI's finish_reason and usage."""
+
+    reason: str
+    usage: Mapping[str, Any]
+
+
+class Gateway:
+    """An ASGI application, as `app`.
+
+    Attributes:
+        chains: by the names that requests give.
+        requests: that are being answered or wait for that.
+    """
+
+    def __init__(self, chains: Mapping[str, Chain], upstream: Upstream, *, max_waiting: int = 256) -> None:
+        """Made in the event loop that it will run in.
+
+        Args:
+            chains: of one model, each with `upstream` for its decoder.
+            max_waiting: requests at a time; more are refused.
+        """
+        self.chains, self.upstream, self.max_waiting = chains, upstream, max_waiting
+        self.requests, self._began = 0, int(time.time())
+        self._model = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(max_waiting, "latentmas")
+        self.app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", _Chat(self), methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name}", self._one_model),
+                Route("/health", self._health),
+            ],
+            exception_handlers={HTTPException: _http_error},
+        )
+
+    # ---- an answer -------------------------------------------------------------------------------------------------
+
+    async def answer(self, request: ChatRequest) -> AsyncGenerator[str | Ending, None]:
+        """The answer's text, as it comes, and behind it its ending. Closing it ends all work for it.
+
+        Raises:
+            ApiError: for what cannot be answered.
+        """
+        chain = self._chain(request.model)
+        if self.requests >= self.max_waiting:
+            raise ApiError(
+                f"{self.requests} requests are being answered or wait, and no more at a time (--max-waiting); try again later",
+                status=429, kind="rate_limit_error", code="too_many_requests", retry_after=RETRY_SECONDS,
+            )  # fmt: skip
+        self.requests += 1
+        try:
+            await self._check(chain, request)
+            await self.upstream.connect()
+            prepared, sent = await self._think(chain, request)
+            try:
+                written = None
+                pieces = self.upstream.stream(
+                    self._last(prepared, request), sent, stop=request.stop, presence_penalty=request.presence_penalty,
+                    frequency_penalty=request.frequency_penalty,
+                )  # fmt: skip
+                async with aclosing(pieces):
+                    async for piece in pieces:
+                        written = piece.written
+                        if piece.text:
+                            yield piece.text
+                assert written is not None
+                yield Ending(written.finish_reason, usage_of(prepared.finish([written])))
+            finally:
+                sent.close()
+        except ApiError:
+            raise
+        except EngineError as error:
+            raise _server_error(error) from error
+        except (ValueError, MemoryError) as error:
+            # Known only now: no room, NaN in a thought, a server that was exchanged for another one.
+            raise ApiError(str(error), status=500, kind="server_error", code="cannot_answer") from error
+        except Exception as error:
+            logger.exception("a request of %s failed", request.model)
+            raise ApiError(
+                f"the gateway failed ({type(error).__name__}); its log says where", status=500, kind="server_error",
+                code="internal_error",
+            ) from error  # fmt: skip
+        finally:
+            self.requests -= 1
+
+    def _chain(self, name: str) -> Chain:
+        if name not in self.chains:
+            raise ApiError(
+                f"there is no chain {name!r} here; model names one of {', '.join(self.chains)}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+        return self.chains[name]
+
+    async def _check(self, chain: Chain, request: ChatRequest) -> None:
+        most = chain.agents[-1].max_new_tokens or 0
+        if request.limit is not None and request.limit > most:
+            name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+            raise ApiError(
+                f"got {name} {request.limit}; the last agent of {request.model} writes up to {most} tokens, which is what the "
+                "chain was planned for: ask for no more, or start the server with a larger --max-new-tokens",
+                param=name, code="invalid_value",
+            )  # fmt: skip
+        try:
+            await asyncio.to_thread(chain.check, request.question)
+        except ValueError as error:
+            raise ApiError(str(error), param="messages") from error
+
+    async def _think(self, chain: Chain, request: ChatRequest) -> tuple[Prepared, Sent]:
+        """Run all agents but the last, once it is the request's turn."""
+        turn = Turn(self._model, self._threads, secrets.randbits(62) if request.seed is None else request.seed)
+
+        def work() -> tuple[Prepared, Sent]:
+            turn.look()
+            prepared = chain.prepare(
+                [request.question], temperature=request.temperature, top_p=request.top_p,
+                on_progress=lambda progress: turn.look(),
+            )  # fmt: skip
+            (sent,) = self.upstream.pack(prepared.memory, prepared.requests)
+            prepared.forget()
+            return prepared, sent
+
+        return await turn.run(work, lambda done: done[1].close())
+
+    @staticmethod
+    def _last(prepared: Prepared, request: ChatRequest) -> Any:
+        (last,) = prepared.requests
+        return last if request.limit is None else replace(last, max_new_tokens=request.limit)
+
+    # ---- what else there is ----------------------------------------------------------------------------------------
+
+    def _described(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._began, "owned_by": "latentmas"}
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in self.chains]})
+
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        try:
+            self._chain(name)
+        except ApiError as error:
+            return _error(error)
+        return JSONResponse(self._described(name))
+
+    async def _health(self, request: Request) -> Response:
+        if await self.upstream.answers():
+            return JSONResponse({"status": "ok", "requests": self.requests})
+        return _error(_server_error(Unreachable(f"vLLM does not answer at {self.upstream.url}")))
+
+
+class _Chat:
+    """POST /v1/chat/completions. Work ends where the client goes away."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _body(receive)
+        if body is None:
+            return
+        work = asyncio.ensure_future(self._reply(body, scope, receive, send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.wait({work, gone})
+        if not work.cancelled():
+            work.result()
+
+    async def _reply(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if len(body) > BODY_BYTES:
+                raise ApiError(f"the body is larger than {BODY_BYTES // 2**20} MB; send less", status=413)
+            request = ChatRequest.read(body)
+            parts = self.gateway.answer(request)
+            reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", request.model, int(time.time()))
+            async with aclosing(parts):
+                if request.stream:
+                    # What is wrong before the first piece of text has a status of its own.
+                    first = await anext(parts)
+                    await _stream(_events(request, reply, first, parts), send)
+                    return
+                text = ""
+                async for part in parts:
+                    if isinstance(part, str):
+                        text += part
+                    else:
+                        response: Response = JSONResponse(reply.whole(text, part.reason, part.usage))
+        except ApiError as error:
+            response = _error(error)
+        await response(scope, receive, send)
+
+
+async def _events(
+    request: ChatRequest, reply: Reply, first: str | Ending, parts: AsyncIterator[str | Ending]
+) -> AsyncIterator[str]:
+    """Server-sent events of a stream; one named error in place of the end where something goes wrong."""
+    yield _event(reply.chunk({"role": "assistant", "content": ""}))
+    part = first
+    try:
+        while isinstance(part, str):
+            yield _event(reply.chunk({"content": part}))
+            part = await anext(parts)
+    except ApiError as error:
+        yield f"event: error\n{_event(error.body)}"
+        return
+    yield _event(reply.chunk({}, part.reason))
+    if request.stream_options.include_usage:
+        yield _event(reply.usage(part.usage))
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _stream(events: AsyncIterator[str], send: Send) -> None:
+    headers = {
+        "content-type": "text/event-stream; charset=utf-8",
+        "cache-control": "no-cache",
+        "x-accel-buffering": "no",
+    }
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+    async for event in events:
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """Of a request, or its beginning where it is too large; None where the client went away."""
+    body = b""
+    while len(body) <= BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return body
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _server_error(error: EngineError) -> ApiError:
+    make = partial(ApiError, str(error), kind="server_error")
+    if isinstance(error, Unreachable):
+        return make(status=503, code="vllm_unreachable", retry_after=RETRY_SECONDS)
+    if isinstance(error, Silent):
+        return make(status=504, code="vllm_silent")
+    return make(status=502, code="vllm_failed")
+
+
+def _error(error: ApiError) -> Response:
+    headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Paths and methods that there are not, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    return _error(
+        ApiError(
+            f"there is no {request.method} {request.url.path} here; there are POST /v1/chat/completions, GET /v1/models and "
+            "GET /health",
+            status=error.status_code,
+            code="not_found",
+        )
+    )

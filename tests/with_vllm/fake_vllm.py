@@ -1,0 +1,123 @@
+"""A server that speaks as much of vLLM's API as the gateway uses, and misbehaves on demand; and any app in a thread."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+
+class Fake:
+    """Writes " w0 w1 w2 ..." with the tokens 40, 41, 42, ... until the limit.
+
+    Attributes:
+        probe_token: that it writes behind the gateway's probe.
+        seen: bodies of requests, without those of probes; probes: how many of those.
+        ended: streams that were written to their end; left: those that the client left.
+        on_token: awaited before each token of a text, with its number and the request.
+        cached: tokens that it says it found, given those of the memory; None says nothing.
+        refuse: a status to answer with; error_at: the token at which it reports an error; cut_at: at which it breaks off.
+        only: tokens after which a text ends by itself ("stop").
+    """
+
+    def __init__(self, probe_token: int) -> None:
+        self.probe_token = probe_token
+        self.seen: list[dict[str, Any]] = []
+        self.probes, self.ended, self.left = 0, 0, 0
+        self.on_token: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None
+        self.cached: Callable[[int], int | None] = lambda slots: slots
+        self.refuse = self.error_at = self.cut_at = self.only = None  # type: Any
+        self.app = Starlette(
+            routes=[
+                Route("/health", lambda request: Response()),
+                Route("/v1/models", lambda request: JSONResponse({"data": [{"id": "fake", "max_model_len": 400}]})),
+                Route("/v1/completions", self._complete, methods=["POST"]),
+            ]
+        )
+
+    async def _complete(self, request: Request) -> Response:
+        body = await request.json()
+        assert body["stream"]
+        probe = body["max_tokens"] == 1 and not body["stop_token_ids"]
+        if probe:
+            self.probes += 1
+        else:
+            self.seen.append(body)
+        if self.refuse and not probe:
+            return JSONResponse(
+                {"error": {"message": "no", "type": "x", "param": None, "code": self.refuse}}, self.refuse
+            )
+        return StreamingResponse(self._events(body, probe), media_type="text/event-stream")
+
+    async def _events(self, body: dict[str, Any], probe: bool) -> AsyncIterator[str]:
+        slots = (body.get("kv_transfer_params") or {}).get("latentmas_slots", 0)
+        count = body["max_tokens"] if self.only is None else min(self.only, body["max_tokens"])
+        whole = False
+        try:
+            for number in range(count):
+                if self.on_token is not None and not probe:
+                    await self.on_token(number, body)
+                if number == self.error_at and not probe:
+                    yield 'data: {"error": {"message": "the engine burns", "code": 500}}\n\ndata: [DONE]\n\n'
+                    return
+                if number == self.cut_at and not probe:
+                    raise ConnectionError("the server dies")
+                token = self.probe_token if probe else 40 + number
+                reason = None if number + 1 < count else "length" if count == body["max_tokens"] else "stop"
+                choice = {"index": 0, "text": f" w{number}", "token_ids": [token], "finish_reason": reason}
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            cached = self.cached(slots)
+            details = None if cached is None else {"cached_tokens": cached}
+            usage = {"prompt_tokens": 1, "completion_tokens": count, "prompt_tokens_details": details}
+            yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
+            whole = True
+            self.ended += 1
+        finally:
+            self.left += not whole
+
+
+class Served:
+    """An app on a port of its own, in a thread with a loop of its own. A context manager."""
+
+    def __init__(self, make: Callable[[], Awaitable[Any]], port: int = 0) -> None:
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(("127.0.0.1", port))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._make, self._up, self._thread = make, threading.Event(), threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        async def main() -> None:
+            try:
+                app = await self._make()
+            except BaseException as error:
+                self.error = error
+                self._up.set()
+                raise
+            self.loop = asyncio.get_running_loop()
+            config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+            self.server = uvicorn.Server(config)
+            self._up.set()
+            await self.server.serve(sockets=[self.socket])
+
+        asyncio.run(main())
+
+    def __enter__(self) -> "Served":
+        self._thread.start()
+        assert self._up.wait(60)
+        assert not hasattr(self, "error"), self.error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.should_exit = True
+        self._thread.join(15)
+        assert not self._thread.is_alive()
+        self.socket.close()
