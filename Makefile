@@ -8,6 +8,8 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_after_accelerate.py tests/test_architecture.py \
   tests/test_examples.py tests/test_generation.py tests/test_model_wrapper.py tests/test_native_engine.py tests/test_rotation.py \
   tests/test_spread.py tests/test_trace.py
+# All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_hand_over.py
+VLLM_TESTS ?= tests/with_vllm
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .PHONY: demo test test-matrix test-oldest test-vllm lint bench clean
@@ -31,7 +33,7 @@ test-oldest: .venv-oldest/.installed
 # vLLM brings its own torch, and a transformers older than that of constraints.txt.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
-	.venv-vllm/bin/python -m pytest -n 0 tests/with_vllm
+	.venv-vllm/bin/python -m pytest -n 0 $(VLLM_TESTS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -62,16 +62,22 @@ class Stamp:
     def of(cls, model: Any) -> "Stamp":
         return cls(model_fingerprint(model), _describe(Architecture.of(model)))
 
+    def check(self, cache: LatentCache) -> None:
+        """Raise ValueError where a cache has not the shape and dtype that this model writes."""
+        _, layers, _, heads, _, width = cache.buffer.shape
+        got = _description("cache", layers, heads, width, cache.buffer.dtype)
+        name, _, shape = self.model.partition(" of ")
+        if got != f"cache of {shape}":
+            raise ValueError(
+                f"got a {got}, {name} writes a cache of {shape}; pass the model that wrote this cache, or a cache of that model"
+            )
+
 
 def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> None:
     """`LatentCache.save`."""
-    architecture = Architecture.of(model)
-    _, layers, batch, heads, _, width = cache.buffer.shape
-    got = _description("cache", layers, heads, width, cache.buffer.dtype)
-    want = _description("cache", architecture.layers, architecture.kv_heads, architecture.head_dim, architecture.dtype)
-    if got != want:
-        raise ValueError(f"got a {got}, {architecture.name} writes a {want}; pass the model that wrote this cache")
-    write_cache(cache, Path(path), Stamp.of(model))
+    stamp = Stamp.of(model)
+    stamp.check(cache)
+    write_cache(cache, Path(path), stamp)
 
 
 def write_cache(cache: LatentCache, path: Path, stamp: Stamp) -> None:

@@ -98,7 +98,7 @@ def _tables(model: Any) -> list[Tensor]:
 def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> Rotation | str:
     """The rotation, or why there is none, as a clause."""
     decoder = decoder_of(model)
-    kinds = _rope_types(model.config)
+    kinds = rope_types(model.config)
     strange = sorted(kinds - set(ROPE_TYPES))
     if strange:
         return f"its RoPE is of type {', '.join(strange)}, whose frequencies change with the length"
@@ -120,7 +120,7 @@ def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> Rotati
     return Rotation(torch.stack(chosen))
 
 
-def _rope_types(config: Any) -> set[str]:
+def rope_types(config: Any) -> set[str]:
     """Of the whole model, or of each kind of its layers."""
     given = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in given.values() if isinstance(value, dict)]

@@ -514,8 +514,9 @@ def test_a_trace_file_has_the_mode_of_any_new_file(command, tiny, tmp_path):
         ([QUESTION, "--engine", "magic"], ["--engine magic", "auto, eager"]),
         ([QUESTION, "--decoder", "magic"], ["--decoder magic", "own, vllm"]),
         ([QUESTION, "--decoder", "vllm", "--hand-over", "magic"], ["--hand-over magic", "kv, embeds"]),
-        ([QUESTION, "--hand-over", "kv"], ["--hand-over and --vllm are for --decoder vllm", "own"]),
-        ([QUESTION, "--vllm", "{}"], ["--hand-over and --vllm are for --decoder vllm", "own"]),
+        ([QUESTION, "--hand-over", "kv"], ["--hand-over, --vllm and --folder are for --decoder vllm", "own"]),
+        ([QUESTION, "--vllm", "{}"], ["--hand-over, --vllm and --folder are for --decoder vllm", "own"]),
+        ([QUESTION, "--folder", "."], ["--hand-over, --vllm and --folder are for --decoder vllm", "own"]),
         ([QUESTION, "--batch-size", "0"], ["--batch-size must be 1 or more", "got 0"]),
         ([QUESTION, "--handover-tokens", "0"], ["--handover-tokens must be 1 or more", "got 0"]),
         ([QUESTION, "--dtype", "int8"], ["dtype 'int8'", "auto, float32, bfloat16, float16"]),
@@ -542,10 +543,17 @@ def test_user_errors_are_one_line(command, tiny, arguments, parts):
         (False, [], ["vLLM is not installed here", "docs/vllm.md"]),
         (True, ["--vllm", "{'a': 1}"], ["got --vllm {'a': 1}", "no JSON", "an object of vLLM's settings"]),
         (True, ["--vllm", "[1]"], ["got --vllm [1]", "an object of vLLM's settings"]),
+        (True, ["--folder", "no/such"], ["got --folder no/such", "no folder that can be written to"]),
+        (
+            True,
+            ["--method", "debate", "--hand-over", "embeds"],
+            ["first 1 + second 1 work side by side", "another memory", "(kv)"],
+        ),
+        (True, ["--hand-over", "embeds", "--memory", "latent"], ["the memory is cut before critic", "another memory"]),
     ],
 )
 def test_what_vllm_needs_is_seen_before_a_model_is_loaded(command, tiny, monkeypatch, there, arguments, parts):
-    monkeypatch.setattr("latentmas.backends.vllm.find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr("latentmas.backends.vllm_start.find_spec", lambda name: object() if there else None)
     assert_one_line(command("run", QUESTION, "--decoder", "vllm", *arguments), *parts)
     assert tiny == []
 

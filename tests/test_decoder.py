@@ -51,7 +51,7 @@ class Fake:
         self.stamp, self.calls, self.slots = Stamp.of(model), [], {}
 
     def write(self, memory, requests, on_tokens=None):
-        check_requests(requests, memory, self.max_model_len)
+        check_requests(requests, memory, self.max_model_len, self.hand_over)
         assert len({id(memory) for memory in [memory, *(None for r in requests if r.row is None)]}) == 1
         self.calls.append((memory, requests))
         self.slots[id(memory)] = [] if memory is None else memory.lengths.tolist()

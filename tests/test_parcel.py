@@ -6,7 +6,9 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -32,7 +34,8 @@ from test_cache_file import MODELS, append, example, poisoned
 
 import latentmas_kernels.rotation  # noqa: F401  what keys_are_moved_by_torch replaces
 from latentmas_kernels import LatentCache
-from latentmas_kernels.architecture import Architecture, UnsupportedModelError
+from latentmas_kernels.architecture import UnsupportedModelError
+from latentmas_kernels.cache import NoRoomError
 from latentmas_kernels.cache_file import Stamp
 
 STAMPS = {dtype: Stamp.of(model) for dtype, model in MODELS.items()}
@@ -164,13 +167,39 @@ def test_rows_that_vllm_could_not_go_on_from_are_refused(tmp_path):
 
 def test_layers_with_windows_cannot_be_handed_over():
     for name in FAMILIES:
-        architecture = Architecture.of(tiny_model(name))
+        model = tiny_model(name)
         windowed = {"qwen2-mixed": 2, "qwen3-mixed": 2, "mistral-window": 3}.get(name)
         if windowed is None:
-            check_plain(architecture)
+            check_plain(model)
             continue
         with pytest.raises(UnsupportedModelError, match=f"a sliding window in {windowed} of its 3 layers.*embeds"):
-            check_plain(architecture)
+            check_plain(model)
+
+
+def test_keys_whose_angles_change_with_the_length_cannot_be_handed_over():
+    for kind in ("longrope", "dynamic"):
+        model = tiny_model("llama")
+        model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4}
+        with pytest.raises(
+            UnsupportedModelError, match=f"RoPE of type {kind}, whose angles change with the length.*embeds"
+        ):
+            check_plain(model)
+
+
+def test_a_memory_of_another_model_is_refused(tmp_path):
+    other = replace(STAMP, model=STAMP.model.replace("3 layers", "4 layers"))
+    with pytest.raises(ValueError, match="got a cache of 3 layers.* writes a cache of 4 layers"):
+        Parcel(ragged_memory(), other, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(
+        NoRoomError, match="a memory of 0 MB does not fit .*, where 0 MB are free: .*--shm-size.*--folder"
+    ):
+        Parcel(ragged_memory(), STAMP, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- what is not read ----------------------------------------------------------------------------------------------

@@ -96,25 +96,35 @@ def test_requests_may_be_as_long_as_the_engine_was_started_for(row, lengths, tok
     """To the token: memory of its row, prompt and text."""
     cache = None if lengths is None else memory(lengths)
     asked = [request(most=1), request(row=row, most=4)]
-    check_requests(asked, cache, tokens + 4)
+    check_requests(asked, cache, tokens + 4, "kv")
     slots = tokens - 2
     with pytest.raises(
         ValueError,
         match=rf"request 1 has {tokens} tokens \({slots} of memory\) and may write 4 more; vLLM was started for {tokens + 3} ",
     ):
-        check_requests(asked, cache, tokens + 3)
+        check_requests(asked, cache, tokens + 3, "kv")
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="request 1 has an empty prompt; the text needs one token or more"):
-        check_requests([request(), request([])], None, 100)
+        check_requests([request(), request([])], None, 100, "kv")
 
 
 @pytest.mark.parametrize(("row", "lengths", "rows"), [(0, None, 0), (2, [3, 4], 2), (-1, [3, 4], 2)])
 def test_a_row_that_there_is_not_is_refused(row, lengths, rows):
     cache = None if lengths is None else memory(lengths)
     with pytest.raises(ValueError, match=f"request 0 goes on from row {row} of a memory of {rows} rows"):
-        check_requests([request(row=row)], cache, 100)
+        check_requests([request(row=row)], cache, 100, "kv")
+
+
+@pytest.mark.parametrize("fed", [[], [1, 2], [1, 2, 3, 4]])
+def test_embeddings_of_a_memory_are_given_for_every_slot(fed):
+    """What is not given would be left out of the memory in silence."""
+    cache = memory([5, 3])
+    check_requests([request(row=1, fed=[1, 2, 3]), request(row=None)], cache, 100, "embeds")
+    check_requests([request(row=1, fed=fed)], cache, 100, "kv")
+    with pytest.raises(ValueError, match=f"request 0 says what {len(fed)} slots were fed, and its memory has 3; .*kv"):
+        check_requests([request(row=1, fed=fed)], cache, 100, "embeds")
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------

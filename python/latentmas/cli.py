@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import sys
 import time
 import warnings
@@ -77,6 +79,9 @@ def run(
     vllm: Annotated[
         str | None, typer.Option(help='Settings of vLLM as JSON: {"tensor_parallel_size": 2}, say.')
     ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="Where memories are handed over to vLLM. Default: shared memory.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**62)] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[
@@ -97,6 +102,7 @@ def run(
     Without a question, the first one of the sample is asked.
     """
     from latentmas.arrangement import Arrangement
+    from latentmas.backends.fits import check_linear
     from latentmas.backends.writing import EngineError
     from latentmas.batches import most_kv_bytes, questions_that_fit, run_batches
     from latentmas.chain import Chain, check_request
@@ -105,6 +111,7 @@ def run(
     from latentmas.loading import check_placement, load_model
     from latentmas.output import ResultsFile
     from latentmas.report import Report
+    from latentmas.stages import stretches_of
     from latentmas.trace_file import TraceFile, check_trace_path
     from latentmas_kernels.alignment import KINDS
     from latentmas_kernels.engines import ENGINES, WEIGHTS
@@ -114,7 +121,7 @@ def run(
     _check_choice("--aligner", aligner, KINDS)
     _check_choice("--engine", engine, ENGINES)
     _check_choice("--weights", weights, WEIGHTS)
-    vllm_settings = _vllm_settings(decoder, hand_over, vllm)
+    vllm_settings = _vllm_settings(decoder, hand_over, vllm, folder)
     _check_at_least_one("--batch-size", batch_size)
     _check_at_least_one("--handover-tokens", handover_tokens)
     check_placement(dtype, device)
@@ -122,6 +129,8 @@ def run(
         method=method, chain=chain, hierarchical=hierarchical, latent_steps=latent_steps, max_new_tokens=max_new_tokens,
         think=think, model=model, memory=memory, budget=budget,
     )  # fmt: skip
+    if vllm_settings is not None and hand_over == "embeds":
+        check_linear(stretches_of(arranged.agents), arranged.budget)
     if trace is not None:
         if resume:
             raise ValueError(
@@ -137,8 +146,9 @@ def run(
     check_request([entry.text for entry in asked] or ["-"], temperature, top_p)
     settings = {
         "model": model or NAME, **arranged.settings, "aligner": aligner, "handover_tokens": handover_tokens,
-        "dtype": dtype, "seed": seed, "temperature": temperature, "top_p": top_p, "think": think, "decoder": decoder,
-        "hand_over": hand_over,
+        "dtype": dtype, "seed": seed, "temperature": temperature, "top_p": top_p, "think": think,
+        "decoder": None if vllm_settings is None else decoder, "vllm": vllm_settings,
+        "hand_over": None if vllm_settings is None else hand_over or "kv",
     }  # fmt: skip
 
     with ExitStack() as stack:
@@ -159,6 +169,8 @@ def run(
         if vllm_settings is not None:
             from latentmas.backends.vllm import Vllm
 
+            # What is on the stack ends then, too, vLLM's processes among it.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             last = serial(arranged.agents)[-1].model
             with err.status("starting vLLM"):
                 writer = stack.enter_context(
@@ -166,6 +178,7 @@ def run(
                         str(default_model_folder()) if last is None and model is None else str(last or model),
                         loaded if last is None else others[last][0],
                         hand_over=hand_over or "kv", settings=vllm_settings,
+                        folder=None if folder is None else Path(folder),
                     )
                 )  # fmt: skip
         with err.status("setting up the chain, measuring how hidden states are best fed back"):
@@ -312,18 +325,22 @@ def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
         raise ValueError(f"got {option} {got}; supported are {', '.join(choices)}")
 
 
-def _vllm_settings(decoder: str, hand_over: str | None, settings: str | None) -> dict[str, Any] | None:
+def _vllm_settings(
+    decoder: str, hand_over: str | None, settings: str | None, folder: str | None
+) -> dict[str, Any] | None:
     """Of vLLM's engine; None where nobody asked for it."""
-    from latentmas.backends.vllm import check_installed
+    from latentmas.backends.vllm_start import check_installed
     from latentmas.backends.writing import HAND_OVERS
 
     _check_choice("--decoder", decoder, ("own", "vllm"))
     _check_choice("--hand-over", hand_over or "kv", HAND_OVERS)
     if decoder == "own":
-        if hand_over is not None or settings is not None:
-            raise ValueError("--hand-over and --vllm are for --decoder vllm; got --decoder own")
+        if (hand_over, settings, folder) != (None, None, None):
+            raise ValueError("--hand-over, --vllm and --folder are for --decoder vllm; got --decoder own")
         return None
     check_installed()
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"got --folder {folder}, which is no folder that can be written to; name one that is")
     try:
         read = json.loads(settings or "{}")
     except ValueError as error:

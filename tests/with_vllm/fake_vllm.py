@@ -25,6 +25,9 @@ class Fake:
         cached: tokens that it says it found, given those of the memory; None says nothing.
         refuse: a status to answer with; error_at: the token at which it reports an error; cut_at: at which it breaks off.
         only: tokens after which a text ends by itself ("stop").
+        behind: of each token's text; raw: what it sends in place of a text's events.
+        max_model_len: that it says it was started for; asked: how often.
+        on_question: awaited before it says how it is and what it serves.
     """
 
     def __init__(self, probe_token: int) -> None:
@@ -34,13 +37,27 @@ class Fake:
         self.on_token: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None
         self.cached: Callable[[int], int | None] = lambda slots: slots
         self.refuse = self.error_at = self.cut_at = self.only = None  # type: Any
+        self.behind, self.max_model_len, self.asked = "", 400, 0
+        self.raw: str | None = None
+        self.on_question: Callable[[], Awaitable[None]] | None = None
         self.app = Starlette(
             routes=[
-                Route("/health", lambda request: Response()),
-                Route("/v1/models", lambda request: JSONResponse({"data": [{"id": "fake", "max_model_len": 400}]})),
+                Route("/health", self._health),
+                Route("/v1/models", self._models),
                 Route("/v1/completions", self._complete, methods=["POST"]),
             ]
         )
+
+    async def _health(self, request: Request) -> Response:
+        if self.on_question is not None:
+            await self.on_question()
+        return Response()
+
+    async def _models(self, request: Request) -> Response:
+        self.asked += 1
+        if self.on_question is not None:
+            await self.on_question()
+        return JSONResponse({"data": [{"id": "fake", "max_model_len": self.max_model_len}]})
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
@@ -60,6 +77,9 @@ class Fake:
         slots = (body.get("kv_transfer_params") or {}).get("latentmas_slots", 0)
         count = body["max_tokens"] if self.only is None else min(self.only, body["max_tokens"])
         whole = False
+        if self.raw is not None and not probe:
+            yield self.raw
+            return
         try:
             for number in range(count):
                 if self.on_token is not None and not probe:
@@ -71,8 +91,8 @@ class Fake:
                     raise ConnectionError("the server dies")
                 token = self.probe_token if probe else 40 + number
                 reason = None if number + 1 < count else "length" if count == body["max_tokens"] else "stop"
-                choice = {"index": 0, "text": f" w{number}", "token_ids": [token], "finish_reason": reason}
-                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+                choice = {"index": 0, "text": f" w{number}{self.behind}", "token_ids": [token], "finish_reason": reason}
+                yield f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n"  # as vLLM does
             cached = self.cached(slots)
             details = None if cached is None else {"cached_tokens": cached}
             usage = {"prompt_tokens": 1, "completion_tokens": count, "prompt_tokens_details": details}
@@ -105,6 +125,7 @@ class Served:
             self.loop = asyncio.get_running_loop()
             config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
             self.server = uvicorn.Server(config)
+            self.socket.listen()
             self._up.set()
             await self.server.serve(sockets=[self.socket])
 

@@ -8,7 +8,6 @@ import torch
 from conftest import logprobs_of, rows_of
 from latentmas.backends.vllm import Vllm
 from latentmas.backends.writing import TextRequest
-from latentmas.default_model import default_model_folder
 from test_hand_over import here, prepared
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,11 +16,13 @@ from latentmas_kernels import latent_generate
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 
 
-def test_preempted_requests_get_their_memory_again(float32: tuple[Any, Any], tmp_path: Path) -> None:
+def test_preempted_requests_get_their_memory_again(
+    float32: tuple[Any, Any], default_folder: Path, tmp_path: Path
+) -> None:
     """Five requests in eleven blocks: vLLM takes blocks away in the middle of texts and asks for the memory anew."""
     model, _ = float32
     with Vllm(
-        str(default_model_folder()), model, folder=tmp_path,
+        str(default_folder), model, folder=tmp_path,
         settings={"max_model_len": 512, "max_num_seqs": 5, "num_gpu_blocks_override": 12},
     ) as engine:  # fmt: skip
         ready = [prepared(engine, float32, None, f"What is {number} times {number + 3}?") for number in range(5)]

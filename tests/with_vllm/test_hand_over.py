@@ -15,6 +15,7 @@ from latentmas.backends.vllm import Vllm
 from latentmas.backends.writing import EngineError, Steps, TextRequest
 from latentmas.chain import Prepared
 from latentmas.default_model import default_model_folder
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from latentmas_kernels import LatentCache, generate
 
@@ -281,6 +282,41 @@ def test_a_memory_that_vllm_did_not_take_is_an_error(
         with pytest.raises(EngineError, match="of memory as placeholders in request 0"):
             vllm.write(ready.memory, [TextRequest([5], 4, (), row=0)])
     check_lives(vllm, float32, ready)
+
+
+def test_what_fails_while_it_is_loaded_ends_that_request_only(
+    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without memory, say."""
+    assert ready.memory is not None
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentmas.backends.connector.read_parcel", fail)
+        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
+            vllm.write(ready.memory, [TextRequest([5], 4, (), row=0)])
+    check_lives(vllm, float32, ready)
+
+
+def test_attention_that_takes_no_keys_from_outside_is_refused(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests would read whatever was there before."""
+    connector = get_kv_transfer_group()
+    names = dict.fromkeys(connector._names)
+    connector.register_kv_caches(names)
+    with pytest.raises(ValueError, match="2 layers with a paged cache of 30"):
+        connector.register_kv_caches(dict(list(names.items())[:2]))
+    layer = connector._vllm_config.compilation_config.static_forward_context[connector._names[3]]
+    monkeypatch.delattr(type(layer.impl), "do_kv_cache_update")
+    with pytest.raises(ValueError, match="Impl, which has no do_kv_cache_update; .* another attention_backend"):
+        connector.register_kv_caches(names)
+
+
+def test_a_second_engine_in_one_process_is_refused(vllm: Vllm, float32: tuple[Any, Any], default_folder: Path) -> None:
+    """They would share the first one's connector."""
+    with pytest.raises(ValueError, match="there is an engine with a connector in this process.*close it first"):
+        Vllm(str(default_folder), float32[0], settings={"max_model_len": 512})
 
 
 def test_an_interrupt_ends_the_requests(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import contextlib
+import errno
+import gc
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +25,17 @@ import pytest
 import torch
 from fake_vllm import Fake, Served
 from latentmas import Agent, Chain
+from latentmas.serving import turns
 from latentmas.serving.child import Child
-from latentmas.serving.command import Serving, serve
+from latentmas.serving.command import Serving, _listening, _Server, serve
 from latentmas.serving.gateway import Gateway
+from latentmas.serving.protocol import ApiError, ChatRequest
 from latentmas.serving.upstream import Upstream
+from pydantic import ValidationError
 from rich.console import Console
 from tokenizers_offline import character_tokenizer
+
+from latentmas_kernels.cache import NoRoomError
 
 SECONDS = 20.0
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -224,6 +232,59 @@ def test_a_seed_decides_what_is_drawn_whatever_comes_in_between(house: House) ->
     assert len({body["seed"] for body in house.fake.seen if body["temperature"] == 0.4}) == 2
 
 
+def test_a_request_that_fails_leaves_what_others_draw_alone(house: House) -> None:
+    """The text in the middle of one request fails while another one has the turn and has not drawn yet."""
+    thinking, failed = threading.Event(), threading.Event()
+    prepare = house.chains["thinks"].prepare
+
+    def waiting(questions: list[str], **options: Any) -> Any:
+        thinking.set()
+        assert failed.wait(SECONDS)
+        return prepare(questions, **options)
+
+    async def fail(number: int, body: dict[str, Any]) -> None:
+        while not thinking.is_set():
+            await asyncio.sleep(0.01)
+        raise ConnectionError
+
+    assert house.ask(temperature=0.5, seed=7).status_code == 200
+    house.chains["thinks"].prepare = waiting  # type: ignore[method-assign]
+    house.fake.on_token = fail
+    with ThreadPoolExecutor() as pool:
+        fails = pool.submit(house.ask, model="mixes", temperature=0.4, seed=9)
+        until(lambda: len(house.fake.seen) == 2)
+        draws = pool.submit(house.ask, temperature=0.5, seed=7)
+        assert fails.result(SECONDS).status_code == 502
+        house.fake.on_token = None
+        failed.set()
+        assert draws.result(SECONDS).status_code == 200
+    assert len({body["seed"] for body in house.fake.seen if body["temperature"] == 0.5}) == 1
+
+
+def test_characters_that_some_take_for_ends_of_lines(house: House) -> None:
+    house.fake.behind = "\u2028\u2029\x85\x0b\x1c\xe9\U0001f600"
+    want = "".join(f" w{number}{house.fake.behind}" for number in range(6))
+    assert house.ask().json()["choices"][0]["message"]["content"] == want
+    events = house.client.post("/v1/chat/completions", json={"model": "thinks", "messages": QUESTION, "stream": True})
+    lines = [line.removeprefix("data: ") for line in events.iter_lines() if line.startswith("data: {")]
+    assert "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines) == want
+
+
+def test_a_memory_is_freed_once_it_is_handed_over(house: House) -> None:
+    pack, memories = house.upstream.pack, list[Any]()
+
+    def packing(memory: Any, requests: Any) -> Any:
+        memories.append(weakref.ref(memory))
+        return pack(memory, requests)
+
+    async def look(number: int, body: dict[str, Any]) -> None:
+        gc.collect()
+        assert [memory() for memory in memories] == [None]
+
+    house.upstream.pack, house.fake.on_token = packing, look  # type: ignore[method-assign]
+    assert house.ask().status_code == 200
+
+
 def test_agents_that_write_in_the_middle_let_others_think(house: House) -> None:
     """Each text waits until both requests are writing, which is never where one has the model to itself."""
 
@@ -268,11 +329,22 @@ def test_models_and_health(house: House) -> None:
     assert error_of(house.client.get("/health"), 503)["code"] == "vllm_unreachable"
 
 
+def test_health_of_a_server_that_hangs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentmas.serving.upstream.HEALTH_SECONDS", 0.1)
+
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    house.fake.on_question = hang
+    assert "its log" in error_of(house.client.get("/health"), 503)["message"]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 USER = {"role": "user", "content": "x"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"), ({"n": 2}, "n"), ({"logprobs": True}, "logprobs"),
+    ({"n": True}, "n"), ({"n": 1.0}, "n"), ({"logprobs": 0}, "logprobs"), ({"temperature": 2.1}, "temperature"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"repetition_penalty": 1.1}, "repetition_penalty"), ({"top_k": 4}, "top_k"),
     ({"response_format": {"type": "json_object"}}, "response_format.type"), ({"logit_bias": {"1": 1}}, "logit_bias"),
     ({"temperature": -1}, "temperature"), ({"temperature": "1"}, "temperature"), ({"top_p": 0}, "top_p"),
@@ -300,9 +372,53 @@ def test_what_does_not_fit_is_refused(house: House) -> None:
             assert param.split(".")[0] in error["message"] or "question" in error["message"], error
     for raw in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"model": "thinks"}', b'{"model": "\\ud800"}'):
         error_of(house.client.post("/v1/chat/completions", content=raw), 400)
-    assert error_of(house.client.post("/v1/chat/completions", content=b" " * (17 * 2**20)), 413)["message"]
+    assert error_of(house.client.post("/v1/chat/completions", content=b" " * 2**21), 413)["message"]
     assert house.fake.seen == []
     assert house.ask().status_code == 200
+
+
+def test_what_is_wrong_many_times_is_refused_for_the_first(house: House) -> None:
+    """Errors hold neither the time for all that is wrong nor what was sent."""
+    many, long = 5_000, "x" * 500_000
+    part: dict[str, Any] = {"type": "text", "text": "x"}
+    for fields in (
+        {"messages": [1] * many}, {"stop": [1] * many}, {str(number): 1 for number in range(many)},
+        {"messages": [{"role": "user", "content": [1] * many}]},
+        {"messages": [{"role": "user", "content": [{**part, **{str(number): 1 for number in range(many)}}]}]},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError) as caught:
+            ChatRequest.model_validate({"model": "thinks", "messages": QUESTION, **fields})
+        assert caught.value.error_count() == 1
+    for fields in (
+        {"model": long}, {long: 1}, {"user": [long]}, {"messages": [USER] * many}, {"max_tokens": 10**4000},
+        {"max_tokens": 10**4000, "max_completion_tokens": 1}, {"messages": [{**USER, long: 1}]},
+    ):  # fmt: skip
+        response = house.ask(**fields)
+        error_of(response, 404 if fields == {"model": long} else 400)
+        assert len(response.content) < 1000
+    assert len(house.client.get(f"/{long[:50_000]}").content) < 1000
+    for depth in range(850, 1000):
+        for field in ("user", "model", "x"):
+            body = f'{{"model": "m", "messages": [], "{field}": {"[" * depth}{"]" * depth}}}'
+            with pytest.raises(ApiError):
+                ChatRequest.read(body.encode())
+
+
+def test_a_question_is_checked_in_threads_of_the_gateway_unless_it_is_far_too_long(house: House) -> None:
+    check, threads = house.chains["thinks"].check, list[str]()
+
+    def checking(question: str) -> None:
+        threads.append(threading.current_thread().name)
+        check(question)
+
+    house.chains["thinks"].check = checking  # type: ignore[method-assign]
+    error = error_of(house.ask(messages=[{"role": "user", "content": "x" * 25_601}]), 400)
+    assert error["param"] == "messages"
+    assert "of 25601 characters" in error["message"]
+    assert "more than 25600 characters" in error["message"]
+    assert threads == []
+    assert house.ask().status_code == 200
+    assert [name.partition("_")[0] for name in threads] == ["latentmas-check"]
 
 
 def test_what_there_is_not(house: House) -> None:
@@ -310,7 +426,9 @@ def test_what_there_is_not(house: House) -> None:
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert "thinks, mixes, alone" in error["message"]
     assert "/v1/chat/completions" in error_of(house.client.post("/v1/completions", json={}), 404)["message"]
-    error_of(house.client.get("/v1/chat/completions"), 405)
+    other = house.client.get("/v1/chat/completions")
+    assert error_of(other, 405)["code"] == "method_not_allowed"
+    assert other.headers["allow"] == "POST"
 
 
 def test_more_requests_than_may_wait(model: Any, tmp_path: Path) -> None:
@@ -365,6 +483,87 @@ def test_a_server_that_refuses_or_fails(house: House) -> None:
     failing(house, 502, "vllm_failed", "the engine burns", begun=True)
     house.fake.error_at = 0
     failing(house, 502, "vllm_failed", "the engine burns", begun=False)
+
+
+def test_whether_to_send_a_request_again(house: House) -> None:
+    """Clients do so by themselves, and the chain would think again."""
+    for status, told, code in ((400, 400, "vllm_refused"), (413, 400, "vllm_refused"), (422, 400, "vllm_refused")):
+        house.fake.refuse = status
+        failing(house, told, code, f"status {status}", begun=False)
+        assert house.ask().headers["x-should-retry"] == "false"
+    for status in (429, 503):
+        house.fake.refuse = status
+        failing(house, 503, "vllm_busy", f"status {status}", begun=False)
+        assert int(house.ask().headers["retry-after"]) > 0
+    house.fake.refuse = None
+    assert house.ask().status_code == 200
+
+
+def test_no_room(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: Exception) -> Any:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return fail
+
+    for error in (OSError(errno.ENOSPC, "full"), NoRoomError("full")):
+        with monkeypatch.context() as patch:
+            patch.setattr("latentmas.serving.upstream.Parcel", raising(error))
+            response = house.ask()
+        assert "--folder" in error_of(response, 503)["message"]
+        assert response.json()["error"]["code"] == "folder_unwritable"
+        assert int(response.headers["retry-after"]) > 0
+    for error in (MemoryError(), NoRoomError("none"), torch.OutOfMemoryError("none")):
+        with monkeypatch.context() as patch:
+            patch.setattr(house.chains["thinks"], "prepare", raising(error))
+            response = house.ask()
+        assert error_of(response, 503)["code"] == "no_room"
+        assert response.json()["error"]["message"]
+        assert int(response.headers["retry-after"]) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatRequest, "read", raising(KeyError("odd")))
+        assert error_of(house.ask(), 500)["code"] == "internal_error"
+    assert house.ask().status_code == 200
+
+
+CHOICE = {"index": 0, "text": "a", "token_ids": [1], "finish_reason": None}
+ODD = (
+    "[]", "5", "{", "null", "{}", '{"choices": null}', '{"choices": [1]}', json.dumps({"choices": [{**CHOICE, "text": None}]}),
+    json.dumps({"choices": [{**CHOICE, "token_ids": 3}]}),
+)  # fmt: skip
+
+
+def test_a_server_that_says_odd_things(house: House) -> None:
+    for data in ODD:
+        house.fake.raw = f"data: {data}\n\n"
+        failing(house, 502, "vllm_failed", "not what vLLM says", begun=False)
+    for raw in ("", ": ping\n\ndata: [DONE]\n\n", "x"):
+        house.fake.raw = raw
+        failing(house, 502, "vllm_failed", "broke off", begun=False)
+        assert not house.upstream._connected
+    house.fake.raw = None
+    assert house.ask().status_code == 200
+
+
+def test_requests_that_wait_for_a_server_share_one_attempt(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentmas.serving.upstream.ASK_SECONDS", 1.0)
+
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    house.fake.on_question, house.upstream._connected, asked = hang, False, house.fake.asked
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(house.ask) for _ in range(8)]
+        until(lambda: house.fake.asked > asked)
+        house.call().close()  # who leaves does not end it for the others
+        for answer in answers:
+            error = error_of(answer.result(SECONDS), 504)
+            assert "for 1 s" in error["message"]
+            assert "--timeout" not in error["message"]
+            assert answer.result().headers["x-should-retry"] == "false"
+    assert house.fake.asked == asked + 1
+    house.fake.on_question = None
+    assert house.ask().status_code == 200
 
 
 def test_a_server_that_dies_is_tried_out_again(house: House) -> None:
@@ -501,6 +700,22 @@ def test_clients_that_leave_end_the_thinking_and_never_begin_it(house: House) ->
     assert house.ask().status_code == 200
 
 
+def test_a_client_that_leaves_as_the_thinking_ends_leaves_no_file(house: House) -> None:
+    pack, packing = house.upstream.pack, threading.Event()
+
+    def waiting(*given: Any) -> Any:
+        packing.set()
+        until(lambda: turns._current.get().gone)
+        return pack(*given)
+
+    house.upstream.pack = waiting  # type: ignore[method-assign]
+    line = house.call()
+    assert packing.wait(SECONDS)
+    line.close()
+    until(lambda: house.gateway.requests == 0)
+    assert house.empty()
+
+
 # ---- vLLM as a child -------------------------------------------------------------------------------------------------
 
 
@@ -522,55 +737,79 @@ def test_a_child_that_does_not_start_says_why(model: Any, tmp_path: Path) -> Non
 
 SERVER = """
 import http.server, os, pathlib, subprocess, sys
-if pathlib.Path("BROKEN").exists(): sys.exit(4)
-subprocess.Popen(["sleep", "1000"])
+if pathlib.Path("FOLDER/broken").exists(): sys.exit(4)
+subprocess.Popen(["sh", "-c", "trap 'sleep 0.5; touch FOLDER/tidy; exit' TERM; while :; do sleep 0.1; done"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.send_response(200); self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
 """
+"""Has a child that tidies up when it is told to end."""
+
+
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_child_is_started_again_but_not_for_ever(model: Any, tmp_path: Path) -> None:
-    child, said = child_of(model, tmp_path, SERVER.replace("BROKEN", str(tmp_path / "broken")))
+    child, said = child_of(model, tmp_path, SERVER.replace("FOLDER", str(tmp_path)))
 
     async def run() -> None:
         await child.start()
         keeping = asyncio.ensure_future(child.keep())
-        assert child._process is not None
-        first = psutil.Process(child._process.pid)
-        group = [first, *first.children(recursive=True)]
-        assert len(group) == 2
-        os.kill(first.pid, signal.SIGKILL)
-        while not any("answers again" in line for line in said):
-            await asyncio.sleep(0.05)
-        assert not any(process.is_running() and process.status() != "zombie" for process in group)
-        (tmp_path / "broken").touch()
-        os.kill(child._process.pid, signal.SIGKILL)
-        with pytest.raises(ValueError, match="did not start 3 times in a row"):
-            await keeping
+        try:
+            assert child._process is not None
+            first = psutil.Process(child._process.pid)
+            group = [first, *first.children()]
+            assert len(group) == 2
+            os.kill(first.pid, signal.SIGKILL)
+            while not any("answers again" in line for line in said):
+                await asyncio.sleep(0.05)
+            assert not any(running(process) for process in group)
+            assert (tmp_path / "tidy").exists()
+            (tmp_path / "broken").touch()
+            os.kill(child._process.pid, signal.SIGKILL)
+            with pytest.raises(ValueError, match="did not start 3 times in a row"):
+                await keeping
+        finally:
+            keeping.cancel()
+            await child.end()
 
     asyncio.run(asyncio.wait_for(run(), 2 * SECONDS))
 
 
 def test_a_child_leaves_nothing_behind(model: Any, tmp_path: Path) -> None:
-    child, _ = child_of(model, tmp_path, SERVER.replace("BROKEN", str(tmp_path / "broken")))
+    child, _ = child_of(model, tmp_path, SERVER.replace("FOLDER", str(tmp_path)))
 
     async def run() -> None:
-        await child.start()
-        assert child._process is not None
-        first = psutil.Process(child._process.pid)
-        group = [first, *first.children(recursive=True)]
-        await child.end()
-        assert not any(process.is_running() and process.status() != "zombie" for process in group)
+        try:
+            await child.start()
+            assert child._process is not None
+            first = psutil.Process(child._process.pid)
+            group = [first, *first.children()]
+        finally:
+            await child.end()
+        assert not any(running(process) for process in group)
+        assert (tmp_path / "tidy").exists()
 
     asyncio.run(asyncio.wait_for(run(), SECONDS))
 
 
 def test_options_that_the_gateway_sets_are_refused(model: Any, tmp_path: Path) -> None:
     upstream = Upstream(model, character_tokenizer(), folder=tmp_path)
-    for option in ("--port=1", "--kv_transfer_config", "--host", "--dtype"):
+    for option in (
+        "--port=1", "--kv_transfer_config", "--host", "--dtype", "--kv-transfer-config.kv_role=x", "--kv-tr", "--por=1",
+        "--no-enable-prompt-tokens-details", "--ssl-keyfile", "--ssl_certfile=x", "--root-path", "--config=x", "--api-k",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="--vllm-url"):
             Child("model", model, upstream, ["--max-num-seqs", "4", option], print)
+    free = [
+        "--max-model-len", "-1", "--no-enable-prefix-caching", "--api-server-count=1", "-tp", "1", "--kv-cache-dtype", "auto",
+        "--model-impl=auto", "--uvicorn-log-level", "info",
+    ]  # fmt: skip
+    Child("model", model, upstream, free, print)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -593,6 +832,9 @@ def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> No
         serve(Serving(missing, vllm_options=["chain.yaml"]), console)
     with pytest.raises(ValueError, match="--max-waiting"):
         serve(Serving(missing, max_waiting=0), console)
+    for url in ("localhost:8001", "ftp://x", "http://x:bad", "127.0.0.1:8001", "", "http://", "http://:80"):
+        with pytest.raises(ValueError, match="supported is the address"):
+            serve(Serving(missing, vllm_url=url), console)
 
     async def nothing() -> Any:
         return None
@@ -601,3 +843,97 @@ def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> No
     taken.socket.listen()
     with taken.socket, pytest.raises(ValueError, match=f"port {taken.port}"):
         serve(Serving(missing, port=taken.port), console)
+
+
+def test_two_servers_at_one_address() -> None:
+    with _listening("127.0.0.1", 0) as first, pytest.raises(ValueError, match="--port"):
+        _listening("127.0.0.1", first.getsockname()[1])
+
+
+def test_one_client_for_one_address(model: Any, tmp_path: Path) -> None:
+    upstream = Upstream(model, character_tokenizer(), folder=tmp_path)
+    for url in ("http://LOCALHOST:8001", "http://127.0.0.1:80", "http://[::1]:80/v1/"):
+        upstream.at(url)
+        assert upstream._http is upstream._http
+
+
+def run_server(house: House, child: Child | None, meanwhile: Callable[[_Server], None]) -> int:
+    """The command behind the loading, in this thread, which the signals go to; `meanwhile` in another one."""
+    address = _listening("127.0.0.1", 0)
+    url = None if child is not None else house.below.url
+    server = _Server(Serving(vllm_url=url), Console(stderr=True), house.upstream, child, house.chains, address)
+    with address, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(meanwhile, server)
+        code = asyncio.run(asyncio.wait_for(server.run(), SECONDS))
+        other.result(SECONDS)
+    return code
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_requests_that_the_end_cuts_off(
+    house: House, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signals: int
+) -> None:
+    """At the end of the time that they are given, or at once by the second signal."""
+    monkeypatch.setattr("latentmas.serving.command.GRACE_SECONDS", 1 if signals == 1 else 60)
+
+    async def wait(number: int, body: dict[str, Any]) -> None:
+        await asyncio.sleep(60 if number or not body["temperature"] else 0)
+
+    house.fake.on_token = wait
+
+    def meanwhile(server: _Server) -> None:
+        port = server.address.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        body = {"model": "thinks", "messages": QUESTION}
+        with ThreadPoolExecutor() as pool, socket.create_connection(("127.0.0.1", port), SECONDS) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+
+            def ask(**fields: Any) -> httpx.Response:
+                return httpx.post(url, json={**body, **fields}, timeout=SECONDS, trust_env=False)
+
+            whole, stream = pool.submit(ask), pool.submit(ask, stream=True, temperature=1)
+            until(lambda: len(house.fake.seen) == 2)
+            time.sleep(0.2)
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+            answer = whole.result(SECONDS)
+            error = error_of(answer, 503)
+            assert (error["code"], int(answer.headers["retry-after"]) > 0) == ("server_ending", True)
+            *_, name, data = stream.result(SECONDS).text.strip().split("\n")
+            assert (name, json.loads(data.removeprefix("data: "))["error"]) == ("event: error", error)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 503")
+
+    assert run_server(house, None, meanwhile) == 0
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(house.folder.iterdir())
+
+
+def test_a_second_signal_as_it_starts_ends_it_at_once(house: House) -> None:
+    child, _ = child_of(
+        house.chains["thinks"].model, house.folder,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(1000)",
+    )  # fmt: skip
+    child.upstream = house.upstream
+
+    def meanwhile(server: _Server) -> None:
+        until(lambda: child._log)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    began = time.monotonic()
+    try:
+        assert run_server(house, child, meanwhile) == 130
+        assert time.monotonic() - began < 8
+        assert child._process is not None
+        assert child._process.returncode == -signal.SIGKILL
+    finally:
+        if child._process is not None:
+            child._process.kill()
+
+
+def test_no_chain_is_left(house: House) -> None:
+    house.fake.max_model_len = 10
+    with pytest.raises(ValueError, match="--max-model-len"):
+        run_server(house, None, lambda server: None)

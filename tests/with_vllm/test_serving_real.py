@@ -113,6 +113,18 @@ class Server:
         )
 
 
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def shared_memory(process: psutil.Process) -> list[Path]:
+    """Python's segments of it."""
+    return [Path(piece.path) for piece in process.memory_maps() if piece.path.startswith("/dev/shm/psm_")]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("serve"))
@@ -122,15 +134,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         family = [psutil.Process(server.process.pid)]
         family += family[0].children(recursive=True)
+        shared = {path for process in family for path in shared_memory(process)}
         server.process.send_signal(signal.SIGTERM)
         code = server.process.wait(SECONDS)
         # Those that were orphaned may wait for init to take their exit codes.
-        alive = [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        alive = [process for process in family if running(process)]
         for process in alive:
             process.kill()
         assert code == 0
         assert len(family) > 3
         assert not alive
+        assert not [path for path in shared if path.exists()]
         assert not list(server.parcels.iterdir())
 
 

@@ -8,6 +8,9 @@ One instance lives in the scheduler and one in each worker. Keys and values go i
 `do_kv_cache_update`, since the layout of its cache is its own affair.
 """
 
+import ctypes
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from latentmas.backends.ledger import Ledger, Load
 from latentmas.backends.parcel import check_finite, heads_of, read_parcel
 
 logger = init_logger("vllm.latentmas")
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -53,7 +57,11 @@ class LatentConnector(KVConnectorBase_V1):
                 f"got kv_load_failure_policy {settings.kv_load_failure_policy!r}; LatentConnector needs 'fail': what vLLM "
                 "would compute in place of a memory are its placeholders"
             )
-        _check_supported(vllm_config, kv_cache_config)
+        check_supported(vllm_config)
+        if kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) != 1:
+            raise _refusal(f"{vllm_config.model_config.model}, whose layers are not all of one kind of attention")
+        if role == KVConnectorRole.SCHEDULER and extra.get("owner") == os.getppid():
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a killed owner could not end us
         self.folder, self.fingerprint = Path(extra["folder"]), extra["fingerprint"]
         self.block_size = vllm_config.cache_config.block_size
         self.layers = vllm_config.model_config.get_total_num_hidden_layers()
@@ -61,6 +69,7 @@ class LatentConnector(KVConnectorBase_V1):
         self.width = vllm_config.model_config.get_head_size()
         self.dtype = vllm_config.model_config.dtype
         self._ledger = Ledger()
+        self._names: list[str] = []
         self._failed: set[int] = set()
 
     # ---- in the scheduler --------------------------------------------------------------------------------------------
@@ -79,7 +88,25 @@ class LatentConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         return Loads(self._ledger.take())
 
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._ledger.finished(request.request_id)
+        return False, None
+
     # ---- in a worker -------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Told once of the layers that have a paged cache. Raises ValueError where one of them cannot be written to."""
+        layers = self._vllm_config.compilation_config.static_forward_context
+        for name in kv_caches:
+            if not hasattr(layers[name].impl, "do_kv_cache_update"):
+                raise _refusal(
+                    f"the attention backend {type(layers[name].impl).__name__}, which has no do_kv_cache_update",
+                    "start vLLM with another attention_backend",
+                )
+        own = self._vllm_config.model_config.get_num_layers(self._vllm_config.parallel_config)
+        if len(kv_caches) != own:
+            raise _refusal(f"{len(kv_caches)} layers with a paged cache of {own}")
+        self._names = list(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Write what the scheduler asked for. What cannot be written is that request's error and nobody else's."""
@@ -88,8 +115,10 @@ class LatentConnector(KVConnectorBase_V1):
         for load in metadata.loads:
             try:
                 self._load(load, forward_context.no_compile_layers)
-            except (OSError, ValueError) as error:
-                logger.error("request %s has no memory to go on from: %s", load.request, error)
+            except Exception as error:  # anything that gets out of here would end the engine, for all requests
+                logger.error(
+                    "request %s has no memory to go on from: %s: %s", load.request, type(error).__name__, error
+                )
                 self._failed |= load.touched(self.block_size)
 
     def _load(self, load: Load, layers: dict[str, Any]) -> None:
@@ -106,9 +135,9 @@ class LatentConnector(KVConnectorBase_V1):
         mine = kv[:, :, own, load.start : load.stop]
         check_finite(mine, load.handed.file)
         places = None
-        for name, layer in layers.items():
-            if not hasattr(getattr(layer, "impl", None), "do_kv_cache_update"):
-                continue
+        assert self._names, "vLLM tells of its layers before it runs"
+        for name in self._names:
+            layer = layers[name]
             # [slots, heads, width], as a forward would bring them.
             keys, values = mine[:, extract_layer_index(name)].transpose(1, 2).to(layer.kv_cache.device).contiguous()
             if places is None:
@@ -129,29 +158,25 @@ class LatentConnector(KVConnectorBase_V1):
         """Nothing leaves vLLM."""
 
 
-def _check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+def check_supported(vllm_config: Any) -> None:
     """Raise ValueError for an engine whose paged memory does not hold plain keys and values of all positions."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     stored = vllm_config.cache_config.cache_dtype
     named = str(model.dtype).removeprefix("torch.")
-    for wrong, got, remedy in (
-        (model.use_mla, f"{model.model} with compressed keys and values (MLA)", "hand embeddings over"),
-        (
-            kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) > 1,
-            f"{model.model}, whose layers are not all of one kind of attention",
-            "hand embeddings over",
-        ),
-        (model.get_sliding_window() is not None, f"{model.model} with a sliding window", "hand embeddings over"),
-        (stored not in ("auto", named), f"kv_cache_dtype {stored} for a model in {named}", "leave it at auto"),
-        (vllm_config.speculative_config is not None, "speculative decoding", "start vLLM without it"),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism",
-            "start vLLM without it",
-        ),
-    ):
-        if wrong:
-            raise ValueError(
-                f"LatentConnector got {got}; supported are models with full attention in every layer and keys and values in "
-                f"the model's dtype: {remedy}"
-            )
+    if model.use_mla:
+        raise _refusal(f"{model.model} with compressed keys and values (MLA)")
+    if model.get_sliding_window() is not None:
+        raise _refusal(f"{model.model} with a sliding window")
+    if stored not in ("auto", named):
+        raise _refusal(f"kv_cache_dtype {stored} for a model in {named}", "leave it at auto")
+    if vllm_config.speculative_config is not None:
+        raise _refusal("speculative decoding", "start vLLM without it")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise _refusal("context parallelism", "start vLLM without it")
+
+
+def _refusal(got: str, remedy: str = "hand embeddings over") -> ValueError:
+    return ValueError(
+        f"LatentConnector got {got}; supported are models with full attention in every layer and keys and values in the "
+        f"model's dtype: {remedy}"
+    )

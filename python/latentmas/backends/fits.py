@@ -23,11 +23,17 @@ def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], bu
             f"{stamp.model} (fingerprint {stamp.fingerprint[:12]}); start it with the last agent's model and dtype"
         )
     if decoder.hand_over == "kv":
-        check_plain(seat.architecture)
-        return
+        check_plain(seat.model)
+    else:
+        check_linear(stretches, budget)
+
+
+def check_linear(stretches: Sequence[Stretch], budget: Budget | None) -> None:
+    """Raise ValueError for chains whose memories cannot be handed over as embeddings; needs no model."""
+    name = stretches[-1][-1].model
     for stretch in stretches:
         for number, stage in enumerate(stretch):
-            if stage.model == seat.name and stage.writes:
+            if stage.model == name and stage.writes:
                 _check_linear(stretch, number, budget)
 
 

@@ -1,5 +1,6 @@
 """What the connector keeps in mind between vLLM's calls, without vLLM: which memory goes to which blocks."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from latentmas.backends.parcel import Handed
+
+logger = logging.getLogger("vllm.latentmas")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,11 @@ class Ledger:
         try:
             handed = _checked(params, salt, tokens)
         except ValueError as error:
+            if computed + 1 >= tokens:
+                logger.error("request %s is answered without the memory that it names: %s", request, error)
+                return 0
             self._faults[request] = computed, str(error)
-            return min(1, max(0, tokens - 1 - computed))
+            return 1
         return 0 if handed is None else max(0, handed.slots - computed)
 
     def allocated(self, request: str, params: Mapping[str, Any] | None, blocks: Sequence[int], external: int) -> None:
@@ -81,6 +87,10 @@ class Ledger:
         handed = Handed.read(params)
         assert handed is not None, "nothing was promised"
         self._loads.append(Load(request, handed, handed.slots - external, handed.slots, tuple(blocks)))
+
+    def finished(self, request: str) -> None:
+        """Forget a request; it may have been aborted before it had any blocks."""
+        self._faults.pop(request, None)
 
     def take(self) -> list[Load]:
         """What is to be loaded before the next forward; forgets it."""

@@ -6,10 +6,12 @@ left; across hosts it is one of a file system that they share.
 
 import os
 import re
+import shutil
 import socket
 import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from torch import Tensor
 
 from latentmas_kernels import LatentCache
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError
+from latentmas_kernels.cache import NoRoomError
 from latentmas_kernels.cache_file import Stamp, read_rows, write_cache
+from latentmas_kernels.rotation import rope_types
 
 FILE, ROW, SLOTS = "latentmas_file", "latentmas_row", "latentmas_slots"
 """What a request says of its memory, in `kv_transfer_params`."""
@@ -33,8 +37,17 @@ def shared_folder() -> Path:
     return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def check_plain(architecture: Architecture) -> None:
-    """Raise UnsupportedModelError where vLLM keeps something else for a layer than keys and values of all positions."""
+def check_plain(model: Any) -> None:
+    """Raise UnsupportedModelError where vLLM keeps something else for a layer than keys and values of all positions, or rotates
+    keys otherwise."""
+    architecture = Architecture.of(model)
+    moving = rope_types(model.config) & {"longrope", "dynamic"}
+    if moving:
+        raise UnsupportedModelError(
+            f"{architecture.name} has RoPE of type {moving.pop()}, whose angles change with the length; vLLM takes those of "
+            "its max_model_len for every position, and the keys here were rotated by others. Take --hand-over embeds, or let "
+            "the chain's own engine decode"
+        )
     windowed = sum(window is not None for window in architecture.windows)
     if windowed:
         raise UnsupportedModelError(
@@ -117,10 +130,17 @@ class Parcel:
                 f"the slots of this memory do not have the positions 0, 1, 2, ... (lengths {lengths}, next positions "
                 f"{memory.next_position.tolist()}), which vLLM assumes; rebase(model) it first"
             )
+        stamp.check(memory)
         if bool(memory.borrowed.any()):
             memory = memory.select(range(memory.batch_size))
         for row, length in enumerate(lengths):
             check_finite(memory.buffer[:, :, row, :, :length], f"row {row} of the memory")
+        need, free = int(memory.lengths.max()) * memory.batch_size * memory.slot_bytes, shutil.disk_usage(folder).free
+        if need > free:
+            raise NoRoomError(
+                f"a memory of {need / 2**20:,.0f} MB does not fit {folder}, where {free / 2**20:,.0f} MB are free: make room "
+                "there (a container's /dev/shm: --shm-size), name another folder (--folder), or take fewer questions at a time"
+            )
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{SUFFIX}"
         self.path = folder / name
         write_cache(memory, self.path, stamp)
@@ -188,4 +208,5 @@ def sweep(folder: Path) -> None:
     for path in folder.glob("*"):
         found = left.fullmatch(path.name)
         if found and not psutil.pid_exists(int(found[1])):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # gone by now, or another user's
+                path.unlink()

@@ -2,18 +2,13 @@
 
 import os
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from importlib.util import find_spec
-from multiprocessing import connection
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import torch
-
 from latentmas.backends.parcel import Handed, Parcel, check_plain, shared_folder, sweep
+from latentmas.backends.vllm_start import end_engine, kv_config, start_engine
 from latentmas.backends.writing import (
     HAND_OVERS,
     Embeds,
@@ -27,20 +22,6 @@ from latentmas.backends.writing import (
 from latentmas_kernels import LatentCache
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache_file import Stamp
-
-TESTED = "0.32"
-"""The version of vLLM that the tests run with: connectors are an interface that it still changes."""
-
-
-def kv_config(stamp: Stamp, folder: Path) -> dict[str, Any]:
-    """vLLM's kv_transfer_config for our connector."""
-    return {
-        "kv_connector": "LatentConnector",
-        "kv_connector_module_path": "latentmas.backends.connector",
-        "kv_role": "kv_consumer",
-        "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"folder": str(folder), "fingerprint": stamp.fingerprint},
-    }
 
 
 class Vllm:
@@ -78,34 +59,15 @@ class Vllm:
             raise ValueError(f"got hand_over {hand_over!r}; supported are {', '.join(HAND_OVERS)}")
         architecture = Architecture.of(model)
         if hand_over == "kv":
-            check_plain(architecture)
+            check_plain(model)
         self.hand_over, self.logprobs, self.folder = hand_over, logprobs, folder or shared_folder()
         self.stamp, self._width, self._dtype = Stamp.of(model), architecture.hidden_size, architecture.dtype
         sweep(self.folder)
-        engine_args, engine, on_cpu = _vllm()
-        given = {
-            "model": name,
-            "dtype": str(architecture.dtype).removeprefix("torch."),
-            # What is found in a cache is checked on every answer.
-            "disable_log_stats": False,
-            **({"kv_transfer_config": kv_config(self.stamp, self.folder)} if hand_over == "kv" else {}),
-            **({"enable_prompt_embeds": True} if hand_over == "embeds" else {}),
-            **({"enforce_eager": True} if on_cpu else {}),  # compiling for a CPU takes minutes
-        }
-        taken = sorted(given.keys() & (settings or {}).keys() - {"enforce_eager"})
-        if taken:
-            raise ValueError(
-                f"got {', '.join(taken)} among the settings of vLLM, which are set by the chain; leave them out"
-            )
-        try:
-            self._engine = engine.from_engine_args(engine_args(**{**given, **(settings or {})}))
-        except TypeError as error:  # a setting that there is not
-            raise ValueError(f"vLLM does not take these settings: {error}") from error
-        except (ValueError, RuntimeError) as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"vLLM did not start: {said[0]} (more in its log above)") from error
+        way: dict[str, Any] = {"enable_prompt_embeds": True}
+        if hand_over == "kv":
+            way = {"kv_transfer_config": kv_config(self.stamp, self.folder, owner=os.getpid())}
+        self._engine = start_engine(name, self._dtype, way, settings or {})
         self.max_model_len = self._engine.model_config.max_model_len
-        self._watch()
 
     def __enter__(self) -> "Vllm":
         return self
@@ -115,32 +77,21 @@ class Vllm:
 
     def close(self) -> None:
         """End vLLM's processes."""
-        self._engine.engine_core.shutdown()
-
-    def _watch(self) -> None:
-        """vLLM notices when its process is killed, but leaves whoever waits for an answer waiting."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        core = self._engine.engine_core
-        manager = getattr(getattr(core, "resources", None), "engine_manager", None)
-        if manager is None:  # it runs in this process
-            return
-
-        def wake() -> None:
-            connection.wait(manager.sentinels())
-            core.outputs_queue.put(EngineDeadError())
-
-        Thread(target=wake, daemon=True, name="vllm-watch").start()
+        end_engine(self._engine)
 
     def write(
         self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
     ) -> list[Written]:
         """As `Decoder.write`."""
-        check_requests(requests, memory, self.max_model_len)
+        check_requests(requests, memory, self.max_model_len, self.hand_over)
         with ExitStack() as stack:
             rows: list[Handed] = []
             if memory is not None and self.hand_over == "kv":
-                rows = stack.enter_context(Parcel(memory, self.stamp, self.folder)).rows
+                try:
+                    parcel = Parcel(memory, self.stamp, self.folder)
+                except OSError as error:
+                    raise EngineError(f"the memory could not be written to {self.folder}: {error}") from error
+                rows = stack.enter_context(parcel).rows
             sent = [self._prompt(request, rows) for request in requests]
             return self._run(requests, sent, Steps(len(requests), on_tokens))
 
@@ -218,30 +169,3 @@ class Vllm:
             computed = len(prompt["prompt_token_ids"]) - cached
             written.append(Written(steps.ids[number], reason, computed, logprobs[number]))
         return written
-
-
-def check_installed() -> None:
-    """Raise ValueError where there is no vLLM; imports nothing of it."""
-    if find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
-
-
-def _vllm() -> tuple[Any, Any, bool]:
-    """vLLM's EngineArgs and LLMEngine, and whether it runs on the CPU."""
-    check_installed()
-    # Its log is for errors, and standard output is ours.
-    for name, value in (
-        ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_LOGGING_STREAM", "ext://sys.stderr"),
-    ):  # fmt: skip
-        os.environ.setdefault(name, value)
-    if not torch.cuda.is_available():
-        # Of vLLM's process. Where it is not set, several pools of threads spin on the same cores: the first request took 17 s
-        # instead of 3 on two of them.
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    import vllm
-    from vllm import EngineArgs, LLMEngine
-    from vllm.platforms import current_platform
-
-    if not vllm.__version__.startswith(f"{TESTED}."):
-        warnings.warn(f"vLLM {vllm.__version__} is here; this was tested with {TESTED}", stacklevel=3)
-    return EngineArgs, LLMEngine, current_platform.is_cpu()

@@ -137,8 +137,10 @@ class Embeds:
         return whole
 
 
-def check_requests(requests: Sequence[TextRequest], memory: LatentCache | None, max_model_len: int) -> None:
-    """Raise ValueError for a request that does not fit."""
+def check_requests(
+    requests: Sequence[TextRequest], memory: LatentCache | None, max_model_len: int, hand_over: str
+) -> None:
+    """Raise ValueError for a request that does not fit its memory or what the engine was started for."""
     for number, request in enumerate(requests):
         if not request.prompt:
             raise ValueError(f"request {number} has an empty prompt; the text needs one token or more to go on from")
@@ -146,6 +148,11 @@ def check_requests(requests: Sequence[TextRequest], memory: LatentCache | None, 
             rows = 0 if memory is None else memory.batch_size
             raise ValueError(f"request {number} goes on from row {request.row} of a memory of {rows} rows")
         slots = 0 if request.row is None or memory is None else int(memory.lengths[request.row])
+        if hand_over == "embeds" and len(request.fed) != slots:
+            raise ValueError(
+                f"request {number} says what {len(request.fed)} slots were fed, and its memory has {slots}; embeddings are all "
+                'that is sent of it: give `fed` for every slot, or start the engine with hand_over="kv"'
+            )
         tokens = slots + len(request.prompt)
         if tokens + request.max_new_tokens > max_model_len:
             raise ValueError(

@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+import psutil
 import torch
 
-from latentmas.backends.vllm import kv_config
+from latentmas.backends.vllm_start import environment, kv_config
 from latentmas.serving.upstream import Upstream
 from latentmas_kernels.architecture import Architecture
 
@@ -26,9 +28,9 @@ KEPT_LINES = 20
 END_SECONDS, LOOK_SECONDS = 15.0, 0.25
 OURS = (
     "--model", "--host", "--port", "--uds", "--dtype", "--kv-transfer-config", "--enable-prompt-embeds", "--api-key",
-    "--generation-config", "--enable-prompt-tokens-details",
+    "--generation-config", "--enable-prompt-tokens-details", "--root-path", "--config", "--ssl-",
 )  # fmt: skip
-"""Options that the gateway sets."""
+"""Options that the gateway sets, or that would keep it from finding the server."""
 # SIGTERM when this process is killed without a word; then vLLM's server as a program.
 _FOLLOW = """import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 15)
@@ -53,20 +55,20 @@ class Child:
         Raises:
             ValueError: for options that the gateway sets, or where vLLM is not installed.
         """
-        taken = [option for option in settings if option.partition("=")[0].replace("_", "-") in OURS]
+        taken = [option for option in settings if _is_ours(option)]
         if taken:
             raise ValueError(
-                f"got {' '.join(taken)} among vLLM's options, which the gateway sets itself; leave it out, or run vLLM "
-                "yourself and name it with --vllm-url"
+                f"got {' '.join(taken)} among vLLM's options, which the gateway sets itself or cannot work with; leave it out, "
+                "or run vLLM yourself and name it with --vllm-url"
             )
         if find_spec("vllm") is None:
             raise ValueError(
                 "vLLM is not installed here; docs/vllm.md says how to make an environment with it, and --vllm-url takes a "
                 "server that runs elsewhere"
             )
-        self.upstream, self.say, self._ending = upstream, say, False
+        self.upstream, self.say, self._ending, self._hurry = upstream, say, False, False
         architecture = Architecture.of(model)
-        on_cpu = architecture.device.type == "cpu"
+        on_cpu = not torch.cuda.is_available()  # vLLM takes a GPU where there is one, whatever the chain's model is on
         if upstream.hand_over == "kv":
             way = ["--kv-transfer-config", json.dumps(kv_config(upstream.stamp, upstream.folder))]
         else:
@@ -77,7 +79,7 @@ class Child:
             "--enable-prompt-tokens-details", "--uvicorn-log-level", "warning", *way,
             *(["--enforce-eager"] if on_cpu else []), *settings,
         ]  # fmt: skip
-        self._environment = _environment(on_cpu)
+        self._environment = {"VLLM_LOGGING_LEVEL": "WARNING", **environment(), **os.environ}
         self._process: subprocess.Popen[str] | None = None
         self._log: deque[str] = deque(maxlen=KEPT_LINES)
         self._forwards: threading.Thread | None = None
@@ -132,20 +134,30 @@ class Child:
             self.say("vLLM answers again")
 
     async def end(self) -> None:
-        """End it and all that it started."""
+        """End it and all that it started: ask all of them to, and kill those that are left when the time is over.
+
+        What only ends with the others needs that time, too: it removes what they left in shared memory.
+        """
         if self._process is None:
             return
         if self._process.poll() is None:
             self._ending = True
-            _signal(self._process.pid, signal.SIGTERM)
-            for _ in range(int(END_SECONDS / LOOK_SECONDS)):
-                if self._process.poll() is not None:
-                    break
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _signal(self._process.pid, number)
+            end = time.monotonic() + END_SECONDS
+            while self._lives() and time.monotonic() < end and not (self._hurry and number == signal.SIGTERM):
                 await asyncio.sleep(LOOK_SECONDS)
-        _signal(self._process.pid, signal.SIGKILL)  # whoever of the group is left
-        self._process.wait()
         if self._forwards is not None:
             self._forwards.join(LOOK_SECONDS)
+
+    def hurry(self) -> None:
+        """Whoever ends it waits no longer for what ends by itself."""
+        self._hurry = True
+
+    def _lives(self) -> bool:
+        """Whether it, or anything that it started, is still running."""
+        assert self._process is not None
+        return self._process.poll() is None or _group_lives(self._process.pid)
 
     def _forward(self, process: "subprocess.Popen[str]") -> None:
         """Its log, line by line, until it is told to end; the last lines are kept."""
@@ -161,17 +173,27 @@ def _ended(status: int) -> str:
     return f"exit code {status}" if status >= 0 else f"signal {-status}"
 
 
-def _environment(on_cpu: bool) -> Mapping[str, str]:
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if on_cpu:  # where it is not set, several pools of threads spin on the same cores
-        defaults["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    return {**defaults, **os.environ}
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _is_ours(option: str) -> bool:
+    """Whether vLLM would take it for one of OURS: shortened, negated, or with a key of JSON behind a dot."""
+    if not option.startswith("--") or option == "--":
+        return False
+    name = option[2:].partition("=")[0].partition(".")[0].replace("_", "-").removeprefix("no-")
+    return name.startswith("ssl-") or any(own.startswith(f"--{name}") for own in OURS)
+
+
+def _group_lives(group: int) -> bool:
+    """Whether some process of a group runs; those that only wait for init to take their exit codes do not."""
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _signal(group: int, number: int) -> None:

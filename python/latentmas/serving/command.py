@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from latentmas.agents import Agent
-from latentmas.backends.vllm import kv_config
+from latentmas.backends.vllm_start import kv_config
 from latentmas.backends.writing import EngineError
 from latentmas.chain import Chain
 from latentmas.chain_file import ChainFile, read_chain, read_shipped, serial, shipped_chains
@@ -25,10 +25,11 @@ from latentmas.loading import load_model
 from latentmas.serving.child import Child
 from latentmas.serving.gateway import Gateway
 from latentmas.serving.upstream import Upstream
+from latentmas.serving.wire import address_of
 from latentmas_kernels import Aligner, build_aligner
 
-GRACE_SECONDS = 10
-"""For requests that are being answered when the server is told to end."""
+GRACE_SECONDS, LEAVE_SECONDS = 10, 5
+"""For requests that are being answered when the server is told to end; and to tell their clients when that is over."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def serve(serving: Serving, console: Console) -> int:
         raise ValueError(
             f"got --vllm-url and options for vLLM ({' '.join(serving.vllm_options)}); give those to the server that runs"
         )
+    if serving.vllm_url is not None:
+        address_of(serving.vllm_url)
     if serving.vllm_options and not serving.vllm_options[0].startswith("-"):
         raise ValueError(
             f"got {serving.vllm_options[0]!r}; supported are options, and behind -- options of `vllm serve`, like -- "
@@ -125,6 +128,7 @@ class _Server:
         self.serving, self.console, self.upstream, self.child = serving, console, upstream, child
         self.chains, self.address, self.signal = chains, address, 0
         self._http: uvicorn.Server | None = None
+        self._gateway: Gateway | None = None
         self._main: asyncio.Task[int] | None = None
 
     async def run(self) -> int:
@@ -169,11 +173,12 @@ class _Server:
                 chain.check("?")
             except ValueError as error:
                 _refuse(self.serving, self.chains, name, error, self.console)
+        _check_any(self.chains)
 
     async def _answer(self) -> int:
-        gateway = Gateway(self.chains, self.upstream, max_waiting=self.serving.max_waiting)
+        self._gateway = Gateway(self.chains, self.upstream, max_waiting=self.serving.max_waiting)
         config = uvicorn.Config(
-            gateway.app, log_level="warning", access_log=False, lifespan="off",
+            self._gateway.app, log_level="warning", access_log=False, lifespan="off",
             timeout_graceful_shutdown=GRACE_SECONDS,
         )  # fmt: skip
         self._http = _Uvicorn(config)
@@ -186,23 +191,36 @@ class _Server:
             await asyncio.wait({task for task in (answering, keeping) if task}, return_when=asyncio.FIRST_COMPLETED)
             if keeping is not None and keeping.done():
                 _say(self.console, f"the server ends: {keeping.exception()}")
-                self._http.should_exit = True
+                self._gateway.ending = self._http.should_exit = True
                 await answering
                 return 1
             await answering
             return self._code
         finally:
+            await self._let_go()
             if keeping is not None:
                 keeping.cancel()
                 await asyncio.wait({keeping})
 
+    async def _let_go(self) -> None:
+        """Let requests that were ended tell their clients."""
+        assert self._http is not None
+        requests = set(self._http.server_state.tasks)
+        if self._http.force_exit:  # otherwise they are told to by now
+            for request in requests:
+                request.cancel()
+        if requests:
+            await asyncio.wait(requests, timeout=LEAVE_SECONDS)
+
     def _stop(self, number: int) -> None:
         """A signal: let requests end, then everything; the second one does not wait."""
-        if self._http is not None:
+        if self._http is not None and self._gateway is not None:
             self._http.force_exit = bool(self.signal)
-            self._http.should_exit = True
-        elif self._main is not None:
+            self._gateway.ending = self._http.should_exit = True
+        elif self._main is not None and not self.signal:
             self._main.cancel()
+        if self.signal and self.child is not None:
+            self.child.hurry()
         self.signal = number
 
 
@@ -268,6 +286,7 @@ def _chains(
             )  # fmt: skip
         except ValueError as error:
             _refuse(serving, chains, name, error, console)
+    _check_any(chains)
     return chains
 
 
@@ -284,13 +303,22 @@ def _refuse(serving: Serving, chains: dict[str, Chain], name: str, error: ValueE
     _say(console, f"chain {name} is left out: {error}", "warning: ")
 
 
+def _check_any(chains: dict[str, Chain]) -> None:
+    if not chains:
+        raise ValueError(
+            "no chain that comes with the package can be served like this, for the reasons above; make room for them (a "
+            "larger --max-model-len of vLLM, fewer --latent-steps or --max-new-tokens), or name a chain with --chain"
+        )
+
+
 def _listening(host: str, port: int) -> socket.socket:
-    """Bound before anything is loaded, so that an address that is taken is known at once."""
+    """Before anything is loaded, so that an address that is taken is known at once; who connects waits until then."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(2048)  # an address that is only bound is not taken yet
         return bound
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen at {host} port {port}: {error}; name others with --host and --port") from error

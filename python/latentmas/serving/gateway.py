@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import math
 import secrets
 import time
 import uuid
@@ -11,9 +10,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,14 +21,18 @@ from starlette.routing import Route
 
 from latentmas.backends.writing import EngineError
 from latentmas.chain import Chain, Prepared
-from latentmas.serving.protocol import ApiError, ChatRequest, Reply, usage_of
+from latentmas.serving.protocol import ApiError, ChatRequest, Reply, cut, shown, usage_of
 from latentmas.serving.turns import Turn
-from latentmas.serving.upstream import Sent, Silent, Unreachable, Upstream
+from latentmas.serving.upstream import Sent, Upstream
+from latentmas.serving.wire import Busy, Refused, Silent, Unreachable, Unwritable
+from latentmas_kernels.cache import NoRoomError
 
 logger = logging.getLogger(__name__)
 
-BODY_BYTES = 16 * 2**20
+BODY_BYTES = 2**20
 RETRY_SECONDS = 5
+TOKEN_CHARACTERS = 64
+"""More than a token stands for on average; a question with more of them is refused before it is tokenized."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -50,6 +53,7 @@ class Gateway:
     Attributes:
         chains: by the names that requests give.
         requests: that are being answered or wait for that.
+        ending: whether requests that are ended from now on are so because the server ends.
     """
 
     def __init__(self, chains: Mapping[str, Chain], upstream: Upstream, *, max_waiting: int = 256) -> None:
@@ -60,9 +64,11 @@ class Gateway:
             max_waiting: requests at a time; more are refused.
         """
         self.chains, self.upstream, self.max_waiting = chains, upstream, max_waiting
-        self.requests, self._began = 0, int(time.time())
+        self.requests, self.ending, self._began = 0, False, int(time.time())
         self._model = asyncio.Lock()
         self._threads = ThreadPoolExecutor(max_waiting, "latentmas")
+        # Few: each that used torch may leave threads of its own behind. Checks of clients that left are never begun.
+        self._checks = ThreadPoolExecutor(2, "latentmas-check")
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", _Chat(self), methods=["POST"]),
@@ -107,26 +113,19 @@ class Gateway:
                 yield Ending(written.finish_reason, usage_of(prepared.finish([written])))
             finally:
                 sent.close()
-        except ApiError:
+        except asyncio.CancelledError:
+            if self.ending:
+                raise _ended() from None
             raise
-        except EngineError as error:
-            raise _server_error(error) from error
-        except (ValueError, MemoryError) as error:
-            # Known only now: no room, NaN in a thought, a server that was exchanged for another one.
-            raise ApiError(str(error), status=500, kind="server_error", code="cannot_answer") from error
         except Exception as error:
-            logger.exception("a request of %s failed", request.model)
-            raise ApiError(
-                f"the gateway failed ({type(error).__name__}); its log says where", status=500, kind="server_error",
-                code="internal_error",
-            ) from error  # fmt: skip
+            raise _api_error(error) from error
         finally:
             self.requests -= 1
 
     def _chain(self, name: str) -> Chain:
         if name not in self.chains:
             raise ApiError(
-                f"there is no chain {name!r} here; model names one of {', '.join(self.chains)}",
+                f"there is no chain {shown(name)} here; model names one of {', '.join(self.chains)}",
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
         return self.chains[name]
@@ -136,12 +135,19 @@ class Gateway:
         if request.limit is not None and request.limit > most:
             name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
             raise ApiError(
-                f"got {name} {request.limit}; the last agent of {request.model} writes up to {most} tokens, which is what the "
-                "chain was planned for: ask for no more, or start the server with a larger --max-new-tokens",
+                f"got {name} {shown(request.limit)}; the last agent of {request.model} writes up to {most} tokens, which is "
+                "what the chain was planned for: ask for no more, or start the server with a larger --max-new-tokens",
                 param=name, code="invalid_value",
             )  # fmt: skip
+        length, longest = len(request.question), TOKEN_CHARACTERS * self.upstream.max_model_len
+        if length > longest > 0:
+            raise ApiError(
+                f"got a question of {length} characters; vLLM was started for {self.upstream.max_model_len} tokens, and no "
+                f"question of more than {longest} characters fits: ask something shorter",
+                param="messages",
+            )
         try:
-            await asyncio.to_thread(chain.check, request.question)
+            await asyncio.get_running_loop().run_in_executor(self._checks, chain.check, request.question)
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
@@ -185,7 +191,8 @@ class Gateway:
     async def _health(self, request: Request) -> Response:
         if await self.upstream.answers():
             return JSONResponse({"status": "ok", "requests": self.requests})
-        return _error(_server_error(Unreachable(f"vLLM does not answer at {self.upstream.url}")))
+        told = f"vLLM does not answer at {self.upstream.url}; wait until it has started, or look at its log and start it again"
+        return _error(_api_error(Unreachable(told)))
 
 
 class _Chat:
@@ -195,7 +202,19 @@ class _Chat:
         self.gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
+        try:
+            await self._serve(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.gateway.ending:  # otherwise the client has been told by now
+                raise
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await _body(receive)
+        except asyncio.CancelledError:
+            if self.gateway.ending:
+                await _error(_ended())(scope, receive, send)
+            raise
         if body is None:
             return
         work = asyncio.ensure_future(self._reply(body, scope, receive, send))
@@ -228,8 +247,8 @@ class _Chat:
                         text += part
                     else:
                         response: Response = JSONResponse(reply.whole(text, part.reason, part.usage))
-        except ApiError as error:
-            response = _error(error)
+        except Exception as error:
+            response = _error(_api_error(error))
         await response(scope, receive, send)
 
 
@@ -253,7 +272,7 @@ async def _events(
 
 
 def _event(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients take other characters than line feeds for ends of lines
 
 
 async def _stream(events: AsyncIterator[str], send: Send) -> None:
@@ -287,18 +306,48 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _server_error(error: EngineError) -> ApiError:
-    make = partial(ApiError, str(error), kind="server_error")
-    if isinstance(error, Unreachable):
-        return make(status=503, code="vllm_unreachable", retry_after=RETRY_SECONDS)
-    if isinstance(error, Silent):
-        return make(status=504, code="vllm_silent")
-    return make(status=502, code="vllm_failed")
+_FAULTS: Mapping[type[Exception], tuple[int, str, bool]] = {
+    Unreachable: (503, "vllm_unreachable", True),
+    Busy: (503, "vllm_busy", True),
+    Unwritable: (503, "folder_unwritable", True),
+    Refused: (400, "vllm_refused", False),
+    Silent: (504, "vllm_silent", False),
+    EngineError: (502, "vllm_failed", True),
+    NoRoomError: (503, "no_room", True),
+    MemoryError: (503, "no_room", True),
+    torch.OutOfMemoryError: (503, "no_room", True),
+    # Known only behind the thinking: NaN in a thought, a server that was exchanged for another one.
+    ValueError: (500, "cannot_answer", False),
+}
+"""Status and code of what a request may end with, and whether clients are to send it again; the first that fits."""
 
 
-def _error(error: ApiError) -> Response:
-    headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
-    return JSONResponse(error.body, error.status, headers)
+def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    for kind, (status, code, again) in _FAULTS.items():
+        if isinstance(error, kind):
+            return ApiError(
+                str(error) or "there is not enough memory for this request now; try again later",
+                status=status, kind="invalid_request_error" if status < 500 else "server_error", code=code,
+                retry_after=RETRY_SECONDS if status == 503 else None, final=not again,
+            )  # fmt: skip
+    logger.error("a request failed", exc_info=error)
+    return ApiError(
+        f"the gateway failed ({type(error).__name__}); its log says where",
+        status=500, kind="server_error", code="internal_error",
+    )  # fmt: skip
+
+
+def _ended() -> ApiError:
+    return ApiError(
+        "the server is ending; send the request again once it runs",
+        status=503, kind="server_error", code="server_ending", retry_after=RETRY_SECONDS,
+    )  # fmt: skip
+
+
+def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(error.body, error.status, {**(headers or {}), **error.headers})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -306,9 +355,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _error(
         ApiError(
-            f"there is no {request.method} {request.url.path} here; there are POST /v1/chat/completions, GET /v1/models and "
-            "GET /health",
+            f"there is no {request.method} {cut(request.scope['path'])} here; there are POST /v1/chat/completions, "
+            "GET /v1/models and GET /health",
             status=error.status_code,
-            code="not_found",
-        )
+            code="method_not_allowed" if error.status_code == 405 else "not_found",
+        ),
+        error.headers,
     )

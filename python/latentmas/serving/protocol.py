@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from latentmas.results import ChainResult
 
@@ -24,6 +24,7 @@ class ApiError(Exception):
         param: field of the request that it is about, or None.
         code: a word for programs, or None.
         retry_after: seconds after which to try again, or None.
+        final: clients that send a request again by themselves are told not to: it would fail again, or take as long.
     """
 
     def __init__(
@@ -35,13 +36,20 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        final: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.kind, self.param, self.code, self.retry_after = status, kind, param, code, retry_after
+        self.status, self.kind, self.param, self.code = status, kind, param, code
+        self.retry_after, self.final = retry_after, final
 
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        wait = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return {**wait, "x-should-retry": "false"} if self.final else wait
 
 
 class _Strict(BaseModel):
@@ -50,8 +58,12 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: Any) -> Any:
-        """Clients write null for what they leave out."""
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        """Clients write null for what they leave out. Of unknown fields the first is enough to refuse all."""
+        if not isinstance(data, dict):
+            return data
+        given = {key: value for key, value in data.items() if value is not None}
+        unknown = [key for key in given if key not in cls.model_fields]
+        return {key: value for key, value in given.items() if key in cls.model_fields or key == unknown[0]}
 
 
 class TextPart(_Strict):
@@ -65,7 +77,7 @@ def _parts(content: Any) -> Any:
 
 class Message(_Strict):
     role: Literal["system", "developer", "user"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts)]
+    content: Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_parts)]
 
     @property
     def text(self) -> str:
@@ -84,6 +96,12 @@ def _listed(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _false(value: bool) -> bool:
+    if value:
+        raise ValueError("false")
+    return value
+
+
 class ChatRequest(_Strict):
     """A request that a chain can answer.
 
@@ -92,20 +110,22 @@ class ChatRequest(_Strict):
     """
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed), Field(max_length=16)] = []
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(max_length=16, fail_fast=True), BeforeValidator(_listed)
+    ] = []
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     # What clients send along and what says what is done anyway.
-    n: Literal[1] = 1
-    logprobs: Literal[False] = False
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    logprobs: Annotated[bool, AfterValidator(_false)] = False
     response_format: TextFormat = TextFormat(type="text")
     user: str = ""
     metadata: dict[str, Any] = {}
@@ -140,7 +160,7 @@ class ChatRequest(_Strict):
         roles = [message.role for message in self.messages]
         if roles[-1] != "user" or len(roles) > 2 or roles[:-1] == ["user"]:
             raise ApiError(
-                f"got messages of {', '.join(roles)}; supported is one user message, and one system or developer message "
+                f"got messages of {cut(', '.join(roles))}; supported is one user message, and one system or developer message "
                 "before it: agents answer one question, so put what was said before into it",
                 param="messages",
             )
@@ -148,8 +168,8 @@ class ChatRequest(_Strict):
             raise ApiError("the messages hold no text; ask something", param="messages")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ApiError(
-                f"got max_tokens {self.max_tokens} and max_completion_tokens {self.max_completion_tokens}, which are two "
-                "names of one limit; send one of them",
+                f"got max_tokens {shown(self.max_tokens)} and max_completion_tokens {shown(self.max_completion_tokens)}, which "
+                "are two names of one limit; send one of them",
                 param="max_completion_tokens",
             )
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -159,7 +179,7 @@ class ChatRequest(_Strict):
 def _refusal(fault: Mapping[str, Any]) -> ApiError:
     """The first thing that is wrong with a request."""
     where = list(fault["loc"])
-    param = ".".join(map(str, where))
+    param = cut(".".join(map(str, where)))
     if fault["type"] == "extra_forbidden":
         beside = SUPPORTED if len(where) == 1 else _BESIDE[where[0]]
         return ApiError(
@@ -169,18 +189,18 @@ def _refusal(fault: Mapping[str, Any]) -> ApiError:
         )
     if fault["type"] == "missing":
         return ApiError(f"{param} is missing; send model, and messages with role and content", param=param)
-    shown = _shown(fault["input"])
+    got = shown(fault["input"])
     if where[:1] == ["messages"] and where[-1:] == ["role"]:
         return ApiError(
-            f"got {param} {shown}; supported is one user message, and one system or developer message before it: agents "
+            f"got {param} {got}; supported is one user message, and one system or developer message before it: agents "
             "answer one question, so put what was said before into it",
             param=param,
         )
     if where[:1] == ["messages"] and len(where) > 2:
         return ApiError(
-            f"got {param} {shown}; supported is text, as a string or a list of parts of type text", param=param
+            f"got {param} {got}; supported is text, as a string or a list of parts of type text", param=param
         )
-    return ApiError(f"got {param} {shown}; supported: {_supported(where, fault)}", param=param, code="invalid_value")
+    return ApiError(f"got {param} {got}; supported: {_supported(where, fault)}", param=param, code="invalid_value")
 
 
 _BESIDE = {
@@ -203,8 +223,16 @@ def _supported(where: list[Any], fault: Mapping[str, Any]) -> str:
     return said[:1].lower() + said[1:]
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
+def shown(value: Any) -> str:
+    """What a client sent, for an error; short, whatever it sent."""
+    try:
+        return cut(json.dumps(value, default=str))
+    except RecursionError:
+        return "something deeply nested"
+
+
+def cut(text: str) -> str:
+    """Its beginning, where it is long."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -87,14 +87,15 @@ class Turn:
         self._waits_for = asyncio.run_coroutine_threadsafe(self._without(work), self._loop)
         try:
             self.look()
-            return self._waits_for.result()
+            done = self._waits_for.result()
         except BaseException:
             self._waits_for.cancel()
             self.look()
             raise
         finally:
             self._waits_for = None
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)  # only now that the turn is held again: the generator is that of whoever holds it
+        return done
 
     async def _without(self, work: Coroutine[Any, Any, T]) -> T:
         self._give()

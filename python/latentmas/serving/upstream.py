@@ -3,10 +3,9 @@
 import asyncio
 import base64
 import io
-import json
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,22 +25,18 @@ from latentmas.backends.writing import (
     check_requests,
 )
 from latentmas.serving.turns import Turn
+from latentmas.serving.wire import Busy, Silent, Unreachable, Unwritable, address_of, events, refusal
 from latentmas_kernels import LatentCache, generate
 from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.cache import NoRoomError
 from latentmas_kernels.cache_file import Stamp
 
-CONNECT_SECONDS, ASK_SECONDS = 5.0, 15.0
+CONNECT_SECONDS, HEALTH_SECONDS, ASK_SECONDS = 5.0, 3.0, 15.0
+PROBE_SECONDS = 60.0
+"""For the first texts of a server, which may still compile things."""
 PROBE_TEXT = "The capital of France is the city of"
 LIKELY = 20
 """The token that a server writes behind the probe is among so many likeliest of our model; dtypes round differently."""
-
-
-class Unreachable(EngineError):
-    """There is no server at the address, or not yet again."""
-
-
-class Silent(EngineError):
-    """The server said nothing for longer than the limit."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class Upstream:
         if not timeout > 0:
             raise ValueError(f"got --timeout {timeout}; supported are seconds, more than 0")
         if hand_over == "kv":
-            check_plain(Architecture.of(model))
+            check_plain(model)
         self.folder = shared_folder() if folder is None else folder
         if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
             raise ValueError(f"{self.folder} is no folder that can be written to; name one that vLLM can read, too")
@@ -120,11 +115,24 @@ class Upstream:
         self._width = Architecture.of(model).hidden_size
         self._probe = _Probe.of(model, tokenizer)
         self._client: httpx.AsyncClient | None = None
-        self._connected, self._connecting = False, asyncio.Lock()
+        self._connected, self._connecting = False, None  # type: bool, asyncio.Task[None] | None
 
     def at(self, url: str) -> None:
-        """Look for the server at another address."""
-        self.url, self._connected = url.rstrip("/").removesuffix("/v1"), False
+        """Look for the server at another address.
+
+        Raises:
+            ValueError: where that is none.
+        """
+        self.url, self._connected, self._connecting = address_of(url), False, None
+        key = os.environ.get("VLLM_API_KEY")
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=self._patience(self.timeout),
+            # A connection for each request: one that was kept may be to a server that is gone by now.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            trust_env=False,
+        )
 
     async def close(self) -> None:
         if self._client is not None:
@@ -135,39 +143,50 @@ class Upstream:
     async def answers(self) -> bool:
         """Whether the server says that it is well."""
         try:
-            return (await self._http.get("/health", timeout=ASK_SECONDS)).status_code == 200
+            return (await self._http.get("/health", timeout=HEALTH_SECONDS)).status_code == 200
         except httpx.HTTPError:
             return False
 
     async def connect(self) -> None:
         """Make sure that the server is there and goes on from our memories; does nothing where that is known.
 
+        All that wait for it at a time share one attempt.
+
         Raises:
             Unreachable: where it is not there.
             ValueError: where it is not a vLLM that was started for this.
             EngineError: where it fails.
         """
-        async with self._connecting:
-            if self._connected:
-                return
-            with self._faults():
-                told = await self._http.get("/v1/models", timeout=ASK_SECONDS)
-            if told.status_code == 503:
-                raise Unreachable(f"vLLM at {self.url} is not ready (503); try again in a while")
-            if told.status_code in (401, 403):
-                raise ValueError(
-                    f"{self.url} wants an API key (status {told.status_code}); set VLLM_API_KEY to that of vLLM"
-                )
-            try:
-                served = told.json()["data"][0]
-                self.name, self.max_model_len = str(served["id"]), int(served["max_model_len"])
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise ValueError(
-                    f"{self.url}/v1/models gave {told.text[:200]!r} (status {told.status_code}), which is not what vLLM says; "
-                    "--vllm-url is the address of a running `vllm serve`, like http://127.0.0.1:8001"
-                ) from error
-            await self._try_out()
-            self._connected = True
+        if self._connected:
+            return
+        if self._connecting is None:
+            self._connecting = asyncio.ensure_future(self._connect())
+            self._connecting.add_done_callback(self._tried)
+        await asyncio.shield(self._connecting)
+
+    def _tried(self, attempt: "asyncio.Task[None]") -> None:
+        well = not attempt.cancelled() and attempt.exception() is None
+        if attempt is self._connecting:  # and not one at an address before this
+            self._connecting, self._connected = None, well
+
+    async def _connect(self) -> None:
+        with self._faults(ASK_SECONDS):
+            told = await self._http.get("/v1/models", timeout=ASK_SECONDS)
+        if told.status_code == 503:
+            raise Unreachable(f"vLLM at {self.url} is not ready (503); try again in a while")
+        if told.status_code in (401, 403):
+            raise ValueError(
+                f"{self.url} wants an API key (status {told.status_code}); set VLLM_API_KEY to that of vLLM"
+            )
+        try:
+            served = told.json()["data"][0]
+            self.name, self.max_model_len = str(served["id"]), int(served["max_model_len"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{self.url}/v1/models gave {told.text[:200]!r} (status {told.status_code}), which is not what vLLM says; "
+                "--vllm-url is the address of a running `vllm serve`, like http://127.0.0.1:8001"
+            ) from error
+        await self._try_out()
 
     async def _try_out(self) -> None:
         # First as tokens: a server with another model would be ended by embeddings of a width that is not its own.
@@ -180,7 +199,7 @@ class Upstream:
             sent = self._embedded(self._probe.embeds)
         try:
             await self._try(self._probe.request, sent)
-        except (Unreachable, Silent):
+        except (Unreachable, Busy, Silent):
             raise
         except EngineError as error:
             raise ValueError(f"{error}. {self._remedy}") from error
@@ -189,7 +208,7 @@ class Upstream:
 
     async def _try(self, request: TextRequest, sent: Sent) -> None:
         written = None
-        async for piece in self.stream(request, sent):
+        async for piece in self.stream(request, sent, seconds=PROBE_SECONDS):
             written = piece.written
         assert written is not None
         if written.ids[0] not in self._probe.likely:
@@ -213,7 +232,7 @@ class Upstream:
         self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
     ) -> list[Written]:
         """As `Decoder.write`; in the thread of a `Turn`, whose model others may use meanwhile."""
-        check_requests(requests, memory, self.max_model_len)
+        check_requests(requests, memory, self.max_model_len, self.hand_over)
         with ExitStack() as stack:
             sent = self.pack(memory, requests)
             for one in sent:
@@ -258,8 +277,8 @@ class Upstream:
         if memory is not None:
             try:
                 parcel = Parcel(memory, self.stamp, self.folder)
-            except OSError as error:
-                raise EngineError(
+            except (OSError, NoRoomError) as error:
+                raise Unwritable(
                     f"the memory could not be written to {self.folder} ({error}); make room there, or start the server with "
                     "another --folder"
                 ) from error
@@ -286,12 +305,14 @@ class Upstream:
         stop: Sequence[str] = (),
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        seconds: float | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Let the server write a text; the last piece says what became of it. Closing it ends the work there.
 
         Args:
             sent: what comes before it, as `pack` made it.
             stop: strings that end it and are no part of it.
+            seconds: that the server may be silent; None for `timeout`.
 
         Raises:
             EngineError: where the server failed, or its answer is not to be trusted.
@@ -308,23 +329,21 @@ class Upstream:
         }  # fmt: skip
         ids: list[int] = []
         reason, usage = None, None
-        with self._faults():
-            async with self._http.stream("POST", "/v1/completions", json=body) as response:
+        patience = self._patience(self.timeout if seconds is None else seconds)
+        with self._faults(seconds):
+            async with self._http.stream("POST", "/v1/completions", json=body, timeout=patience) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise EngineError(f"vLLM refused a request (status {response.status_code}): {_said(response.text)}")
-                async for line in response.aiter_lines():
-                    if not line.startswith("data:") or line == "data: [DONE]":
-                        continue
-                    event = json.loads(line.removeprefix("data:"))
-                    if "error" in event:
-                        raise EngineError(f"vLLM ended the request with an error: {_said(line)}; its log says why")
-                    usage = event.get("usage") or usage
-                    for choice in event["choices"]:
-                        new = choice.get("token_ids") or []
-                        ids += new
-                        reason = choice["finish_reason"] or reason
-                        yield Piece(choice["text"], new)
+                    raise refusal(response)
+                async with aclosing(events(response)) as said:
+                    async for event in said:
+                        usage = event.usage or usage
+                        for choice in event.choices:
+                            ids += choice.ids
+                            reason = choice.reason or reason
+                            yield Piece(choice.text, choice.ids)
+            if reason is None:
+                raise EOFError("the stream ended before the text did")
         yield Piece(written=self._checked(sent, ids, reason, usage))
 
     def _checked(self, sent: Sent, ids: list[int], reason: str | None, usage: Any) -> Written:
@@ -351,32 +370,32 @@ class Upstream:
 
     @property
     def _http(self) -> httpx.AsyncClient:
-        if self._client is None or str(self._client.base_url).rstrip("/") != self.url:
-            key = os.environ.get("VLLM_API_KEY")
-            self._client = httpx.AsyncClient(
-                base_url=self.url,
-                timeout=httpx.Timeout(self.timeout, connect=CONNECT_SECONDS, pool=None),
-                # A connection for each request: one that was kept may be to a server that is gone by now.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                trust_env=False,
-            )
+        assert self._client is not None, "`at` comes first"
         return self._client
 
+    @staticmethod
+    def _patience(seconds: float) -> httpx.Timeout:
+        return httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
+
     @contextmanager
-    def _faults(self) -> Iterator[None]:
-        """What goes wrong on the way, as an EngineError; a server that was lost must be tried out again before it is used."""
+    def _faults(self, seconds: float | None) -> Iterator[None]:
+        """What goes wrong on the way, as an EngineError; a server that was lost must be tried out again before it is used.
+
+        Args:
+            seconds: that the server may be silent; None for `timeout`.
+        """
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self._connected = False
             raise Unreachable(f"vLLM does not answer at {self.url} ({error}); try again in a while") from error
         except httpx.TimeoutException as error:
+            limit = self.timeout if seconds is None else seconds
+            remedy = ", or start the server with a longer --timeout" if seconds is None else " or look at its log"
             raise Silent(
-                f"vLLM said nothing for {self.timeout:g} s, so the request was ended; it may be overloaded: try again later, "
-                "or start the server with a longer --timeout"
+                f"vLLM said nothing for {limit:g} s, so the request was ended; it may be overloaded: try again later{remedy}"
             ) from error
-        except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
+        except (httpx.HTTPError, EOFError) as error:
             self._connected = False
             raise EngineError(
                 f"vLLM's answer broke off ({type(error).__name__}: {error}); its process may have ended: try again"
@@ -413,11 +432,3 @@ class _Probe:
         return cls(
             memory, replace(tokens, prompt=ids[2:], row=0), tokens, embeds, set(logits.topk(LIKELY).indices.tolist())
         )
-
-
-def _said(text: str) -> str:
-    """The message in an error of vLLM's."""
-    try:
-        return str(json.loads(text.removeprefix("data:"))["error"]["message"])[:500]
-    except (ValueError, KeyError, TypeError):
-        return text[:500]
