@@ -28,13 +28,13 @@ def test_preempted_requests_get_their_memory_again(
         ready = [prepared(engine, float32, None, f"What is {number} times {number + 3}?") for number in range(5)]
         memories = [of.memory for of in ready if of.memory is not None]
         together = rows_of(memories, model)
-        requests = [TextRequest(of.requests[0].prompt, 60, (), row=row) for row, of in enumerate(ready)]
+        requests = [TextRequest(of.requests[0].prompt, 80, (), row=row) for row, of in enumerate(ready)]
         written = engine.write(together, requests)
         (preemptions,) = [m for m in engine._engine.get_metrics() if m.name == "vllm:num_preemptions"]
         assert preemptions.value > 0
     for of, text in zip(ready, written, strict=True):
         assert of.memory is not None
-        assert text.ids == here(model, of.memory, of.requests[0].prompt, 60)
+        assert text.ids == here(model, of.memory, of.requests[0].prompt, 80)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
