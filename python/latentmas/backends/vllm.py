@@ -17,6 +17,7 @@ from latentmas.backends.writing import (
     Steps,
     TextRequest,
     Written,
+    check_found,
     check_requests,
 )
 from latentmas_kernels import LatentCache
@@ -161,11 +162,7 @@ class Vllm:
             if reason not in ("stop", "length"):
                 raise EngineError(f"vLLM ended request {number} with {reason!r}; its log says why")
             cached = output.num_cached_tokens or 0
-            if cached < slots:
-                raise EngineError(
-                    f"vLLM read {slots - cached} of {slots} slots of memory as placeholders in request {number}, so its answer "
-                    "is worth nothing; it must run with our connector and prefix caching as it is by default"
-                )
+            check_found(slots, cached, f"request {number}")
             computed = len(prompt["prompt_token_ids"]) - cached
             written.append(Written(steps.ids[number], reason, computed, logprobs[number]))
         return written

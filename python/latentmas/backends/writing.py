@@ -161,6 +161,15 @@ def check_requests(
             )
 
 
+def check_found(slots: int, found: int, request: str) -> None:
+    """Raise EngineError where an engine found fewer tokens in its cache than the memory that came before a request."""
+    if found < slots:
+        raise EngineError(
+            f"vLLM read {slots - found} of {slots} slots of memory as placeholders in {request}, so its answer is worth "
+            "nothing; it must run with our connector and prefix caching as it is by default"
+        )
+
+
 class Steps:
     """Turns tokens that come for one request at a time into steps that all requests have made."""
 

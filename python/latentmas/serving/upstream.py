@@ -22,6 +22,7 @@ from latentmas.backends.writing import (
     Steps,
     TextRequest,
     Written,
+    check_found,
     check_requests,
 )
 from latentmas.serving.turns import Turn
@@ -356,11 +357,7 @@ class Upstream:
                 "vLLM did not say how many tokens it found in its cache, so nobody knows whether it read the memory; start it "
                 "with --enable-prompt-tokens-details"
             )
-        if found < sent.slots:
-            raise EngineError(
-                f"vLLM read {sent.slots - found} of {sent.slots} slots of memory as placeholders, so its answer is worth "
-                "nothing; it must run with our connector and prefix caching as it is by default"
-            )
+        check_found(sent.slots, found, "a request")
         if not ids:
             raise EngineError("vLLM wrote no tokens, or does not say which; it must support return_token_ids")
         finish: Literal["stop", "length"] = "stop" if reason == "stop" else "length"
