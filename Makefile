@@ -12,7 +12,7 @@ MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_
 VLLM_TESTS ?= tests/with_vllm
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-matrix test-oldest test-vllm lint bench clean
+.PHONY: demo test test-matrix test-oldest test-newest test-vllm lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/latentmas run
@@ -22,13 +22,18 @@ test: .venv/.installed-test
 	$(BIN)/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	$(BIN)/python -m pytest
 
-# The versions of constraints.txt, and the oldest transformers that pyproject.toml allows.
-test-matrix: .venv/.installed-test test-oldest
+# The versions of constraints.txt, the oldest transformers that pyproject.toml allows, and the newest of everything.
+test-matrix: .venv/.installed-test test-oldest test-newest
 	$(BIN)/python -m pytest $(MATRIX)
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	.venv-oldest/bin/python -m pytest $(MATRIX)
+
+# What a plain `pip install -e .` gives, without constraints.txt.
+test-newest: .venv-newest/.installed
+	.venv-newest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
+	.venv-newest/bin/python -m pytest $(MATRIX)
 
 # vLLM brings its own torch, and a transformers older than that of constraints.txt.
 test-vllm: .venv-vllm/.installed
@@ -63,6 +68,11 @@ bench: .venv/.installed-test .venv/.installed-bench
 	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt -e ".[test]"
 	@touch $@
 
+.venv-newest/.installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet -e ".[test]"
+	@touch $@
+
 # vLLM built for CPUs. What it brings of torchvision and its like are CUDA builds, which do not load beside a CPU torch.
 .venv-vllm/.installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-vllm
@@ -72,4 +82,4 @@ bench: .venv/.installed-test .venv/.installed-bench
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm build *.egg-info latentmas_kernels/*.so
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build *.egg-info latentmas_kernels/*.so

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from latentmas_kernels.architecture import Architecture, decoder_of
+from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.ops import realign
 from latentmas_kernels.storage import cache_folder, whole_file
 
@@ -207,7 +207,8 @@ def feedback_nats(
     decoder = decoder_of(model)
 
     def logits_of(cache: DynamicCache, **inputs: Tensor) -> Tensor:
-        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        taken: dict[str, Any] = {**inputs, cache_argument(model.forward): cache}
+        return model(**taken, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     start = getattr(model.generation_config, "bos_token_id", None)
     start = start[0] if isinstance(start, list) else start or 0
@@ -229,7 +230,8 @@ def feedback_nats(
             if aligner.needs_logits:
                 seed = logits
             else:
-                seed = decoder(**inputs, past_key_values=before, use_cache=True).last_hidden_state[:, -1]
+                taken = {**inputs, cache_argument(decoder.forward): before}
+                seed = decoder(**taken, use_cache=True).last_hidden_state[:, -1]
             with_token = (
                 logits_of(copy.deepcopy(cache), input_ids=logits.argmax(-1, keepdim=True)).float().log_softmax(-1)
             )

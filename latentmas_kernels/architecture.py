@@ -2,6 +2,7 @@
 
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# What a forward calls its cache: transformers from 5.24 on, and the versions and repositories before it.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 ATTENTIONS = {"sdpa", "eager"}  # the implementations that take the explicit mask which ragged rows need
 
 
@@ -71,7 +74,9 @@ class Architecture:
                 "Load it with AutoModelForCausalLM."
             )
         decoder_takes = inspect.signature(decoder_of(model).forward).parameters
-        missing = {"position_ids", "inputs_embeds", "attention_mask", "past_key_values"} - set(decoder_takes)
+        missing = {"position_ids", "inputs_embeds", "attention_mask"} - set(decoder_takes)
+        if not any(argument in decoder_takes for argument in CACHE_ARGUMENTS):
+            missing.add(" or ".join(CACHE_ARGUMENTS))
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             missing.add("logits_to_keep")
         if missing:
@@ -115,6 +120,12 @@ def decoder_of(model: Any) -> Any:
     if decoder is model:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder of its own below the lm_head; {SUPPORTED}")
     return decoder
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Return the name under which a forward takes its cache, read off its signature."""
+    taken = inspect.signature(forward).parameters
+    return next((argument for argument in CACHE_ARGUMENTS if argument in taken), CACHE_ARGUMENTS[-1])
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:

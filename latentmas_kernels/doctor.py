@@ -2,10 +2,11 @@
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from latentmas_kernels import native
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError
@@ -13,6 +14,7 @@ from latentmas_kernels.engines import cuda, generic
 from latentmas_kernels.engines import native as native_engine
 from latentmas_kernels.weights import FAMILIES
 
+DISTRIBUTION = "latentmas-kernels"
 PACKAGES = ("torch", "transformers", "triton")
 
 
@@ -33,7 +35,7 @@ class Report:
 
     Attributes:
         python: version and platform.
-        packages: versions by name, or "not installed".
+        packages: versions by name, with a word on one that this package was not tested with; or "not installed".
         devices: "cpu" and each accelerator by its name.
         instruction_sets: of the C++ kernels, those that this processor runs; the one in use comes first.
         threads: of torch on the CPU; the native engine's are in its line.
@@ -91,7 +93,7 @@ def doctor(model: Any = None) -> Report:
         sets = [active, *(isa for isa in extension.available_isas().split() if isa != active)]
     return Report(
         python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        packages={package: _version(package) for package in PACKAGES},
+        packages={package: _judged(package) for package in PACKAGES},
         devices=["cpu", *gpus],
         instruction_sets=sets,
         threads=torch.get_num_threads(),
@@ -198,3 +200,16 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _judged(package: str) -> str:
+    """Return the installed version and, where it is outside of the range that this package was tested with, that range."""
+    found = _version(package)
+    try:
+        ranges = {one.name: one.specifier for one in map(Requirement, requires(DISTRIBUTION) or [])}
+    except PackageNotFoundError:  # run from its source
+        return found
+    if found == "not installed" or package not in ranges or ranges[package].contains(found, prereleases=True):
+        return found
+    fitting = f"{package}{ranges[package]}"
+    return f"{found}, which {DISTRIBUTION} was not tested with; install one that fits: pip install '{fitting}'"

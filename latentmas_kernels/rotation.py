@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from latentmas_kernels.architecture import Architecture, decoder_of
+from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys
 from latentmas_kernels.ops.rope_append import rotate
 
@@ -132,7 +132,13 @@ def _keys(decoder: Any, ids: Tensor, start: int) -> list[Tensor]:
     cache = DynamicCache()
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     mask = torch.ones_like(ids)
-    decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        cache_argument(decoder.forward): cache,
+    }
+    decoder(**inputs, use_cache=True)
     layers: list[Any] = cache.layers
     return [layer.keys for layer in layers]
 

@@ -328,7 +328,7 @@ class Int8Layer(QuantizedLayer):
         return (tensor / scale).round().to(torch.int8), scale
 
     def _dequantize(self, quantized):
-        return quantized[0].to(self.dtype) * quantized[1]
+        return quantized[0].to(self.keys.dtype) * quantized[1]
 
 
 def int8_cache(model, **options):
@@ -356,7 +356,7 @@ def states_of(cache):
     """What the model attends to at its next token, per layer. The cache has it then."""
     states = []
     for layer in cache.layers:
-        token = torch.zeros(2, 2, 1, 16, dtype=layer.dtype)
+        token = torch.zeros(2, 2, 1, 16, dtype=layer.keys.dtype)
         states.append([full[:, :, :-1] for full in layer.update(token, token)])
     return states
 

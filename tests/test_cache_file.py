@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from latentmas_kernels import LatentCache, Segment, cache_file, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
@@ -715,7 +716,7 @@ def test_the_fingerprint_knows_names_and_buffers():
 
 
 def test_the_fingerprint_knows_the_active_adapter():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)  # below it transformers refuses to add one
     model = tiny_model("llama")
     for name in ("a", "b"):
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False), name)

@@ -90,6 +90,24 @@ def test_doctor_reports_every_topic_in_a_line_of_its_own():
 
 
 @needs_extension
+def test_doctor_names_a_version_that_does_not_fit_and_one_that_does(monkeypatch):
+    module = sys.modules["latentmas_kernels.doctor"]
+    monkeypatch.setattr(module, "requires", lambda name: ["torch>=2.11,<2.15", "transformers>=5.17,<5.25", "rich>=13"])
+    versions = {"torch": "2.13.0+cpu", "transformers": "5.25.1", "triton": "3.9.0"}
+    monkeypatch.setattr(module, "_version", versions.__getitem__)
+    packages = doctor().packages
+    assert packages["torch"] == "2.13.0+cpu"
+    assert packages["triton"] == "3.9.0"
+    assert packages["transformers"] == (
+        "5.25.1, which latentmas-kernels was not tested with; install one that fits: pip install 'transformers<5.25,>=5.17'"
+    )
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_versions_installed_here_fit(package):
+    assert "not tested" not in doctor().packages[package]
+
+
 def test_doctor_names_the_instruction_set_that_runs():
     from latentmas_kernels import _C
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.architecture import Architecture, decoder_of
+from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.cache import LatentCache, Slots
 from latentmas_kernels.engines.stepwise import think_stepwise
 from latentmas_kernels.engines.thinking import Thinking, Thought
@@ -27,6 +27,7 @@ class EagerEngine:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.decoder, self.architecture = model, decoder_of(model), architecture
+        self.cache_argument = cache_argument(model.forward)
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         # Left-padding puts the last position of every row into the last column, which is where logits_to_keep=1 looks.
@@ -51,7 +52,7 @@ class EagerEngine:
             "inputs_embeds": prompt.inputs_embeds,
             "attention_mask": self._masks(cache, slots),
             "position_ids": slots.positions,
-            "past_key_values": _RaggedForward(cache, slots),
+            self.cache_argument: _RaggedForward(cache, slots),
             "use_cache": True,
         }
         cache.advance(prompt.counts)

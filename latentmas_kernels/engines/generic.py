@@ -84,7 +84,7 @@ class Window:
             **inputs,
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),  # type: ignore[dict-item]
             "position_ids": query,
-            "past_key_values": _StaticForward(self),  # type: ignore[dict-item]
+            self.eager.cache_argument: _StaticForward(self),  # type: ignore[dict-item]
             "use_cache": True,  # type: ignore[dict-item]
         }
         if logits:

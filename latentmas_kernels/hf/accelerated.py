@@ -19,6 +19,7 @@ from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines import check_engine_options
 from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.hf.coverage import CACHE
 from latentmas_kernels.hf.decode import decode, steps_of
 from latentmas_kernels.weights import unmerge
 
@@ -108,7 +109,7 @@ def _left_to_transformers(loop: Callable[..., Any], name: str, engine: str) -> C
                 f"latent steps were asked for with options of {what}; they go with greedy decoding and sampling: leave one of "
                 "the two out"
             )
-        if isinstance(kwargs.get("past_key_values"), LatentCache):
+        if isinstance(kwargs.get(CACHE), LatentCache):
             raise ValueError(
                 f"got a LatentCache with options of {what}, which transformers runs; give it to_hf() with attention_mask()"
             )

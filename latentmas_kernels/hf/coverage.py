@@ -8,6 +8,7 @@ from transformers import (
     Cache,
     EosTokenCriteria,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     MinLengthLogitsProcessor,
@@ -20,14 +21,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from latentmas_kernels.architecture import cache_argument
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.cache_from_hf import PLAIN_LAYERS
 from latentmas_kernels.engines import Decoding
 
+# What generate() and its loops call the cache.
+CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)
 # What transformers hands to every decoding loop. `use_cache` and `logits_to_keep` do not change the tokens; `tokenizer`, given
 # for stop_strings, has done its work.
 KNOWN_INPUTS = {
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep",
     "tokenizer",
 }  # fmt: skip
 NEVER = float("-inf")
@@ -66,7 +70,7 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
     other = sorted(name for name, value in inputs.items() if value is not None and name not in KNOWN_INPUTS)
     if other:
         return f"its forward gets {', '.join(other)}"
-    past = inputs.get("past_key_values")
+    past = inputs.get(CACHE)
     if past is not None and not isinstance(past, LatentCache):
         if not type(past).__module__.startswith("transformers."):
             return f"its cache is a {type(past).__name__}, which may do something of its own"
@@ -100,7 +104,7 @@ def known_columns(inputs: dict[str, Any]) -> int | None:
     transformers takes the whole conversation (the mask is as long as the ids; always so with embeddings), or the new tokens
     only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers.
     """
-    embeds, past = inputs.get("inputs_embeds"), inputs.get("past_key_values")
+    embeds, past = inputs.get("inputs_embeds"), inputs.get(CACHE)
     given = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     held, seen = past_columns(past), _mask_columns(inputs)
     if isinstance(past, LatentCache):

@@ -22,7 +22,15 @@ from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, ch
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
 from latentmas_kernels.generation import check_finite_states
-from latentmas_kernels.hf.coverage import known_columns, mask_of, most_new_tokens, own_loop, past_columns, why_not
+from latentmas_kernels.hf.coverage import (
+    CACHE,
+    known_columns,
+    mask_of,
+    most_new_tokens,
+    own_loop,
+    past_columns,
+    why_not,
+)
 from latentmas_kernels.prompt import Prompt, read_prompt
 
 
@@ -106,7 +114,7 @@ def decode(
     check_engine_options(engine, weights)
     inputs = {"input_ids": input_ids, **model_kwargs}
     # transformers' loop cannot do these.
-    needed = latent_steps > 0 or isinstance(inputs.get("past_key_values"), LatentCache)
+    needed = latent_steps > 0 or isinstance(inputs.get(CACHE), LatentCache)
     try:
         reason = why_not(model, generation_config, synced_gpus, inputs)
         if reason is None:
@@ -174,7 +182,7 @@ class _Call:
             if isinstance(aligner, str):
                 aligner = build_aligner(self.model, aligner)
             aligner.check_fits(self.architecture)
-        input_ids, target = self.inputs["input_ids"], self.inputs.get("past_key_values")
+        input_ids, target = self.inputs["input_ids"], self.inputs.get(CACHE)
         returned = bool(self.config.return_dict_in_generate)
         most = most_new_tokens(criteria, input_ids.shape[1])
         prompt, columns, past = self._read_prompt()
@@ -205,7 +213,7 @@ class _Call:
             sequences=spoken.sequences,  # type: ignore[arg-type]
             scores=spoken.scores,  # type: ignore[arg-type]
             logits=spoken.logits,  # type: ignore[arg-type]
-            past_key_values=outgoing,
+            **{CACHE: outgoing},  # type: ignore[arg-type]
         )
 
     def _read_prompt(self) -> tuple[Prompt, Tensor, LatentCache | None]:
@@ -213,7 +221,7 @@ class _Call:
         known = known_columns(self.inputs)
         assert known is not None
         ids, embeds, mask = self.inputs["input_ids"], self.inputs.get("inputs_embeds"), mask_of(self.inputs)
-        target = self.inputs.get("past_key_values")
+        target = self.inputs.get(CACHE)
         past = target if isinstance(target, LatentCache) or past_columns(target) else None
         if embeds is None:
             ids = ids[:, known:].to(self.architecture.device)
