@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentmas_kernels.windows import NoLayoutError, find_layout
+
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # What a forward calls its cache: transformers from 5.24 on, and the versions and repositories before it.
@@ -27,9 +29,10 @@ class Architecture:
     Attributes:
         name: class of the model, for messages.
         layers, kv_heads, head_dim: shape of the KV cache.
+        slots: per layer, in the order in which they run, its place in the KV cache; a layer that was taken out leaves a gap.
         hidden_size, vocab_size: width of the hidden states; rows of the input embedding.
         max_positions: positions that the model was made for (max_position_embeddings); None where it sets no limit.
-        windows: per layer, how many positions a query sees, itself included; None is all of them.
+        windows: per layer, in the order in which they run, how many positions a query sees, itself included; None is all.
         dtype, device: of the hidden states and the KV cache.
     """
 
@@ -41,12 +44,16 @@ class Architecture:
     vocab_size: int
     max_positions: int | None
     windows: tuple[int | None, ...]
+    slots: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, model: Any) -> "Architecture":
-        """Read a model, or raise UnsupportedModelError. Reads the configuration only, no weights."""
+        """Read a model, or raise UnsupportedModelError.
+
+        Reads no weights. What the layers attend to and keep is found by trying, once per state of the model's settings.
+        """
         name = type(model).__name__
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
@@ -90,20 +97,25 @@ class Architecture:
         if model.training:
             raise UnsupportedModelError(f"{name} is in training mode, where dropout is random; call model.eval() first")
 
-        heads = config.num_attention_heads
-        window = getattr(config, "sliding_window", None)
-        if types is None:  # no types: the window, if there is one, is that of every layer (Mistral)
-            types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
         embedding = model.get_input_embeddings()
+        try:
+            layout = find_layout(decoder_of(model), config, embedding.weight.device)
+        except NoLayoutError as reason:
+            raise UnsupportedModelError(f"{name} cannot be followed: {reason}; {SUPPORTED}") from reason
+        shapes = sorted(set(layout.shapes))
+        if len(shapes) > 1:
+            each = ", ".join(f"{heads} heads of width {width}" for heads, width in shapes)
+            raise UnsupportedModelError(f"{name} keeps keys and values of different shapes ({each}); {SUPPORTED}")
         return cls(
             name=name,
-            layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            layers=max(layout.slots) + 1,
+            kv_heads=shapes[0][0],
+            head_dim=shapes[0][1],
             hidden_size=config.hidden_size,
             vocab_size=embedding.weight.shape[0],
             max_positions=getattr(config, "max_position_embeddings", None),
-            windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+            windows=layout.windows,
+            slots=layout.slots,
             dtype=model.dtype,
             device=embedding.weight.device,
         )
