@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.ops import realign
+from latentmas_kernels.settings import settings_of
 from latentmas_kernels.storage import cache_folder, whole_file
 
 KINDS = ("auto", "ridge", "identity", "soft")
@@ -337,8 +338,13 @@ def _mean_norm(embedding: nn.Embedding) -> float:
 
 
 def _state(module: nn.Linear | nn.Embedding) -> tuple:
+    """What the map depends on: the weight, and whatever else an embedding makes its rows of (a scale, a limit)."""
     weight = module.weight
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape)
+    others = tuple((buffer.data_ptr(), buffer._version) for buffer in module.buffers())
+    return (
+        weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape),
+        settings_of(module, leaves=True), others,
+    )  # fmt: skip
 
 
 def fingerprint(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> str:

@@ -151,8 +151,8 @@ class LatentCache(Cache):
 
     @classmethod
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
-        """An empty cache of the shape, dtype and device that a model writes."""
-        return cls(
+        """An empty cache of the shape, dtype and device that a model writes. The places of layers that do not run hold zeros."""
+        cache = cls(
             layers=architecture.layers,
             batch=batch,
             kv_heads=architecture.kv_heads,
@@ -161,6 +161,9 @@ class LatentCache(Cache):
             dtype=architecture.dtype,
             device=architecture.device,
         )
+        for unused in set(range(architecture.layers)) - set(architecture.slots):
+            cache._buffer[:, unused] = 0
+        return cache
 
     @property
     def buffer(self) -> Tensor:
@@ -627,7 +630,8 @@ class LatentCache(Cache):
         """Copy a transformers cache, without its padding.
 
         Args:
-            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that kept only their
+            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that hold nothing, since
+                the model runs none in their place, become zeros. Layers that kept only their
                 sliding window are fine: what they dropped lies outside the window of every later query, as long as the row
                 is not cut below what it holds now (`whole_from`). Quantized ones (quanto, HQQ, FP8) are dequantized;
                 offloaded ones go back to the device that wrote them.

@@ -12,7 +12,7 @@ from latentmas_kernels import native
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError
 from latentmas_kernels.engines import cuda, generic
 from latentmas_kernels.engines import native as native_engine
-from latentmas_kernels.weights import FAMILIES
+from latentmas_kernels.packable import FAMILIES
 
 DISTRIBUTION = "latentmas-kernels"
 PACKAGES = ("torch", "transformers", "triton")

@@ -57,6 +57,9 @@ def _stand_in(value: Any, configs: dict[int, Any]) -> Any:
 
 def _content(config: PreTrainedConfig) -> list[Any]:
     return [
-        (name, value if type(value) in _SCALARS else repr(value) if isinstance(value, (list, tuple, dict)) else id(value))
+        (
+            name,
+            value if type(value) in _SCALARS else repr(value) if isinstance(value, (list, tuple, dict)) else id(value),
+        )
         for name, value in vars(config).items()
     ]

@@ -105,7 +105,9 @@ def _try(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, mas
         raise
     except Exception as error:  # whatever the code of some model raises; it would raise the same in a call
         first = str(error).partition("\n")[0]
-        raise NoLayoutError(f"its forward does not run over {TOKENS} tokens ({type(error).__name__}: {first})") from error
+        raise NoLayoutError(
+            f"its forward does not run over {TOKENS} tokens ({type(error).__name__}: {first})"
+        ) from error
     finally:
         _trial.reset(token)
     return trial
@@ -184,7 +186,13 @@ class _RecordingCache(DynamicCache):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Record who attends with what; the result is of the right shape and no use."""
     trial = _trial.get()

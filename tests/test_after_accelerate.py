@@ -477,7 +477,7 @@ def test_two_threads_merge_weights_once(model):
 
     def work() -> None:
         start.wait()
-        found.append(read_weights(model, architecture).addresses)
+        found.append(read_weights(model, architecture).key)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

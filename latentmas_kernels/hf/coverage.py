@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
+    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
@@ -21,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from latentmas_kernels.architecture import cache_argument
+from latentmas_kernels.architecture import Architecture, cache_argument
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.cache_from_hf import PLAIN_LAYERS
 from latentmas_kernels.engines import Decoding
@@ -88,6 +89,26 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return "attention_mask and input_ids do not tell which tokens are new to the cache"
     if not _positions_are_counted(inputs):
         return "position_ids were given that do not count the tokens of attention_mask"
+    return None
+
+
+def what_its_cache_drops(model: Any, architecture: Architecture) -> str | None:
+    """Why transformers' own loop would not answer what the model's forward does over the whole sequence, as a clause.
+
+    It makes its cache of the configuration alone. Where that names windows that no layer has, the cache forgets positions
+    which the layers attend to, and the answer depends on what was read in one piece.
+    """
+    try:
+        layers: list[Any] = DynamicCache(config=model.config).layers
+    except Exception as error:  # of a configuration that was edited by hand; the loop raises it too
+        return f"transformers makes no cache of its configuration ({type(error).__name__})"
+    for slot, window in zip(architecture.slots, architecture.windows, strict=True):
+        kept = layers[slot].sliding_window if slot < len(layers) and layers[slot].is_sliding else None
+        if kept is not None and (window is None or window > kept):
+            seen = "all" if window is None else window
+            return (
+                f"the cache of its configuration keeps {kept} positions of layer {slot}, whose code attends to {seen}"
+            )
     return None
 
 

@@ -29,6 +29,7 @@ from latentmas_kernels.hf.coverage import (
     most_new_tokens,
     own_loop,
     past_columns,
+    what_its_cache_drops,
     why_not,
 )
 from latentmas_kernels.prompt import Prompt, read_prompt
@@ -119,6 +120,9 @@ def decode(
         reason = why_not(model, generation_config, synced_gpus, inputs)
         if reason is None:
             architecture = Architecture.of(model)
+            # What it keeps decides what transformers' own loop would answer; latent steps have no such loop.
+            reason = None if needed else what_its_cache_drops(model, architecture)
+        if reason is None:
             runner = _engine(engine, model, architecture, weights, needed=needed)
             if not isinstance(runner, str):
                 call = _Call(model, architecture, runner, inputs, generation_config, latent_steps, streamer)
