@@ -215,7 +215,7 @@ def feedback_nats(
     start = start[0] if isinstance(start, list) else start or 0
     ids = torch.full((rows, 1), start, device=architecture.device)
     draw = torch.Generator().manual_seed(0)
-    sample = DynamicCache(config=model.config)
+    sample = DynamicCache()  # the configuration's would drop positions that the layers may attend to
     # Tiny models are made for few positions; the steps need room behind the sample.
     tokens = max(1, min(tokens, (architecture.max_positions or tokens + steps) - steps))
     for _ in range(tokens - 1):

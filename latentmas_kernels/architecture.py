@@ -68,7 +68,7 @@ class Architecture:
                 "decoder's, load it with is_decoder=True in its configuration."
             )
         types = getattr(config, "layer_types", None)
-        unknown = sorted(set(types or ()) - LAYER_TYPES)
+        unknown = sorted(set(types if isinstance(types, (list, tuple)) else ()) - LAYER_TYPES)
         if unknown:
             raise UnsupportedModelError(f"{name} has layers of type {', '.join(unknown)}; {SUPPORTED}")
         if getattr(model, "_is_stateful", False):

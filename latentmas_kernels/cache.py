@@ -151,7 +151,7 @@ class LatentCache(Cache):
 
     @classmethod
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
-        """An empty cache of the shape, dtype and device that a model writes. The places of layers that do not run hold zeros."""
+        """An empty cache of the shape, dtype and device that a model writes; zeros in the places of layers that do not run."""
         cache = cls(
             layers=architecture.layers,
             batch=batch,

@@ -131,8 +131,8 @@ def rope_types(config: Any) -> set[str]:
 
 def _types_in_use(decoder: nn.Module) -> set[str]:
     """As the modules hold them: of the whole model, or of each kind of its layers."""
-    held = [module.rope_type for module in decoder.modules() if hasattr(module, "rope_type")]
-    return {kind for one in held for kind in (one.values() if isinstance(one, dict) else [one])}
+    held = [vars(module).get("rope_type") for module in decoder.modules()]
+    return {kind for one in held if one for kind in (one.values() if isinstance(one, dict) else [one])}
 
 
 def _keys(decoder: Any, ids: Tensor, start: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
 A configuration with a sliding window does not mean that a layer has one: Llama's code reads none, Mistral's gives it to all
 layers whatever their types say. So the model's own forward is asked. It runs once, over two tokens, on a twin of its modules
 that shares the weights, with an attention and a mask function of our own in the places that transformers has for such
-(`AttentionInterface`, `AttentionMaskInterface`): the masks that the model's code makes are recorded, and which layer gets which.
+(`AttentionInterface`, `AttentionMaskInterface`): they record the masks that the model's code makes and which layer gets which.
 A second run shows that explicit masks arrive at the layers that they are meant for.
 """
 
@@ -49,7 +49,7 @@ class Layout:
     shapes: tuple[tuple[int, int], ...]
 
 
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Layout | str]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Layout]]" = weakref.WeakKeyDictionary()
 
 
 def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.device) -> Layout:
@@ -60,27 +60,21 @@ def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.devi
     """
     key = settings_of(decoder, leaves=False), device
     known = _known.get(decoder)
-    if known is None or known[0] != key:
+    if known is None or known[0] != key:  # a refusal is not kept: what caused it may be gone the next time
         known = _known[decoder] = key, _find(decoder, config, device)
-    if isinstance(known[1], str):
-        raise NoLayoutError(known[1])
     return known[1]
 
 
 @torch.no_grad()
-def _find(decoder: nn.Module, config: PreTrainedConfig, device: torch.device) -> Layout | str:
-    """The layout, or why there is none, as a clause."""
-    try:
-        own = _try(decoder, config, device, None)
-        layout = own.layout()
-        names = [FULL if window is None else SLIDING for window in layout.windows]
-        given = {name: own.new_mask() for name in names}
-        arrived = _try(decoder, config, device, given if len(given) > 1 else next(iter(given.values())))
-        if arrived.attended and [id(mask) for mask in arrived.given_masks()] != [id(given[name]) for name in names]:
-            raise NoLayoutError("explicit masks do not arrive at the layers that they are meant for")
-        return layout
-    except NoLayoutError as reason:
-        return str(reason)
+def _find(decoder: nn.Module, config: PreTrainedConfig, device: torch.device) -> Layout:
+    own = _try(decoder, config, device, None)
+    layout = own.layout()
+    names = [FULL if window is None else SLIDING for window in layout.windows]
+    given = {name: own.new_mask() for name in names}
+    arrived = _try(decoder, config, device, given if len(given) > 1 else next(iter(given.values())))
+    if arrived.attended and [id(mask) for mask in arrived.given_masks()] != [id(given[name]) for name in names]:
+        raise NoLayoutError("explicit masks do not arrive at the layers that they are meant for")
+    return layout
 
 
 def _try(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, mask: Any) -> "_Trial":
@@ -197,8 +191,16 @@ def _attention(
     """Record who attends with what; the result is of the right shape and no use."""
     trial = _trial.get()
     assert trial is not None, f"{NAME} is for trials only"
-    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise NoLayoutError("one of its layers attends in both directions (is_causal is False)")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if causal is not True:
+        raise NoLayoutError(f"one of its layers is not causal (is_causal is {causal})")
+    groups = getattr(module, "num_key_value_groups", None)
+    if groups is not None and groups * key.shape[1] != query.shape[1]:
+        raise NoLayoutError(
+            f"one of its layers has {query.shape[1]} heads for queries and {key.shape[1]} for keys, and num_key_value_groups "
+            f"says {groups}"
+        )
     trial.attended.append((len(trial.stored) - 1, attention_mask))
     batch, heads, tokens, _ = query.shape
     return query.new_zeros(batch, tokens, heads, value.shape[-1]), None

@@ -115,7 +115,7 @@ class _RaggedForward(Cache):
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3]) != expected:
                 raise ValueError(
-                    f"layer {layer_idx} writes {states.shape[1]} heads of width {states.shape[3]}, the configuration says "
+                    f"layer {layer_idx} writes {states.shape[1]} heads of width {states.shape[3]}, the cache is made for "
                     f"{expected[0]} of {expected[1]}; supported are models with one KV shape for all layers"
                 )
         self.cache.write(layer_idx, key_states, value_states, self.slots)

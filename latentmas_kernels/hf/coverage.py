@@ -98,6 +98,8 @@ def what_its_cache_drops(model: Any, architecture: Architecture) -> str | None:
     It makes its cache of the configuration alone. Where that names windows that no layer has, the cache forgets positions
     which the layers attend to, and the answer depends on what was read in one piece.
     """
+    if 0 not in architecture.slots:
+        return "its layer of layer_idx 0 was taken out, by which transformers counts what its cache holds"
     try:
         layers: list[Any] = DynamicCache(config=model.config).layers
     except Exception as error:  # of a configuration that was edited by hand; the loop raises it too
