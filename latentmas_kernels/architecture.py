@@ -97,9 +97,9 @@ class Architecture:
         if model.training:
             raise UnsupportedModelError(f"{name} is in training mode, where dropout is random; call model.eval() first")
 
-        embedding = model.get_input_embeddings()
+        embedding, decoder = model.get_input_embeddings(), decoder_of(model)
         try:
-            layout = find_layout(decoder_of(model), config, embedding.weight.device)
+            layout = find_layout(decoder, config, embedding.weight.device, cache_argument(decoder.forward))
         except NoLayoutError as reason:
             raise UnsupportedModelError(f"{name} cannot be followed: {reason}; {SUPPORTED}") from reason
         shapes = sorted(set(layout.shapes))

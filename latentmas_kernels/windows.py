@@ -9,7 +9,6 @@ A second run shows that explicit masks arrive at the layers that they are meant 
 
 import copy
 import functools
-import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -52,8 +51,11 @@ class Layout:
 _known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Layout]]" = weakref.WeakKeyDictionary()
 
 
-def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.device) -> Layout:
+def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str) -> Layout:
     """The layout of a decoder, tried once per state of its settings (see settings.py).
+
+    Args:
+        cache_argument: the name under which its forward takes a cache.
 
     Raises:
         NoLayoutError: where its forward attends in another way, or keeps keys and values elsewhere.
@@ -61,23 +63,25 @@ def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.devi
     key = settings_of(decoder, leaves=False), device
     known = _known.get(decoder)
     if known is None or known[0] != key:  # a refusal is not kept: what caused it may be gone the next time
-        known = _known[decoder] = key, _find(decoder, config, device)
+        known = _known[decoder] = key, _find(decoder, config, device, cache_argument)
     return known[1]
 
 
 @torch.no_grad()
-def _find(decoder: nn.Module, config: PreTrainedConfig, device: torch.device) -> Layout:
-    own = _try(decoder, config, device, None)
+def _find(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str) -> Layout:
+    own = _try(decoder, config, device, cache_argument, None)
     layout = own.layout()
     names = [FULL if window is None else SLIDING for window in layout.windows]
     given = {name: own.new_mask() for name in names}
-    arrived = _try(decoder, config, device, given if len(given) > 1 else next(iter(given.values())))
+    arrived = _try(decoder, config, device, cache_argument, given if len(given) > 1 else next(iter(given.values())))
     if arrived.attended and [id(mask) for mask in arrived.given_masks()] != [id(given[name]) for name in names]:
         raise NoLayoutError("explicit masks do not arrive at the layers that they are meant for")
     return layout
 
 
-def _try(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, mask: Any) -> "_Trial":
+def _try(
+    decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str, mask: Any
+) -> "_Trial":
     trial = _Trial(config._attn_implementation or "eager", device)
     trial.given = [] if mask is None else list(mask.values()) if isinstance(mask, dict) else [mask]
     token = _trial.set(trial)
@@ -87,13 +91,12 @@ def _try(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, mas
         if len(kinds) > 1:
             raise NoLayoutError(f"its modules run attention in different ways ({', '.join(sorted(map(str, kinds)))})")
         ids = torch.arange(TOKENS, device=device)[None]
-        cache = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         twin(
             input_ids=torch.zeros_like(ids),
             attention_mask=torch.ones_like(ids) if mask is None else mask,
             position_ids=ids,
             use_cache=True,
-            **{cache: trial.cache},
+            **{cache_argument: trial.cache},
         )
     except NoLayoutError:
         raise
