@@ -151,8 +151,9 @@ class LatentCache(Cache):
 
     @classmethod
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
-        """An empty cache of the shape, dtype and device that a model writes; zeros in the places of layers that do not run."""
-        cache = cls(
+        """An empty cache of the shape, dtype and device that a model writes. Nothing is ever written in the places of layers
+        that do not run: what is there is undefined, and no layer reads it."""
+        return cls(
             layers=architecture.layers,
             batch=batch,
             kv_heads=architecture.kv_heads,
@@ -161,9 +162,6 @@ class LatentCache(Cache):
             dtype=architecture.dtype,
             device=architecture.device,
         )
-        for unused in set(range(architecture.layers)) - set(architecture.slots):
-            cache._buffer[:, unused] = 0
-        return cache
 
     @property
     def buffer(self) -> Tensor:

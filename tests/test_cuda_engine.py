@@ -472,6 +472,54 @@ def test_interpreter_text_behind_lent_slots_equals_eager(small):
         assert torch.equal(ours.sequences, theirs.sequences)
 
 
+# ---- edited models -------------------------------------------------------------------------------------------------
+
+
+def scale(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+
+
+def eps(model):
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.1
+
+
+def window(model):
+    model.config.sliding_window = 3
+
+
+def bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-9, 9, len(model.lm_head.weight), device=DEVICE))
+
+
+@pytest.mark.parametrize("edit", [scale, eps, window, bias])
+def test_interpreter_a_step_is_captured_again_where_the_model_was_edited(edit):
+    model = small_model("mistral-window", sliding_window=6)
+    before, state = chain(model, "cuda", lengths=(9,), steps=1, tokens=2), state_of(model)
+    assert state_of(model) is state
+    edit(model)
+    ours, theirs = (chain(model, engine, lengths=(9,), steps=1, tokens=2) for engine in ("cuda", "eager"))
+    assert state_of(model) is not state
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+    changed = not torch.allclose(ours[1].latents, before[1].latents, atol=1e-4)
+    assert changed or not torch.equal(ours[2].sequences, before[2].sequences)
+
+
+def test_interpreter_layers_write_where_their_layer_idx_says():
+    """Of three layers the one in the middle was taken out."""
+    model = small_model(num_hidden_layers=3)
+    del model.model.layers[1]
+    ours, theirs = (chain(model, engine, lengths=(5, 3), steps=1, tokens=2) for engine in ("cuda", "eager"))
+    assert ours[1].metrics.engine == "cuda"
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    for out in (ours[2], theirs[2]):
+        out.past_key_values.keys[1] = out.past_key_values.values[1] = 0  # nothing is written there
+    assert_same_cache(ours[2].past_key_values, theirs[2].past_key_values)
+
+
 # ---- batches outside the buckets, and memory that runs out ---------------------------------------------------------
 
 
