@@ -49,77 +49,97 @@ def check_packable(model: Any, architecture: Architecture) -> list[Any]:
         raise NotPackable(
             "there are hooks on all modules (register_module_forward_hook), which the kernels would pass by"
         )
-    for path, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module) or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
-            raise NotPackable(f"{path or name} has hooks or a forward of its own, which the kernels would pass by")
-        kind = type(module)
-        if kind not in (nn.Linear, nn.Embedding, *PLAIN_MODULES) and not kind.__module__.startswith(OWN_MODULES):
-            raise NotPackable(f"{path} is a {kind.__module__}.{kind.__name__}, not a plain layer")
-        if not kind.forward.__module__.startswith(("transformers.", "torch.")):
-            raise NotPackable(f"the forward of {kind.__name__} was replaced, which the kernels would pass by")
+    kinds: set[type] = set()
+    todo = [model]
+    while todo:  # at every call: modules() and named_modules() take three times as long
+        module = todo.pop()
+        state = module.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if "forward" in state or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
+                path = _path_of(module, model) or name
+                raise NotPackable(f"{path} has hooks or a forward of its own, which the kernels would pass by")
+        if type(module) not in kinds:
+            _check_kind(module, model)
+            kinds.add(type(module))
+        todo.extend(child for child in reversed(state["_modules"].values()) if child is not None)
     return _Family(model, architecture).check()
 
 
+def _check_kind(module: nn.Module, model: nn.Module) -> None:
+    """Raise NotPackable for a class that is none of torch's plain ones or of transformers' own, as they came."""
+    kind = type(module)
+    if kind not in (nn.Linear, nn.Embedding, *PLAIN_MODULES) and not kind.__module__.startswith(OWN_MODULES):
+        raise NotPackable(f"{_path_of(module, model)} is a {kind.__module__}.{kind.__name__}, not a plain layer")
+    if not kind.forward.__module__.startswith(("transformers.", "torch.")):
+        raise NotPackable(f"the forward of {kind.__name__} was replaced, which the kernels would pass by")
+
+
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    return next(path for path, other in model.named_modules() if other is module)
+
+
 class _Family:
-    """One model against the modules that its family is made of."""
+    """One model against the modules that its family is made of. Paths are put together where something is wrong."""
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.architecture = model, architecture
         self.name, self.code = type(model).__name__.removesuffix("ForCausalLM"), type(model).__module__
+        self.dtype, self.device, self.width = architecture.dtype, architecture.device, architecture.hidden_size
 
     def check(self) -> list[Any]:
-        model, decoder, width = self.model, self.model.model, self.architecture.hidden_size
+        model, decoder, a = self.model, self.model.model, self.architecture
         self._functions()
         self._is("model", decoder, "Model")
-        self._embedding("model.embed_tokens", decoder.embed_tokens, width)
+        self._embedding("model.embed_tokens", decoder.embed_tokens)
         self._rope("model.rotary_emb", decoder.rotary_emb)
-        self._linear("lm_head", model.lm_head, self._rows("lm_head", model.lm_head), width)
+        self._linear("", model, "lm_head", self._rows("", model, "lm_head"), self.width)
         layers = list(decoder.layers[: model.config.num_hidden_layers])
-        first, eps = layers[0], self._number("model.norm.variance_epsilon", decoder.norm.variance_epsilon)
-        self._norm("model.norm", decoder.norm, width, eps)
+        self.eps = self._number("model.norm.variance_epsilon", decoder.norm.variance_epsilon)
+        self._norm("model", decoder, "norm", self.width)
+        path, first = "model.layers.0", layers[0]
+        self._is(path, first, "DecoderLayer")
+        self._is(f"{path}.self_attn", first.self_attn, "Attention")
+        self._is(f"{path}.mlp", first.mlp, "MLP")
+        self.scale = self._number(f"{path}.self_attn.scaling", first.self_attn.scaling)
+        self.queries = self._rows(f"{path}.self_attn", first.self_attn, "q_proj")
+        self.keys = a.kv_heads * a.head_dim
+        self.inner = self._rows(f"{path}.mlp", first.mlp, "gate_proj")
         for index, layer in enumerate(layers):
             path = f"model.layers.{index}"
             self._is(path, layer, "DecoderLayer")
-            self._norm(f"{path}.input_layernorm", layer.input_layernorm, width, eps)
-            self._norm(f"{path}.post_attention_layernorm", layer.post_attention_layernorm, width, eps)
-            self._attention(f"{path}.self_attn", layer.self_attn, first.self_attn, eps)
-            self._mlp(f"{path}.mlp", layer.mlp, first.mlp)
+            self._norm(path, layer, "input_layernorm", self.width)
+            self._norm(path, layer, "post_attention_layernorm", self.width)
+            self._attention(f"{path}.self_attn", layer.self_attn)
+            self._mlp(f"{path}.mlp", layer.mlp)
         return layers
 
-    def _attention(self, path: str, attention: Any, first: Any, eps: float) -> None:
+    def _attention(self, path: str, attention: Any) -> None:
         a = self.architecture
         self._is(path, attention, "Attention")
         scale = self._number(f"{path}.scaling", attention.scaling)
-        if scale != first.scaling:
-            raise NotPackable(f"{path}.scaling is {scale}, that of the first layer {first.scaling}")
-        queries, keys = self._rows("model.layers.0.self_attn.q_proj", first.q_proj), a.kv_heads * a.head_dim
-        if attention.head_dim != a.head_dim or attention.num_key_value_groups * keys != queries:
+        if scale != self.scale:
+            raise NotPackable(f"{path}.scaling is {scale}, that of the first layer {self.scale}")
+        if attention.head_dim != a.head_dim or attention.num_key_value_groups * self.keys != self.queries:
             raise NotPackable(
                 f"{path} has heads of width {attention.head_dim} in groups of {attention.num_key_value_groups}; its weights "
-                f"have {queries // a.head_dim} heads of width {a.head_dim} for queries and {a.kv_heads} for keys"
+                f"have {self.queries // a.head_dim} heads of width {a.head_dim} for queries and {a.kv_heads} for keys"
             )
         if attention.training and attention.attention_dropout:
             raise NotPackable(f"{path} is in training mode, where its dropout is random")
-        linears = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        for name, rows in linears.items():
-            self._linear(f"{path}.{name}", getattr(attention, name), rows, a.hidden_size)
-        self._alike(path, attention, linears)
-        self._linear(f"{path}.o_proj", attention.o_proj, a.hidden_size, queries)
+        self._merged(path, attention, {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys})
+        self._linear(path, attention, "o_proj", self.width, self.queries)
         if self.name == "Qwen3":
-            self._norm(f"{path}.q_norm", attention.q_norm, a.head_dim, eps)
-            self._norm(f"{path}.k_norm", attention.k_norm, a.head_dim, eps)
+            self._norm(path, attention, "q_norm", a.head_dim)
+            self._norm(path, attention, "k_norm", a.head_dim)
 
-    def _mlp(self, path: str, mlp: Any, first: Any) -> None:
+    def _mlp(self, path: str, mlp: Any) -> None:
         self._is(path, mlp, "MLP")
         if type(mlp.act_fn) not in SILU and mlp.act_fn is not nn.functional.silu:
             kind = getattr(mlp.act_fn, "__name__", type(mlp.act_fn).__name__)
             raise NotPackable(f"{path} uses {kind}; covered is SiLU")
-        width, inner = self.architecture.hidden_size, self._rows("model.layers.0.mlp.gate_proj", first.gate_proj)
-        for name in ("gate_proj", "up_proj"):
-            self._linear(f"{path}.{name}", getattr(mlp, name), inner, width)
-        self._alike(path, mlp, ("gate_proj", "up_proj"))
-        self._linear(f"{path}.down_proj", mlp.down_proj, width, inner)
+        self._merged(path, mlp, {"gate_proj": self.inner, "up_proj": self.inner})
+        self._linear(path, mlp, "down_proj", self.width, self.inner)
 
     def _rope(self, path: str, rope: Any) -> None:
         self._is(path, rope, "RotaryEmbedding")
@@ -130,47 +150,60 @@ class _Family:
             raise NotPackable(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
         self._number(f"{path}.attention_scaling", rope.attention_scaling)
 
-    def _embedding(self, path: str, embedding: Any, width: int) -> None:
+    def _embedding(self, path: str, embedding: Any) -> None:
         if type(embedding) is not nn.Embedding:
             raise NotPackable(f"{path} is a {type(embedding).__name__}, not a plain embedding")
         if embedding.max_norm is not None:
             raise NotPackable(f"{path} shortens the rows that it gives (max_norm={embedding.max_norm})")
-        self._parameter(path, embedding.weight, (len(embedding.weight), width))
+        self._parameter(path, embedding, "weight", (len(embedding.weight), self.width))
 
-    def _norm(self, path: str, norm: Any, width: int, eps: float) -> None:
+    def _norm(self, path: str, owner: Any, name: str, width: int) -> None:
+        norm = getattr(owner, name)
         self._is(path, norm, "RMSNorm")
-        own = self._number(f"{path}.variance_epsilon", norm.variance_epsilon)
-        if own != eps:
-            raise NotPackable(f"{path}.variance_epsilon is {own}, that of model.norm {eps}")
-        self._parameter(path, norm.weight, (width,))
+        eps = self._number(f"{path}.{name}.variance_epsilon", norm.variance_epsilon)
+        if eps != self.eps:
+            raise NotPackable(f"{path}.{name}.variance_epsilon is {eps}, that of model.norm {self.eps}")
+        self._parameter(f"{path}.{name}", norm, "weight", (width,))
 
-    def _rows(self, path: str, linear: Any) -> int:
+    def _merged(self, path: str, owner: Any, rows: dict[str, int]) -> None:
+        """What becomes one product has one bias, or none."""
+        biased = [name for name, count in rows.items() if self._linear(path, owner, name, count, self.width)]
+        if biased and len(biased) != len(rows):
+            raise NotPackable(f"{path} has a bias in {', '.join(biased)} only")
+
+    def _rows(self, path: str, owner: Any, name: str) -> int:
+        linear = getattr(owner, name)
         if type(linear) is not nn.Linear:
-            raise NotPackable(f"{path} is a {type(linear).__name__}, not a plain layer")
+            raise NotPackable(f"{path}.{name} is a {type(linear).__name__}, not a plain layer".removeprefix("."))
         return len(linear.weight)
 
-    def _linear(self, path: str, linear: Any, rows: int, cols: int) -> None:
-        self._rows(path, linear)
-        self._parameter(path, linear.weight, (rows, cols))
-        if linear.bias is not None:
-            self._parameter(f"{path}.bias", linear.bias, (rows,))
+    def _linear(self, path: str, owner: Any, name: str, rows: int, cols: int) -> bool:
+        """Whether it has a bias."""
+        linear = getattr(owner, name)
+        if type(linear) is not nn.Linear:
+            raise NotPackable(f"{path}.{name} is a {type(linear).__name__}, not a plain layer")
+        path = f"{path}.{name}" if path else name
+        self._parameter(path, linear, "weight", (rows, cols))
+        if linear._parameters.get("bias", 0) is None:  # 0: a bias that is no parameter
+            return False
+        self._parameter(path, linear, "bias", (rows,))
+        return True
 
-    def _parameter(self, path: str, tensor: Any, shape: tuple[int, ...]) -> None:
-        a = self.architecture
-        if type(tensor) is not nn.Parameter or tensor.dtype != a.dtype:
-            raise NotPackable(f"{path} holds a {type(tensor).__name__} of {tensor.dtype}, not a parameter of {a.dtype}")
-        if tensor.device != a.device:
-            raise NotPackable(f"{path} is on {tensor.device}, the embedding on {a.device}")
-        if tuple(tensor.shape) != shape:
-            raise NotPackable(f"{path} is {list(tensor.shape)}, where the other layers make it {list(shape)}")
-        if tensor.stride()[-1] != 1 or (len(shape) == 2 and tensor.stride(0) != shape[1]):
-            raise NotPackable(f"{path} is not contiguous")
-
-    def _alike(self, path: str, module: Any, names: Any) -> None:
-        """What is merged to one product has one bias, or none."""
-        biased = [name for name in names if getattr(module, name).bias is not None]
-        if biased and len(biased) != len(names):
-            raise NotPackable(f"{path} has a bias in {', '.join(biased)} only")
+    def _parameter(self, path: str, owner: Any, name: str, shape: tuple[int, ...]) -> None:
+        tensor = owner._parameters.get(name)
+        if type(tensor) is nn.Parameter and tensor.dtype is self.dtype and tensor.shape == shape:
+            if tensor.device != self.device:
+                raise NotPackable(f"{path} is on {tensor.device}, the embedding on {self.device}")
+            if not tensor.is_contiguous():
+                raise NotPackable(f"{path} is not contiguous")
+            return
+        held = getattr(owner, name)
+        if type(held) is nn.Parameter and held.dtype is self.dtype:
+            raise NotPackable(
+                f"the {name} of {path} is {list(held.shape)}, where the sizes of the model make it {list(shape)}"
+            )
+        kind, dtype = type(held).__name__, getattr(held, "dtype", None)
+        raise NotPackable(f"{path} holds a {kind} of {dtype}, not a parameter of {self.dtype}")
 
     def _is(self, path: str, module: Any, role: str) -> None:
         kind = type(module)

@@ -21,7 +21,7 @@ def settings_of(root: nn.Module, *, leaves: bool) -> tuple:
     """The settings of a module and all modules below it. Two results are equal where nothing was changed in between.
 
     Holds classes, scalars and functions themselves, and of everything else an address, so that no model is kept alive.
-    It takes 0.1 ms for the 30 layers of a 135M model without the leaves, 0.4 ms with them.
+    It takes about 0.2 ms for 30 layers without the leaves, 0.4 ms with them.
 
     Args:
         leaves: read modules that have no modules below them as well (linear layers, norms, activations, RoPE). Of these,
