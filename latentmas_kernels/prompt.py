@@ -69,9 +69,9 @@ def read_prompt(
             )
     elif past is not None:
         read = LatentCache.from_hf(past, past_mask)
+        read.check_fits(architecture, batch)
         check_covers(past, architecture)
         past = read
-        past.check_fits(architecture, batch)
 
     counts = mask.sum(1)
     if bool((counts == 0).any()):
