@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
+from latentmas_kernels.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
 from latentmas_kernels.ops import realign
 from latentmas_kernels.settings import settings_of
 from latentmas_kernels.storage import cache_folder, whole_file
@@ -166,6 +166,11 @@ def _build(
 ) -> Aligner:
     if kind == "auto":
         return _choose(model, architecture, ridge)
+    if kind == "ridge" and unembedding.weight.is_meta:
+        raise UnsupportedModelError(
+            f"aligner='ridge' reads the lm_head of {architecture.name}, which is offloaded; keep it on a device "
+            "(device_map), or use aligner='soft' or 'identity'"
+        )
     target_norm = _mean_norm(embedding)
     if kind == "soft":
         return Aligner("soft", target_norm, embedding=embedding)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from latentmas_kernels.windows import NoLayoutError, find_layout
 
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+# GPT-Neo's local layers count their window in columns, whatever mask they get: ragged rows would see other positions.
+LAYER_TYPES = {"full_attention", "sliding_attention", "global"}
 # What a forward calls its cache: transformers from 5.24 on, and the versions and repositories before it.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 ATTENTIONS = {"sdpa", "eager"}  # the implementations that take the explicit mask which ragged rows need
@@ -54,6 +55,17 @@ class Architecture:
 
         Reads no weights. What the layers attend to and keep is found by trying, once per state of the model's settings.
         """
+        try:
+            return cls._read(model)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # a configuration may be of any shape: fields that are missing, or differ by layer
+            raise UnsupportedModelError(
+                f"the configuration of {type(model).__name__} could not be read ({in_short(error)}); {SUPPORTED}"
+            ) from error
+
+    @classmethod
+    def _read(cls, model: Any) -> "Architecture":
         name = type(model).__name__
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
@@ -67,8 +79,10 @@ class Architecture:
                 f"{name} ({config.model_type}) attends in both directions; {SUPPORTED}. Where its weights were trained as a "
                 "decoder's, load it with is_decoder=True in its configuration."
             )
-        types = getattr(config, "layer_types", None)
-        unknown = sorted(set(types if isinstance(types, (list, tuple)) else ()) - LAYER_TYPES)
+        kinds = [
+            getattr(config, name, None) for name in ("layer_types", "attention_layers")
+        ]  # the latter are GPT-Neo's
+        unknown = sorted({kind for each in kinds if isinstance(each, (list, tuple)) for kind in each} - LAYER_TYPES)
         if unknown:
             raise UnsupportedModelError(f"{name} has layers of type {', '.join(unknown)}; {SUPPORTED}")
         if getattr(model, "_is_stateful", False):
@@ -98,6 +112,11 @@ class Architecture:
             raise UnsupportedModelError(f"{name} is in training mode, where dropout is random; call model.eval() first")
 
         embedding, decoder = model.get_input_embeddings(), decoder_of(model)
+        if embedding.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise UnsupportedModelError(
+                f"{name} has its embeddings offloaded to the CPU or the disk, where nothing can be read of them between two "
+                "forwards; supported are models of which other parts are: a device_map can keep the embeddings on a device"
+            )
         try:
             layout = find_layout(decoder, config, embedding.weight.device, cache_argument(decoder.forward))
         except NoLayoutError as reason:
@@ -153,6 +172,12 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
         logits = (logits / config.final_logit_softcapping).tanh() * config.final_logit_softcapping
     return logits
+
+
+def in_short(error: Exception) -> str:
+    """Kind and first line of an error, for a message about something larger."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:

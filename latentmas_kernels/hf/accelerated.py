@@ -147,12 +147,12 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
             f"got a {name}; accelerate takes a transformers model that can generate (a ...ForCausalLM). Of a wrapper, pass the "
             "model inside"
         )
-    if "generate" in vars(model):
-        raise ValueError(
-            f"this {name} has a generate() of its own on the object (from its repository, or set by hand), which would pass "
-            "the engines by; remove it with `del model.generate`"
-        )
     check_engine_options(engine, weights)
+    if "generate" in vars(model):
+        warn_once(
+            f"this {name} has a generate() of its own on the object (from its repository, or set by hand), which may pass the "
+            "engines by; remove it with `del model.generate`"
+        )
     options = {"engine": engine, "weights": weights, "aligner": aligner}
     with _swapping:
         present: Any = type(model)

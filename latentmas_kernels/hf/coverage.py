@@ -63,8 +63,11 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return "attentions or hidden states of every step were asked for"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size was asked for"
-    if torch.is_autocast_enabled(model.device.type):
+    # A model on "meta" was offloaded, which no engine covers: autocast, unknown there, is nothing to ask for.
+    if model.device.type != "meta" and torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
+    if getattr(type(model), "_original", type(model))._sample is not GenerationMixin._sample:
+        return "its decoding loop is one of its own (_sample)"
     prepares = model.prepare_inputs_for_generation
     if "prepare_inputs_for_generation" in vars(model) or not prepares.__module__.startswith("transformers."):
         return "its inputs are prepared by a function of its own (prepare_inputs_for_generation)"
