@@ -74,7 +74,7 @@ def _find(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, ca
     names = [FULL if window is None else SLIDING for window in layout.windows]
     given = {name: own.new_mask() for name in names}
     arrived = _try(decoder, config, device, cache_argument, given if len(given) > 1 else next(iter(given.values())))
-    if arrived.attended and [id(mask) for mask in arrived.given_masks()] != [id(given[name]) for name in names]:
+    if any(not _same(given[names[layer]], mask) for layer, mask in arrived.attended):
         raise NoLayoutError("explicit masks do not arrive at the layers that they are meant for")
     return layout
 
@@ -83,7 +83,6 @@ def _try(
     decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str, mask: Any
 ) -> "_Trial":
     trial = _Trial(config._attn_implementation or "eager", device)
-    trial.given = [] if mask is None else list(mask.values()) if isinstance(mask, dict) else [mask]
     token = _trial.set(trial)
     try:
         kinds: set[Any] = set()
@@ -117,7 +116,6 @@ class _Trial:
     implementation: str
     device: torch.device
     made: list[tuple[Tensor, Callable[..., Any] | None]] = field(default_factory=list)
-    given: list[Tensor] = field(default_factory=list)
     stored: list[tuple[int, int, int]] = field(default_factory=list)
     # The number of the stored layer that attends, and its mask.
     attended: list[tuple[int, Tensor | None]] = field(default_factory=list)
@@ -130,9 +128,6 @@ class _Trial:
         seen = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=self.device).tril()
         return seen if self.implementation == "sdpa" else torch.zeros(seen.shape, device=self.device)
 
-    def given_masks(self) -> list[Tensor | None]:
-        return [next((g for g in self.given if _same(g, mask)), None) for _, mask in self.attended]
-
     def layout(self) -> Layout:
         slots = tuple(slot for slot, _, _ in self.stored)
         twice = sorted({slot for slot in slots if slots.count(slot) > 1})
@@ -144,20 +139,23 @@ class _Trial:
                 "Give each layer of the list an object and a layer_idx of its own: "
                 "for i, layer in enumerate(layers): layer.self_attn.layer_idx = i"
             )
-        windows = [_window(function) for _, function in self.made]
-        if [layer for layer, _ in self.attended] == list(range(len(slots))):
-            each = []
-            for _, mask in self.attended:
-                found = {window for window, (made, _) in zip(windows, self.made, strict=True) if _same(made, mask)}
-                if len(found) != 1:
+        window_of = functools.cache(_window)
+        if self.attended:
+            found: list[set[int | None]] = [set() for _ in slots]
+            for layer, mask in self.attended:
+                # Masks that no layer gets are not looked at: Qwen2 MoE makes one of a window that is None.
+                kinds = {window_of(function) for made, function in self.made if _same(made, mask)}
+                if len(kinds) != 1:
                     raise NoLayoutError("its layers attend with other masks than transformers' mask functions make")
-                each.append(found.pop())
-        elif self.attended:
-            raise NoLayoutError("not each of its layers attends once to the keys that it keeps")
-        elif len(set(windows)) > 1:
-            raise NoLayoutError("its layers attend in different ways, by code of their own")
+                found[layer] |= kinds
+            if any(len(kinds) != 1 for kinds in found):  # DiffLlama's attend twice, with the same mask
+                raise NoLayoutError("not each of its layers attends in one way to the keys that it keeps")
+            each = [kinds.pop() for kinds in found]
         else:  # attention written out in the layers: they take the mask that there is
-            each = [windows[0] if windows else None] * len(slots)
+            kinds = {window_of(function) for _, function in self.made} or {None}
+            if len(kinds) > 1:
+                raise NoLayoutError("its layers attend in different ways, by code of their own")
+            each = [kinds.pop()] * len(slots)
         return Layout(tuple(each), slots, tuple((heads, width) for _, heads, width in self.stored))
 
 
