@@ -15,6 +15,7 @@ from transformers.cache_utils import (
 )
 
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.padded_cache import PaddedCache, check_agrees, real_columns
 
 # Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
 PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
@@ -39,11 +40,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     layers: list[Any] = cache.layers
     keys, _ = _states(layers[0], length)
     batch, heads, _, width = keys.shape
-    mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
-    if list(mask.shape) != [batch, length]:
-        raise ValueError(
-            f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}"
-        )
+    mask = _mask(cache, attention_mask, batch, length)
     counts = (mask != 0).sum(1)
     capacity = int(counts.max()) if capacity is None else capacity
     if capacity < int(counts.max()):
@@ -62,6 +59,11 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
     cut = torch.zeros(batch, dtype=torch.bool)  # rows of which some layer has dropped slots
     for index, layer in enumerate(layers):
+        if int(layer.get_seq_length()) != length:
+            raise ValueError(
+                f"layer {index} of this {type(cache).__name__} counts {int(layer.get_seq_length())} columns, layer 0 {length}; "
+                "cut all layers alike"
+            )
         pair = _states(layer, length)  # one layer at a time: quantized ones are taken for their small size
         shapes = [[*full.shape[:2], full.shape[3]] for full in pair]
         if shapes != [[batch, heads, width]] * 2:
@@ -81,6 +83,28 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     own.whole_from = torch.where(cut, counts, 0)
     own.add_segment("prompt", torch.zeros_like(counts))
     return own
+
+
+def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor:
+    """int64 [B, length] on the CPU: the mask that was given, where it is not at odds with padding that the cache holds."""
+    if given is not None and list(given.shape) != [batch, length]:
+        raise ValueError(
+            f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(given.shape)}"
+        )
+    held = real_columns(cache)
+    if held is None:
+        return torch.ones(batch, length, dtype=torch.int64) if given is None else given.cpu()
+    if given is None:
+        if not bool(held.any()):
+            raise ValueError(
+                f"this {type(cache).__name__} holds nothing but zeros, which stand for padding; pass a mask"
+            )
+        return held.long().cpu()
+    mask = given.to(held.device) != 0
+    # In another cache padding may also hold what a model made of it, which only the mask tells.
+    if isinstance(cache, PaddedCache) or bool((mask & ~held).any()):
+        check_agrees(held, mask)
+    return given.cpu()
 
 
 def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:

@@ -711,11 +711,24 @@ def test_cache_of_another_batch_and_wrong_past_mask_are_refused(model):
         latent_generate(model, ids, torch.cat([torch.ones(2, 7, dtype=torch.int64), mask], 1), past_key_values=memory)
 
 
-def test_donated_cache_that_is_too_small_says_both_numbers(model):
+@torch.no_grad()
+def test_donated_cache_that_is_too_small_grows(model):
+    """A branch keeps what it has, and so does the cache where the memory is not there."""
     ids, mask = ragged([4, 6])
     memory = latent_generate(model, ids, mask, latent_steps=1, aligner="identity").past_key_values
-    with pytest.raises(ValueError, match=r"capacity of 7 slots per row, this call needs 23.*max_cache_len=23"):
-        latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory.donate())
+    want = latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory)
+    branch, before = memory.branch(), snapshot(memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+        with pytest.raises(ValueError, match="a cache of 2 rows of 23 slots needs"):
+            latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory.donate())
+    assert_unchanged(memory, before)
+    out = latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory)
+    assert out.past_key_values is memory, "the donation still stood"
+    assert memory.capacity == 23
+    assert torch.equal(out.latents, want.latents)
+    assert branch.lengths.tolist() == [5, 7]
+    assert torch.equal(branch.keys[:, 0, :, :5], want.past_key_values.keys[:, 0, :, :5])
 
 
 @pytest.mark.parametrize("call", [latent_generate, generate])

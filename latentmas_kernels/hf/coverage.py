@@ -25,6 +25,7 @@ from latentmas_kernels.architecture import cache_argument
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.cache_from_hf import PLAIN_LAYERS
 from latentmas_kernels.engines import Decoding
+from latentmas_kernels.padded_cache import PaddedCache, real_columns
 
 # What generate() and its loops call the cache.
 CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)
@@ -72,7 +73,7 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return f"its forward gets {', '.join(other)}"
     past = inputs.get(CACHE)
     if past is not None and not isinstance(past, LatentCache):
-        if not type(past).__module__.startswith("transformers."):
+        if not isinstance(past, PaddedCache) and not type(past).__module__.startswith("transformers."):
             return f"its cache is a {type(past).__name__}, which may do something of its own"
         strange = sorted({type(layer).__name__ for layer in past.layers if type(layer) not in PLAIN_LAYERS})
         if strange:
@@ -102,13 +103,22 @@ def known_columns(inputs: dict[str, Any]) -> int | None:
     """How many of the given columns are in the cache already; None where it cannot be told.
 
     transformers takes the whole conversation (the mask is as long as the ids; always so with embeddings), or the new tokens
-    only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers.
+    only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers; behind a
+    PaddedCache with padding it is, unless the mask begins with that padding.
     """
     embeds, past = inputs.get("inputs_embeds"), inputs.get(CACHE)
     given = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     held, seen = past_columns(past), _mask_columns(inputs)
     if isinstance(past, LatentCache):
         return 0 if seen in (given, held + given) else None
+    if (
+        isinstance(past, PaddedCache)
+        and seen == given
+        and (real := real_columns(past)) is not None
+        and not bool(real.all())
+    ):
+        repeats = given > held and torch.equal(mask_of(inputs)[:, :held].to(real.device) != 0, real)
+        return held if repeats else 0
     if seen == given > held:
         return held
     return 0 if seen == held + given and embeds is None else None

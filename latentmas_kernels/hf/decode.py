@@ -31,6 +31,7 @@ from latentmas_kernels.hf.coverage import (
     past_columns,
     why_not,
 )
+from latentmas_kernels.padded_cache import PaddedCache
 from latentmas_kernels.prompt import Prompt, read_prompt
 
 
@@ -309,5 +310,7 @@ def _append(cache: LatentCache, target: Cache, held: Tensor, columns: Tensor, mo
         index = slots[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
         return store.gather(2, index).masked_fill_(empty[:, None, :, None], 0)
 
+    if isinstance(target, PaddedCache):
+        target.expect(~empty)
     for layer in range(cache.keys.shape[0]):
         target.update(picked(cache.keys[layer]), picked(cache.values[layer]), layer)
