@@ -696,9 +696,9 @@ class LatentCache(Cache):
         if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
             raise ValueError(
                 f"attention_mask has {(mask != 0).sum(1).tolist()} ones in {mask.shape[1]} columns, but the "
-                f"{int(self.lengths[0])} slots of each row of this LatentCache are tokens, and it takes no padding from a transformers model. Use "
-                "latentmas_kernels.generate(), or pass to_hf() with attention_mask(new). (generate() of transformers takes ids "
-                "that equal pad_token_id for padding where it gets no mask.)"
+                f"{int(self.lengths[0])} slots of each row of this LatentCache are tokens, and it takes no padding from a "
+                "transformers model. Use latentmas_kernels.generate(), or pass to_hf() with attention_mask(new). (transformers "
+                "takes ids that equal pad_token_id for padding where it gets no mask.)"
             )
         return mask
 

@@ -1,4 +1,4 @@
-"""A transformers cache of any plain or quantized kind as a LatentCache."""
+"""A transformers cache of any plain or quantized kind as a LatentCache, and what a LatentCache has more as its columns."""
 
 import copy
 from typing import Any
@@ -126,3 +126,28 @@ def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
             "quantized layers do not support; pass a cache that was not cropped"
         )
     return keys, values
+
+
+def append_columns(cache: LatentCache, target: Cache, held: Tensor, columns: Tensor) -> None:
+    """Append to a transformers cache what `cache` has behind its first `held` slots, and zeros where a column is padding.
+
+    Args:
+        held: int64 [B], slots that came from `target`.
+        columns: bool [B, T], which columns of the prompt are real. What each row has behind its prompt follows in columns of
+            their own, as many as the longest row needs.
+    """
+    prompt = held[:, None] + columns.long().cumsum(1) - 1
+    more = cache.lengths - held - columns.sum(1)
+    behind = torch.arange(int(more.max()))
+    real = torch.cat([columns, behind < more[:, None]], dim=1)
+    slots = torch.cat([prompt, (held + columns.sum(1))[:, None] + behind], dim=1).masked_fill(~real, 0)
+    slots, real = slots.to(cache.keys.device), real.to(cache.keys.device)
+
+    def picked(store: Tensor) -> Tensor:
+        index = slots[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
+        return store.gather(2, index).masked_fill_(~real[:, None, :, None], 0)
+
+    if isinstance(target, PaddedCache):
+        target.expect(real)
+    for layer in range(cache.keys.shape[0]):
+        target.update(picked(cache.keys[layer]), picked(cache.values[layer]), layer)

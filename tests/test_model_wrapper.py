@@ -508,8 +508,8 @@ def test_options_that_mean_nothing_are_refused(options, words):
 def test_a_model_that_cannot_run_is_refused_at_once():
     with pytest.raises(ValueError, match="is in training mode"):
         ModelWrapper(tiny_model().train(), character_tokenizer())
-    with pytest.raises(ValueError, match="got a str, which is no transformers model"):
-        ModelWrapper("some/model", character_tokenizer())
+    with pytest.raises(ValueError, match="got a Linear, which is no transformers model"):
+        ModelWrapper(torch.nn.Linear(2, 2), character_tokenizer())
 
 
 # ---- a real model --------------------------------------------------------------------------------------------------

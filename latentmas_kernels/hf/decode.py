@@ -18,6 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError, check_finite_weights
 from latentmas_kernels.cache import LatentCache, NoRoomError
+from latentmas_kernels.cache_from_hf import append_columns
 from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, check_engine_options, fast_engine
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
@@ -31,7 +32,6 @@ from latentmas_kernels.hf.coverage import (
     past_columns,
     why_not,
 )
-from latentmas_kernels.padded_cache import PaddedCache
 from latentmas_kernels.prompt import Prompt, read_prompt
 
 
@@ -205,7 +205,7 @@ class _Call:
         if self.streamer is not None:
             self.streamer.end()
         if outgoing is not None:
-            _append(cache, outgoing, held, columns, int(cache.lengths.max() - (held + prompt.counts).max()))
+            append_columns(cache, outgoing, held, columns)
         if not returned:
             return spoken.sequences
         if outgoing is None and (self.latent_steps or isinstance(target, LatentCache)):
@@ -291,26 +291,3 @@ class _Call:
             ended = tokens[:, -1 - int(missing.max()) : -1]
             runner.extend(cache, Prompt(missing, ended), logits=False)
         return Spoken(sequences, new, new < total, None, None)
-
-
-def _append(cache: LatentCache, target: Cache, held: Tensor, columns: Tensor, more: int) -> None:
-    """Append to a transformers cache what `cache` has behind its first `held` slots.
-
-    Args:
-        held: [B], slots that came from `target`.
-        columns: bool [B, T], which columns of the prompt are real; the others become zeros there.
-        more: columns behind the prompt, the same in all rows.
-    """
-    prompt = held[:, None] + columns.long().cumsum(1) - 1
-    behind = (held + columns.sum(1))[:, None] + torch.arange(more)
-    slots = torch.cat([prompt.masked_fill(~columns, 0), behind], dim=1).to(cache.keys.device)
-    empty = torch.cat([~columns, torch.zeros_like(behind, dtype=torch.bool)], dim=1).to(cache.keys.device)
-
-    def picked(store: Tensor) -> Tensor:
-        index = slots[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
-        return store.gather(2, index).masked_fill_(empty[:, None, :, None], 0)
-
-    if isinstance(target, PaddedCache):
-        target.expect(~empty)
-    for layer in range(cache.keys.shape[0]):
-        target.update(picked(cache.keys[layer]), picked(cache.values[layer]), layer)
