@@ -172,13 +172,13 @@ def ask_about_masks() -> None:
 
     @functools.wraps(original)
     def asked(*args: Any, **kwargs: Any) -> Any:
-        cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "look_at")), None)
-        if cache is None:
-            return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        given = call.arguments
-        columns, positions = given["inputs_embeds"].shape[1], given.get("position_ids")
-        given["attention_mask"] = cache.look_at(given["attention_mask"], columns, positions)
-        return original(*call.args, **call.kwargs)
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, Cache) and hasattr(cache, "look_at"):
+                call = signature.bind(*args, **kwargs)
+                given = call.arguments
+                columns, positions = given["inputs_embeds"].shape[1], given.get("position_ids")
+                given["attention_mask"] = cache.look_at(given["attention_mask"], columns, positions)
+                return original(*call.args, **call.kwargs)
+        return original(*args, **kwargs)
 
     masking_utils._preprocess_mask_arguments = asked

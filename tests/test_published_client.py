@@ -1,6 +1,7 @@
 """ModelWrapper for code that was written for the published LatentMAS class: a small client of that kind, and what forks use."""
 
 import argparse
+import copy
 import sys
 import types
 import warnings
@@ -331,6 +332,17 @@ def test_tuples_and_caches_of_other_kinds_go_in():
             if given is not memory:
                 options["past_attention_mask"] = seen
             getattr(wrapper, each)(more, more_mask, past_key_values=given, **options)
+    fresh = copy.deepcopy(memory)
+    fresh.reset()
+    want = latent.generate_latent_batch(ids, mask, latent_steps=STEPS).lengths.tolist()
+    assert latent.generate_latent_batch(ids, mask, latent_steps=STEPS, past_key_values=fresh.donate()) is fresh
+    assert fresh.lengths.tolist() == want
+    fresh.reset()
+    for given in (fresh, DynamicCache(), LegacyCache()):
+        back = wrapper.generate_latent_batch(ids, mask, latent_steps=STEPS, past_key_values=given)
+        assert back.attention_mask().sum(1).tolist() == want
+    with pytest.raises(ValueError, match=r"a tuple of \(keys, values\) by layer; got dict"):
+        wrapper.generate_latent_batch(ids, mask, latent_steps=STEPS, past_key_values={"a": 1})
     window = DynamicCache(config=wrapper.model.config)
     wrapper.model(real(ids, mask, 1), past_key_values=window)
     with pytest.raises(ValueError, match="do not keep all of its 14 columns.*use cache='latent'"):

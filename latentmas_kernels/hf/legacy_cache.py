@@ -87,10 +87,21 @@ def past_length(past: Any) -> int:
 
 
 def as_cache(past: Any) -> Cache | None:
-    """A past as a cache: an empty one is none, and a tuple of (keys, values) becomes a LegacyCache."""
-    if past is None or (isinstance(past, (Cache, tuple, list)) and past_length(past) == 0):
+    """A past as a cache: an empty one of transformers is none, and a tuple of (keys, values) becomes a LegacyCache.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if past is None or isinstance(past, LatentCache):
+        return past
+    if not isinstance(past, (Cache, tuple, list)):
+        raise ValueError(
+            "past_key_values must be a LatentCache, another transformers Cache, or a tuple of (keys, values) by layer; got "
+            f"{type(past).__name__}"
+        )
+    if past_length(past) == 0:
         return None
-    return LegacyCache.of(past) if isinstance(past, (tuple, list)) else past
+    return past if isinstance(past, Cache) else LegacyCache.of(past)
 
 
 def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCache]) -> PaddedCache:
@@ -102,7 +113,7 @@ def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCa
     Raises:
         ValueError: where layers keep less than all columns.
     """
-    if past is None:
+    if past is None or past_length(past) == 0:
         return kind()
     if isinstance(past, LatentCache):
         past = past.to_hf()
