@@ -603,10 +603,10 @@ class LatentCache(Cache):
         """A transformers DynamicCache with the same keys and values, left-padded, which knows its padding.
 
         This package's calls take it without a mask. transformers counts positions from the mask, so plain `generate()` needs
-        `attention_mask(new)`, and a plain forward its `position_ids` too: a mask or positions that do not fit the padding are
-        a ValueError there (see `PaddedCache`). Every layer is kept in full, sliding windows
-        included, so the model's own masks are right; but transformers counts a window in columns, so behind ragged rows
-        new tokens of a model with windows must not be padded (padding between past and new would use the window up).
+        `attention_mask(new)`, and a plain forward its `position_ids` too: a mask or positions that do not fit the padding are a
+        ValueError there (see `PaddedCache`). Every layer is kept in full, sliding windows included, so the model's own masks
+        are right. But transformers counts a window in columns: new tokens with padding between them and the past, which would
+        use it up, are refused as well.
 
         Raises:
             ValueError: where positions have gaps, which a transformers cache cannot express.
@@ -691,7 +691,7 @@ class LatentCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.uniform_length()
 
-    def look_at(self, mask: Any, columns: int, positions: Tensor | None) -> Any:
+    def look_at(self, mask: Any, columns: int, positions: Tensor | None, window: int | None = None) -> Any:
         """The mask of a plain forward, as `PaddedCache.look_at`; ValueError where it marks padding, which is never stored."""
         if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
             raise ValueError(

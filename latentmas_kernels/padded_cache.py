@@ -70,16 +70,20 @@ class PaddedCache(DynamicCache):
             key_states, value_states = key_states.masked_fill(padding, 0), value_states.masked_fill(padding, 0)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def look_at(self, mask: Tensor | None, columns: int, positions: Tensor | None) -> Tensor | None:
+    def look_at(
+        self, mask: Tensor | None, columns: int, positions: Tensor | None, window: int | None = None
+    ) -> Tensor | None:
         """The mask that a forward over `columns` new columns must have, given the one that it got; remembers it for `update`.
 
         Args:
             mask: [B, columns] or [B, held + columns], 0 for padding, or None. One of four dimensions is the caller's own
                 affair, as in transformers, where nothing held is padding: its new columns count as real then.
             positions: of the new columns, [1 or B, columns], or None where the model says nothing about them.
+            window: the configuration's sliding window. transformers counts it in columns, so padding between tokens uses it up.
 
         Raises:
-            ValueError: where the mask contradicts what is held, or positions were not counted over the real columns.
+            ValueError: where the mask contradicts what is held, positions were not counted over the real columns, or a window
+                would be used up.
         """
         held, self._forward = real_columns(self), None
         two = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
@@ -117,6 +121,7 @@ class PaddedCache(DynamicCache):
                 "generate(), which counts them from it, and to a plain forward position_ids as well: "
                 "(mask.cumsum(1) - 1)[:, -new.shape[1]:]"
             )
+        _check_window(full, window)
         return full.to(dtype=torch.int64)
 
 
@@ -154,6 +159,23 @@ def check_agrees(held: Tensor, given: Tensor) -> None:
         )
 
 
+def _check_window(full: Tensor, window: int | None) -> None:
+    """Raise ValueError where a row, bool [B, columns], has padding between its tokens and is longer than the window."""
+    if not isinstance(window, int):
+        return
+    column = torch.arange(full.shape[1], device=full.device)
+    first, last = full.int().argmax(1), (full * column).argmax(1)
+    length = last - first + 1
+    wrong = (length > full.sum(1)) & (length > window)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(full[row].sum())} tokens in {int(length[row])} columns, with padding between them, and "
+            f"transformers counts the sliding window of {window} in columns: the padding would use it up. Give new tokens of "
+            "one length, or use latentmas_kernels.generate()"
+        )
+
+
 def _counts(real: Tensor) -> list[int]:
     return real.sum(1).tolist()
 
@@ -177,7 +199,8 @@ def ask_about_masks() -> None:
                 call = signature.bind(*args, **kwargs)
                 given = call.arguments
                 columns, positions = given["inputs_embeds"].shape[1], given.get("position_ids")
-                given["attention_mask"] = cache.look_at(given["attention_mask"], columns, positions)
+                window = getattr(given["config"], "sliding_window", None)
+                given["attention_mask"] = cache.look_at(given["attention_mask"], columns, positions, window)
                 return original(*call.args, **call.kwargs)
         return original(*args, **kwargs)
 

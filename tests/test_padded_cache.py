@@ -191,6 +191,23 @@ def test_padding_among_new_tokens_is_remembered(side):
             model.generate(new, past_key_values=theirs, attention_mask=ones, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3-mixed"])
+@torch.no_grad()
+def test_padding_that_would_use_a_window_up_is_refused(name):
+    """Windows of 8 columns; within them padding does no harm."""
+    model, memory = remembered(name)
+    new, new_mask = ragged(NEXT, seed=2)
+    mask = memory.attention_mask(new_mask)
+    with pytest.raises(ValueError, match=r"row 0 has 7 tokens in 10 columns, .* sliding window of 8 in columns"):
+        model.generate(new, past_key_values=memory.to_hf(), attention_mask=mask, **GREEDY)
+    short = latent_generate(model, torch.tensor([[5, 6, 7], [8, 9, 10]]), latent_steps=0).past_key_values
+    new, new_mask = ragged([3, 1], seed=2)
+    one = {**GREEDY, "max_new_tokens": 1}
+    got = model.generate(new, past_key_values=short.to_hf(), attention_mask=short.attention_mask(new_mask), **one)
+    want = generate(model, new, new_mask, past_key_values=short, max_new_tokens=1).sequences
+    assert torch.equal(got[:, -1], want[:, -1])
+
+
 @torch.no_grad()
 def test_where_nothing_is_padding_it_is_a_cache_like_any_other():
     model = tiny_model("llama")
