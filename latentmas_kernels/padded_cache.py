@@ -87,6 +87,8 @@ class PaddedCache(DynamicCache):
         """
         held, self._forward = real_columns(self), None
         two = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if isinstance(mask, Tensor) and two and self.get_seq_length() == 0:  # its first columns may be padding as well
+            held = torch.zeros(len(mask), 0, dtype=torch.bool, device=mask.device)
         if held is None or (not two and bool(held.all())):
             return mask
         width = held.shape[1]

@@ -347,6 +347,18 @@ def test_after_a_reset_it_is_empty():
 
 
 @torch.no_grad()
+def test_an_empty_one_learns_the_padding_of_its_first_prompt():
+    model, _ = remembered()
+    ids, mask = ragged(LENGTHS)
+    cache, plain = PaddedCache(), DynamicCache()
+    got = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(got, model.generate(ids, attention_mask=mask, past_key_values=plain, **GREEDY))
+    assert torch.equal(cache.attention_mask()[:, :14], mask)
+    want = generate(model, ids, mask, max_new_tokens=NEW)
+    assert_same_memory(LatentCache.from_hf(cache), want.past_key_values)
+
+
+@torch.no_grad()
 def test_beams_behind_a_ragged_memory():
     """reorder_cache in the middle of transformers' own loop."""
     model, memory = remembered()
