@@ -6,8 +6,8 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 
 # What transformers' versions decide: generation, caches, the drop-in.
 MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_after_accelerate.py tests/test_architecture.py \
-  tests/test_examples.py tests/test_generation.py tests/test_model_wrapper.py tests/test_native_engine.py tests/test_rotation.py \
-  tests/test_spread.py tests/test_trace.py
+  tests/test_examples.py tests/test_generation.py tests/test_model_wrapper.py tests/test_native_engine.py tests/test_padded_cache.py \
+  tests/test_published_client.py tests/test_rotation.py tests/test_spread.py tests/test_trace.py
 # All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_hand_over.py
 VLLM_TESTS ?= tests/with_vllm
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
