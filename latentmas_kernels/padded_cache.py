@@ -97,8 +97,9 @@ class PaddedCache(DynamicCache):
             new_only, both = [len(held), columns], [len(held), width + columns]
             if list(mask.shape) not in (new_only, both):
                 raise ValueError(
-                    f"attention_mask must be {new_only} (new tokens) or {both} (past + new) behind this cache; got "
-                    f"{list(mask.shape)}"
+                    f"attention_mask must be {new_only} (new tokens) or {both} (past + new) behind this cache of "
+                    f"{_counts(held)} tokens in {width} columns; got {list(mask.shape)}. attention_mask(new) of it gives "
+                    "the second"
                 )
             given = mask.to(held.device) != 0
             if given.shape[1] != columns:
