@@ -204,14 +204,16 @@ def feedback_nats(
     and repeats itself (SmolLM2-135M: "-----"), while perplexity of later text hardly shows it.
     """
     architecture = Architecture.of(model)
-    decoder = decoder_of(model)
+    decoder, rows_of_tokens = decoder_of(model), architecture.vocab_size
 
     def logits_of(cache: DynamicCache, **inputs: Tensor) -> Tensor:
         taken: dict[str, Any] = {**inputs, cache_argument(model.forward): cache}
-        return model(**taken, use_cache=True, logits_to_keep=1).logits[:, -1]
+        # A padded lm_head has rows for which there is nothing to feed in.
+        return model(**taken, use_cache=True, logits_to_keep=1).logits[:, -1, :rows_of_tokens]
 
     start = getattr(model.generation_config, "bos_token_id", None)
     start = start[0] if isinstance(start, list) else start or 0
+    start = start if start < rows_of_tokens else 0
     ids = torch.full((rows, 1), start, device=architecture.device)
     draw = torch.Generator().manual_seed(0)
     sample = DynamicCache(config=model.config)

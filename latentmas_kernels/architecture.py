@@ -129,8 +129,11 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of states [..., D] after the final norm, scaled and capped as the model's own forward does."""
-    logits = model.get_output_embeddings()(hidden)
+    """Logits [..., V] of states [..., D] after the final norm, scaled and capped as the model's own forward does.
+
+    V counts the tokens that have an input embedding; a padded lm_head has more rows.
+    """
+    logits = model.get_output_embeddings()(hidden)[..., : model.get_input_embeddings().weight.shape[0]]
     config = model.config
     if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
         logits = (

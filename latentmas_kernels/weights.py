@@ -3,7 +3,8 @@
 Queries, keys and values are one matrix, and so are gate and up: one launch each reads them. There is no second copy.
 Where they do not lie one behind the other yet, they are moved there, and the model's parameters become views of the merged
 tensor; save_pretrained, state_dict, loading and tying work as before. Tools that go by storage do not (safetensors'
-save_model refuses, accelerate's drops what shares one): `unmerge` gives every parameter its own again.
+save_model and huggingface_hub's save_torch_model refuse, accelerate's drops what shares one): `unmerge` gives every parameter
+its own again.
 
 Nothing of this is kept between calls: `read_weights` looks at the modules each time. `.to()`, `.bfloat16()`, `deepcopy`,
 a LoRA or quantised layers change what it finds, and `Weights.addresses` tells whether graphs captured before still hold.
@@ -72,7 +73,8 @@ class Weights:
 
     Attributes:
         layers: in order.
-        embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None.
+        embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None. Rows of the lm_head that
+            have no embedding are left out.
         final_gain: [D].
         eps: of all norms.
         inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
@@ -150,7 +152,8 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
         )
     tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
     embedding, lm_head, rotary = model.get_input_embeddings().weight, model.get_output_embeddings(), decoder.rotary_emb
-    ends = [embedding.detach(), lm_head.weight.detach(), decoder.norm.weight.detach()]
+    rows = len(embedding)  # a larger lm_head is padded: a token without an embedding could not be fed in
+    ends = [embedding.detach(), lm_head.weight.detach()[:rows], decoder.norm.weight.detach()]
     scaling = float(rotary.attention_scaling)
     # Values, not an address: float() below copies where the model was cast.
     rope = tuple((hash(f), torch.float32) for f in [*rotary.inv_freq.tolist(), scaling])
@@ -158,7 +161,7 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
         layers=tuple(layers),
         embedding=ends[0],
         lm_head=ends[1],
-        lm_head_bias=_bias(lm_head),
+        lm_head_bias=None if lm_head.bias is None else lm_head.bias.detach()[:rows],
         final_gain=ends[2],
         eps=float(decoder.norm.variance_epsilon),
         inv_freq=rotary.inv_freq.float(),

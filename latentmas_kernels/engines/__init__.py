@@ -38,7 +38,8 @@ class Engine(Protocol):
 
         Returns:
             For each row's last position the logits [B, V] (the lm_head runs on nothing else), or, with logits=False,
-            the state after the final norm [B, D] (the lm_head does not run).
+            the state after the final norm [B, D] (the lm_head does not run). V counts the tokens that have an input
+            embedding: rows of the lm_head beyond those are padding, which no text or thought can hold.
         """
         ...
 

@@ -88,7 +88,7 @@ class Window:
             "use_cache": True,  # type: ignore[dict-item]
         }
         if logits:
-            result = self.eager.model(**inputs, logits_to_keep=1).logits[:, -1]
+            result = self.eager.of_tokens(self.eager.model(**inputs, logits_to_keep=1).logits)
         else:
             result = self.eager.decoder(**inputs).last_hidden_state[:, -1]
         self.lengths += self.active
@@ -295,9 +295,8 @@ class GenericEngine:
             window = state.windows.get(size)
             if window is None:
                 window = state.windows[size] = Window(self.eager, *size)
-            width = (
-                self.eager.model.get_output_embeddings().weight.shape[0] if logits else self.architecture.hidden_size
-            )
+            a, rows = self.architecture, self.eager.model.get_output_embeddings().weight.shape[0]
+            width = min(rows, a.vocab_size) if logits else a.hidden_size
             seed = window.seeds.setdefault(width, window.embedding.new_zeros(cache.batch_size, width))
             if (size, aligner) not in state.graphs:
                 window.holds = None

@@ -166,11 +166,14 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
 def restore(model: Any) -> Any:
     """Undo `accelerate(model)`, and what the engines moved: every parameter has a storage of its own again.
 
+    A model that was not accelerated is given back its storages as well: `latent_generate`, `generate` and `ModelWrapper` move
+    them too. Tools that save by storage (safetensors' `save_model`, huggingface_hub's `save_torch_model`) need that.
+
     Returns:
-        The same object, of its original class. A model that is not accelerated is left as it is.
+        The same object, of its original class.
     """
     with _swapping:
         if isinstance(model, _Accelerated):
             model.__class__ = type(model)._original
-            unmerge(model)
+        unmerge(model)
     return model

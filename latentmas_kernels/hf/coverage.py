@@ -60,6 +60,8 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return "it drafts for another model (assisted decoding)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "attentions or hidden states of every step were asked for"
+    if _records(generation_config) and _has_padded_head(model):
+        return "scores of tokens that have no input embedding were asked for (its lm_head has more rows)"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size was asked for"
     if torch.is_autocast_enabled(model.device.type):
@@ -89,6 +91,16 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
     if not _positions_are_counted(inputs):
         return "position_ids were given that do not count the tokens of attention_mask"
     return None
+
+
+def _records(config: GenerationConfig) -> bool:
+    return bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+
+
+def _has_padded_head(model: Any) -> bool:
+    said = getattr(model.get_output_embeddings(), "weight", None)
+    read = getattr(model.get_input_embeddings(), "weight", None)
+    return said is not None and read is not None and len(said) > len(read)
 
 
 def past_columns(past: Cache | None) -> int:
