@@ -596,6 +596,39 @@ def test_folder_that_is_no_model(command, offline, tmp_path):
     assert_one_line(command("run", QUESTION, "--model", str(tmp_path)), f"cannot load '{tmp_path}'", "the folder gave")
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "fails on a conversation of user: TypeError: "),
+        ("{{ 1 // 0 }}", "fails on a conversation of user: ZeroDivisionError: "),
+        ("{% for message in messages %}\n", "fails on a conversation of user: TemplateSyntaxError: "),
+        ("{{ raise_exception('Not\\nnow') }}", "refuses a conversation of user: Not now; set tokenizer.chat_template"),
+        ("User:{{ messages[0]['text'] }}", "does not write the user's message as it is (message 1 of 1: "),
+    ],
+)
+@pytest.mark.parametrize("method", ["single", "latent"])
+def test_a_chat_template_that_does_not_work_is_one_line(command, monkeypatch, template, words, method):
+    model, tokenizer = model_and_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = template, "some/model"
+    monkeypatch.setattr(latentmas.loading, "load_model", lambda *_, **__: (model, tokenizer))
+    said = command("run", QUESTION, *FAST, "--method", method)
+    assert_one_line(said, f"the chat template of 'some/model' {words}")
+
+
+@pytest.mark.parametrize("method", ["single", "latent", "text"])
+def test_a_chat_template_of_parts_is_given_the_question(command, monkeypatch, method):
+    model, tokenizer = model_and_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}{{ part['text'] }}"
+        "{% endfor %}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    monkeypatch.setattr(latentmas.loading, "load_model", lambda *_, **__: (model, tokenizer))
+    code, out, _ = command("run", QUESTION, *FAST, "--method", method, "--json")
+    assert code == 0
+    (result,) = json.loads(out)["answers"]
+    assert all(turn["prompt_tokens"] > len(QUESTION) for turn in result["turns"])
+
+
 def test_encoder_decoder_is_refused_by_name(command, offline, tmp_path):
     """The configuration alone is enough to say so: there are no weights in the folder."""
     (tmp_path / "config.json").write_text(

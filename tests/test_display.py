@@ -147,3 +147,9 @@ def test_narrow_terminals(clock, width):
     with showing(console) as view:
         play(view, WRITER, 1, [[A], [B]], clock)
         assert "".join(text(view, console)).endswith("ab")
+
+
+def test_an_end_that_is_no_special_token_is_not_shown(terminal, clock):
+    with Display(terminal, character_tokenizer(), [B], "How many?") as view:
+        play(view, WRITER, 1, [[A], [A], [B], [A]], clock)
+        assert text(view, terminal)[-1] == "aa"

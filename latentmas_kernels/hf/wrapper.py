@@ -11,6 +11,7 @@ from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.generation import generate, latent_generate
+from latentmas_kernels.hf.chat import ids_behind, render, text_ends, without_end
 from latentmas_kernels.prompt import read_prompt
 
 Messages = Sequence[Mapping[str, Any]]
@@ -127,7 +128,8 @@ class ModelWrapper:
         top_p: float = 0.95,
         past_key_values: Cache | None = None,
     ) -> tuple[list[str], LatentCache]:
-        """Decode text behind a memory, until each row's end-of-sequence token (that of the model's generation_config).
+        """Decode text behind a memory, until each row's end: an end-of-sequence token of the model's generation_config, or
+        the token with which the tokenizer's chat template ends an assistant's message.
 
         Args:
             input_ids: int [B, T] on the model's device, the new tokens.
@@ -138,8 +140,8 @@ class ModelWrapper:
                 the model's generation_config says about sampling is not read.
 
         Returns:
-            Per row the text of its new tokens, without special tokens and without blanks around it; and the memory: past,
-            prompt and all new tokens but each row's last, which was not fed in.
+            Per row the text of its new tokens, without the one that ended it, without special tokens and without blanks
+            around it; and the memory: past, prompt and all new tokens but each row's last, which was not fed in.
 
         Raises:
             ValueError: for a temperature or top_p outside of these, and as `generate`.
@@ -148,12 +150,14 @@ class ModelWrapper:
             raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be more than 0 and at most 1 (off); got {top_p}")
+        ends = text_ends(self.model, self.tokenizer)
         said = generate(
             self.model, input_ids, attention_mask, past_key_values=past_key_values, max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=top_p, engine=self._engine,
+            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=top_p, eos_token_id=ends,
+            engine=self._engine,
         )  # fmt: skip
         new = said.sequences[:, -max(said.new_tokens) :].tolist()
-        own = [row[:count] for row, count in zip(new, said.new_tokens, strict=True)]
+        own = [without_end(row[:count], ends) for row, count in zip(new, said.new_tokens, strict=True)]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in own], said.past_key_values
 
     # ---- chats and tokens -------------------------------------------------------------------------------------------
@@ -171,7 +175,8 @@ class ModelWrapper:
 
         Raises:
             ValueError: for no messages, for something else than messages, and for options where there is no template.
-            jinja2.TemplateError: where the template refuses the messages, in the template's own words.
+            ChatTemplateError: a ValueError, where the template refuses the messages (in the template's own words), fails on
+                them, or leaves one out, whether their contents are given to it as text or as lists of parts.
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError(
@@ -179,9 +184,7 @@ class ModelWrapper:
                 f"got {messages!r}"
             )
         if self.tokenizer.chat_template:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_options
-            )
+            return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **template_options)
         if template_options:
             raise ValueError(
                 f"got {', '.join(sorted(template_options))}, but the tokenizer has no chat template that would read it; "
@@ -227,7 +230,8 @@ class ModelWrapper:
         if not batch_messages:
             raise ValueError("batch_messages is empty; every batch needs at least one conversation")
         prompts = [self.render_chat(m, add_generation_prompt, **template_options) for m in batch_messages]
-        rows = [self._token_ids(text, special=not self.tokenizer.chat_template) for text in prompts]
+        special = not self.tokenizer.chat_template
+        rows = [_some(self.tokenizer(text, add_special_tokens=special)["input_ids"], text) for text in prompts]
         # By hand: the tokenizer pads on a side of its own choice, and refuses to where it has no padding token.
         filler = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         width = max(map(len, rows))
@@ -236,18 +240,19 @@ class ModelWrapper:
         return prompts, ids, mask, [self.tokenizer.convert_ids_to_tokens(row) for row in rows]
 
     def tokenize_text(self, text: str) -> Tensor:
-        """input_ids, int64 [1, T] on the model's device, of a text to put behind others: without special tokens.
+        """input_ids, int64 [1, T] on the model's device, of a text to put behind others: without special tokens, and without
+        the space that SentencePiece tokenizers put before a text that stands alone.
 
         Raises:
             ValueError: where the text has no tokens.
         """
-        return torch.tensor([self._token_ids(text, special=False)], device=self.device)
+        return torch.tensor([_some(ids_behind(self.tokenizer, text), text)], device=self.device)
 
-    def _token_ids(self, text: str, *, special: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        if not ids:
-            raise ValueError(f"the text {text!r} has no tokens; every row needs at least one")
-        return ids
+
+def _some(ids: list[int], text: str) -> list[int]:
+    if not ids:
+        raise ValueError(f"the text {text!r} has no tokens; every row needs at least one")
+    return ids
 
 
 def _paragraphs(messages: Messages, add_generation_prompt: bool) -> str:

@@ -94,10 +94,10 @@ class Display:
             return
         tokens = progress.tokens.tolist()
         self.ended = self.ended or [False] * len(tokens)
-        if not self.ended[0]:
+        ends = self.speakers[progress.agent.model][1]
+        if not self.ended[0] and tokens[0] not in ends:
             self.ids.append(tokens[0])
         self.tokens += self.ended.count(False)
-        ends = self.speakers[progress.agent.model][1]
         self.ended = [ended or token in ends for ended, token in zip(self.ended, tokens, strict=True)]
 
     def _line(self, progress: Progress, *, finished: bool = False) -> Text:
