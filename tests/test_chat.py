@@ -186,7 +186,7 @@ def test_a_template_that_fails_is_named_with_its_error(template):
 
 def test_a_template_that_refuses_says_why_in_its_own_words():
     with pytest.raises(
-        ChatTemplateError, match=r"this \w+ refuses a conversation of system and user and assistant: Not so;"
+        ChatTemplateError, match=r"of the \w+ refuses a conversation of system and user and assistant: Not so;"
     ):
         rendered("{{ raise_exception('Not so') }}", TALK)
 

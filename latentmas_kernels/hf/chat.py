@@ -210,7 +210,7 @@ def _bare(text: str) -> str:
 
 
 def _name(tokenizer: Any) -> str:
-    return repr(tokenizer.name_or_path) if tokenizer.name_or_path else f"this {type(tokenizer).__name__}"
+    return repr(tokenizer.name_or_path) if tokenizer.name_or_path else f"the {type(tokenizer).__name__}"
 
 
 def _failure(tokenizer: Any, messages: Sequence[Message], error: Exception) -> ChatTemplateError:
