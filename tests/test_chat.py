@@ -82,6 +82,16 @@ def test_a_short_message_is_not_found_by_chance():
         rendered(EACH + "{{ message['role'] }}:" + END, [{"role": "user", "content": "user"}])
 
 
+def test_a_message_that_says_the_marks_does_not_stand_for_another():
+    """What is rendered to look for the messages has marks that none of them holds."""
+    talk = [
+        {"role": "user", "content": "Message-Mark-1-begin Message-Mark-1-end"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    with pytest.raises(ChatTemplateError, match="the assistant's message"):
+        rendered("{{ messages[0]['content'] }}", talk)
+
+
 @pytest.mark.parametrize(
     "shown",
     [
@@ -134,9 +144,17 @@ def test_parts_that_are_written_as_a_list_are_not_their_text(shown):
         # what a tool gave is written as JSON
         (EACH + "{% if message['role'] == 'tool' %}{{ message['content'] | tojson }}{% else %}{{ message['content'] }}"
          "{% endif %}|" + END, [*ASK, {"role": "tool", "content": 'a "b"'}], 'How many cats?|"a \\"b\\""|<assistant>'),
-        # a call of a tool has no content
-        (EACH + "{{ message['content'] }}|" + END,
-         [*ASK, {"role": "assistant", "content": "", "tool_calls": []}], "How many cats?||<assistant>"),
+        # beside the call of a tool nothing is written (Llama 3)
+        (
+            EACH + "{% if message['tool_calls'] %}{{ message['tool_calls'][0]['function']['name'] }}{% else %}"
+            "{{ message['content'] }}{% endif %}|" + END,
+            [*ASK, {"role": "assistant", "content": "Let me count.",
+                    "tool_calls": [{"type": "function", "function": {"name": "count", "arguments": {}}}]}],
+            "How many cats?|count|<assistant>",
+        ),
+        # an answer may be empty
+        (EACH + "{{ message['content'] }}|" + END, [*ASK, {"role": "assistant", "content": " "}],
+         "How many cats?| |<assistant>"),
         # a template that minds how a message begins
         (EACH + "{% if message['content'][0] != 'H' %}{{ raise_exception('Say H') }}{% endif %}{{ message['content'] }}" + END,
          ASK, "How many cats?<assistant>"),

@@ -13,8 +13,6 @@ from jinja2.exceptions import TemplateError
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}; the content is a text, or a list of parts such as {"type": "text", "text": ...}."""
 
-READ_ROLES = ("system", "developer", "user", "assistant")
-"""Whose messages must be in what the template writes. What tools give is often written as JSON instead."""
 ANSWER, NEXT = "what-an-assistant-says", "what-is-asked-next"
 """Stand in for the messages between which a turn ends."""
 ANCHORS = ("a", "0", "\n")
@@ -63,8 +61,8 @@ def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
     """
     ends = closing_of(tokenizer)
     tokens = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()} if ends else {}
-    found = max((token for token in tokens if token and ends.startswith(token)), key=len, default=None)
-    return () if found is None else (tokens[found],)
+    found = [token for token in tokens if token and ends.startswith(token)]
+    return (tokens[max(found, key=len)],) if found else ()
 
 
 def text_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -178,13 +176,11 @@ def _missing(
     read = []
     for number, message in enumerate(marked):
         content = message.get("content")
-        if message.get("role") not in READ_ROLES or message.get("tool_calls") or not _is_text(content):
-            continue
-        whole = _text_of(content)
-        if not whole.strip():
+        # Beside the calls of tools, templates leave the text out.
+        if message.get("tool_calls") or not _is_text(content):
             continue
         # Templates take out of an answer what was thought before it.
-        thought, closing, answer = whole.rpartition("</think>")
+        thought, closing, answer = _text_of(content).rpartition("</think>")
         new = f"{thought}{closing}{mark}-{number}-begin{answer}{mark}-{number}-end"
         message["content"] = new if isinstance(content, str) else _parts(new)
         read.append(number)
