@@ -596,3 +596,16 @@ def test_two_agents_on_the_default_model(default_model, default_tokenizer):
         stop = next((place for place, token in enumerate(spoken) if token in ends), len(spoken))
         assert texts[row] == default_tokenizer.decode(spoken[:stop], skip_special_tokens=True).strip()
         assert texts[row]
+
+
+@pytest.mark.real_model
+def test_a_checkpoint_that_does_not_name_the_templates_end_stops_there(default_model, default_tokenizer, monkeypatch):
+    """Without it the default model writes on: `<|im_end|>`, a user's turn of its own, and so forth."""
+    wrapper = ModelWrapper(default_model, default_tokenizer, aligner="identity")
+    _, ids, mask, _ = wrapper.prepare_chat_batch([[{"role": "user", "content": "Say hello, in one word."}], ASK])
+    want, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
+    assert (memory.lengths < mask.sum(1) + 47).any(), "one of them ends before it has to"
+    monkeypatch.setattr(default_model.generation_config, "eos_token_id", None)
+    got, unnamed = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
+    assert got == want
+    assert torch.equal(unnamed.lengths, memory.lengths)
