@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, ragged, tiny_model
+from conftest import FAMILIES, VOCAB, ragged, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
@@ -197,6 +197,28 @@ def test_interpreter_ended_rows_store_nothing_and_get_padding(small):
     ours, theirs = (generate(small, ids, mask, **barred, engine=engine) for engine in ("cuda", "eager"))
     assert torch.equal(ours.sequences, theirs.sequences)
     assert end not in ours.sequences[:, 7:11].flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "temperature": 3.0, "top_k": None}], ids=["greedy", "sampled"]
+)
+@torch.no_grad()
+def test_interpreter_rows_of_the_lm_head_that_have_no_embedding_are_left_out(small, options):
+    padded = small_model()
+    head = torch.nn.Linear(padded.config.hidden_size, VOCAB + 40, bias=False, device=DEVICE)
+    head.weight[:VOCAB], head.weight[VOCAB:] = padded.lm_head.weight, 20 * padded.lm_head.weight[:40]
+    padded.lm_head = head
+    ids, mask = prompt([5, 7])
+    assert int(padded(input_ids=ids).logits[:, -1].argmax(-1).max()) >= VOCAB, "they would win"
+    texts, thoughts = [], []
+    for model in (small, padded):
+        torch.manual_seed(4)
+        texts.append(
+            generate(model, ids, mask, max_new_tokens=4, eos_token_id=None, engine="cuda", **options).sequences
+        )
+        thoughts.append(latent_generate(model, ids, mask, latent_steps=2, aligner="soft", engine="cuda").latents)
+    assert torch.equal(*texts)
+    torch.testing.assert_close(*thoughts)
 
 
 def test_interpreter_sampling_repeats_with_the_seed(small):

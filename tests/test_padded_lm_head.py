@@ -6,7 +6,10 @@ from conftest import VOCAB, PlainLoop, feed_back, ragged, real, tiny_model
 from torch import nn
 
 from latentmas_kernels import accelerate, build_aligner, generate, latent_generate
+from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking
 from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.trace import trace_of
 
 MORE = 40
@@ -134,3 +137,20 @@ def test_a_smaller_lm_head_is_as_it_was():
     assert torch.equal(*said)
     thought = [latent_generate(model, ids, mask, latent_steps=4, aligner="soft", engine=e).latents for e in ENGINES]
     torch.testing.assert_close(*thought, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_generic_tier_leaves_them_out():
+    """With plain calls for graphs, as on a CUDA device."""
+    plain, padded = padded_model()
+    ids, mask = ragged([3, 7])
+    outcomes = []
+    for kind, model in ((EagerEngine, plain), (GenericEngine, padded)):
+        engine = kind(model, Architecture.of(model))
+        cache = latent_generate(model, ids, mask, latent_steps=0, max_cache_len=20, engine="eager").past_key_values
+        logits = engine.extend(cache, Prompt(torch.ones(2, dtype=torch.int64), ids[:, -1:]), logits=True)
+        thinking = Thinking(torch.tensor([3, 3]))
+        thought = engine.think(cache, logits, build_aligner(model, "soft"), thinking, None)
+        outcomes.append((logits, thought.latents))
+    for want, got in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
