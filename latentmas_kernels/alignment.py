@@ -363,7 +363,7 @@ def _stored_or_solved(unembedding: nn.Linear, embedding: nn.Embedding, ridge: fl
     if os.path.exists(path):  # noqa: PTH110 (Path.exists() raises where the folder cannot be read)
         try:
             return _load(path, name, shape)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(f"the stored alignment {path} is not used ({error}); it is built again", stacklevel=2)
     weight, residual = solve_ridge(unembedding, embedding, ridge)
     weight = weight.cpu()
