@@ -335,13 +335,13 @@ def test_system_message_and_thinking_switch_are_those_of_each_agent(model, calls
     """A system message where the agent begins a memory, in front of the text elsewhere; the switch per turn."""
     tokenizer = character_tokenizer(TEMPLATE + SWITCH)
     agents = [
-        Agent("planner", "Plan.", latent_steps=1, system="Be brief.", enable_thinking=True),
+        Agent("planner", "Plan: {question}", latent_steps=1, system="Be brief.", enable_thinking=True),
         Agent("critic", "Criticise.", max_new_tokens=2, system="Be harsh."),
         Agent("judger", "{notes} Answer.", max_new_tokens=2, system="Be right.", enable_thinking=True),
     ]
     Chain(model, tokenizer, agents, aligner="ridge").run(["Why?"])
     first, second, third = (tokenizer.decode(rows[0]) for rows, _, _ in calls)
-    assert first == "<system>Be brief.|<user>Plan.|<assistant><think>"
+    assert first == "<system>Be brief.|<user>Plan: Why?|<assistant><think>"
     assert second == "|<user>Be harsh.\n\nCriticise.|<assistant>"
     assert third.startswith("<system>Be right.|<user>critic:\n")
     assert third.endswith(" Answer.|<assistant><think>")
@@ -410,7 +410,7 @@ def test_a_visible_chain_of_thought_is_no_part_of_notes_and_answer(model, tokeni
     """Turns keep it. One that does not end is all there is."""
     said = ["<think>so so</think>\n yes<eos>", "a</think>b</think>c<eos>", "<think>hm<eos>", "a</think><eos>"]
     script(said, said)
-    agents = [Agent("scout", "Look.", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=40)]
+    agents = [Agent("scout", "Look: {question}", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=40)]
     result = Chain(model, tokenizer, agents).run(QUESTIONS)
     kept = ["yes", "c", "<think>hm", ""]
     assert texts_of(result) == kept
@@ -429,7 +429,7 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
     long, short, full = "abcdefghij", "abc<eos>", "abcdefg"
     script([long, short, full + "<eos>"], [short, long, long], [long, long, long])
     agents = [
-        Agent("scout", "Look.", max_new_tokens=10),
+        Agent("scout", "Look: {question}", max_new_tokens=10),
         Agent("critic", "{notes}", max_new_tokens=10),
         Agent("judger", "{notes}", max_new_tokens=10),
     ]
@@ -460,7 +460,7 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
 def test_what_nobody_reads_as_notes_is_not_cut(model, tokenizer, script):
     """Agents in the same memory have the whole text there."""
     script(["abcdefghij"], ["abcdefghij"])
-    agents = [Agent("scout", "Look.", max_new_tokens=10), Agent("judger", "Answer.", max_new_tokens=10)]
+    agents = [Agent("scout", "Look: {question}", max_new_tokens=10), Agent("judger", "Answer.", max_new_tokens=10)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = Chain(model, tokenizer, agents, handover_tokens=3).run(["Why?"])
@@ -474,7 +474,7 @@ def test_only_what_is_handed_on_counts_against_the_limit(model, tokenizer, calls
     vocab = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS, "th"])}
     tokenizer.backend_tokenizer.model = models.WordLevel(vocab, unk_token="<unk>")
     script(["abcdefgh</think>ab<eos>", [th] * 6 + [tokenizer.eos_token_id]], ["ab<eos>", "ab<eos>"])
-    agents = [Agent("scout", "Look.", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=9)]
+    agents = [Agent("scout", "Look: {question}", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=9)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Chain(model, tokenizer, agents, handover_tokens=7).run(["Why?", "x"])
@@ -805,7 +805,8 @@ def chains_of_agents(draw):
     agents, last = [], None
     for number in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["think", "write", *(["read"] if last in ("write", "read") else [])]))
-        prompt = draw(st.sampled_from(["{question}", "Go on.", "Look: {question}!"])) + " {notes}" * (kind == "read")
+        prompts = ["{question}", "Look: {question}!", *(["Go on."] if number else [])]
+        prompt = draw(st.sampled_from(prompts)) + " {notes}" * (kind == "read")
         steps = draw(st.integers(3, 8))
         options = {"latent_steps": steps} if kind == "think" else {"max_new_tokens": steps}
         agents.append(Agent(f"agent{number}", prompt, **options))
@@ -946,7 +947,7 @@ def test_one_string_is_not_taken_for_many_questions(model, tokenizer, calls):
 def test_thinking_that_cannot_be_switched_on_is_warned_of_once(model, template):
     """As the chain is made, however many of its agents ask for it; nothing is said where the template has the switch."""
     thinking = [
-        Agent("scout", "Look.", max_new_tokens=2, enable_thinking=True),
+        Agent("scout", "Look: {question}", max_new_tokens=2, enable_thinking=True),
         Agent("judger", "Answer.", max_new_tokens=2, enable_thinking=True),
     ]
     with pytest.warns(UserWarning, match="has no thinking switch, so enable_thinking changes nothing") as caught:

@@ -314,6 +314,9 @@ def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2, Ctrl-C is 130 (by typer)."""
     try:
         app()
+    except SystemExit as ended:
+        # Libraries end with 1 where nobody reads their help any more.
+        sys.exit(0 if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except (ValueError, OSError) as error:
         err.print(Text("error: ", "bold red").append(visible(str(error)), "not bold default"), soft_wrap=True)
         sys.exit(2)
@@ -362,7 +365,7 @@ def _vllm_settings(
         read = json.loads(settings or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"got --vllm {settings}, which is no JSON ({error}); it takes an object of vLLM's settings"
+            f"got --vllm {str(settings)[:60]}, which is no JSON ({error}); it takes an object of vLLM's settings"
         ) from error
     if not isinstance(read, dict):
         raise ValueError(f"got --vllm {settings}; it takes an object of vLLM's settings")

@@ -71,8 +71,8 @@ def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
         )
     if not any(agent.reads_question for stage in stages for agent in stage.agents):
         raise ValueError(
-            f"nobody gets the question: none of the agents {', '.join(map(repr, names))} has {{question}} in its prompt; put it "
-            "into one or more ({{question}} is the text {question})"
+            f"nobody gets the question: no agent of {', '.join(map(repr, names))} has {{question}} in its prompt; put it into "
+            "one or more ({{question}} is the text {question})"
         )
     joined = next((stage.names for stage in stages if stage.parallel and stage.names in names), None)
     if joined is not None:
