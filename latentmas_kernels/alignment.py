@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
+from latentmas_kernels.feedback_file import stored_or_measured
 from latentmas_kernels.ops import realign
 from latentmas_kernels.storage import cache_folder, whole_file
 
@@ -36,6 +37,7 @@ real embeddings (mean cosine to the nearest one 0.96 against 0.94)."""
 AUTO_NATS = 1.0
 """auto keeps W_a while a step with it stays within this distance of a step with the predicted token, and takes soft
 beyond it: see `feedback_nats`."""
+SAMPLE_ROWS, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_SEED = 4, 16, 3, 0
 RESIDUAL = 1e-5
 CONDITION = 1e5
 CHUNK_ROWS = 8192  # vocabulary rows converted at a time: 128 MB of float32 at a width of 4096
@@ -120,7 +122,8 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
 
     The solve is done once per pair of weight matrices: its result is kept in memory with the model, and on disk under a
     fingerprint of the weights. `auto` measures both W_a and soft feedback on text that the model writes itself and keeps
-    W_a where it works; `Aligner.reason` and `Aligner.nats` say what it saw.
+    W_a where it works; `Aligner.reason` and `Aligner.nats` say what it saw. What it measured is kept on disk, too, under a key
+    of weights, settings and versions (`latentmas_kernels.feedback_file`).
 
     Args:
         model: a causal LM of transformers; its output embedding is U.
@@ -183,7 +186,11 @@ def _build(
 
 def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
     linear, soft = build_aligner(model, "ridge", ridge=ridge), build_aligner(model, "soft")
-    nats = feedback_nats(model, [linear, soft])
+    settings = {
+        "rows": SAMPLE_ROWS, "tokens": SAMPLE_TOKENS, "steps": SAMPLE_STEPS, "seed": SAMPLE_SEED, "top_k": TOP_K,
+        "kinds": [linear.kind, soft.kind], "ridge": ridge,
+    }  # fmt: skip
+    nats = stored_or_measured(model, settings, (linear.kind, soft.kind), lambda: feedback_nats(model, [linear, soft]))
     best = linear if nats[linear.kind] <= AUTO_NATS else soft
     seen = ", ".join(f"{kind} {value:.2f}" for kind, value in nats.items())
     apart = f"nats between a step with the feedback and one with the predicted token: {seen}"
@@ -193,7 +200,12 @@ def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
 
 @torch.no_grad()
 def feedback_nats(
-    model: Any, aligners: list[Aligner], *, rows: int = 4, tokens: int = 16, steps: int = 3
+    model: Any,
+    aligners: list[Aligner],
+    *,
+    rows: int = SAMPLE_ROWS,
+    tokens: int = SAMPLE_TOKENS,
+    steps: int = SAMPLE_STEPS,
 ) -> dict[str, float]:
     """How far a fed-back state acts on the model from the token that it predicts, per kind of aligner.
 
@@ -213,7 +225,7 @@ def feedback_nats(
     start = getattr(model.generation_config, "bos_token_id", None)
     start = start[0] if isinstance(start, list) else start or 0
     ids = torch.full((rows, 1), start, device=architecture.device)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(SAMPLE_SEED)
     sample = DynamicCache(config=model.config)
     # Tiny models are made for few positions; the steps need room behind the sample.
     tokens = max(1, min(tokens, (architecture.max_positions or tokens + steps) - steps))
