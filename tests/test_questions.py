@@ -204,7 +204,7 @@ def test_options_that_the_question_lists_are_not_listed_again(tmp_path):
     options = ["A. one", 'B. one two\n"']
     text = 'Which?"\nA. one\nB. one two\n"\nChoose the correct option.'
     assert read_one(tmp_path, {"query": text, "options": options, "answer": 'one two\n"'}) == Question(1, text, "B")
-    wrapped = "Which?\nA.  one\nB. one\n   two\n\""
+    wrapped = 'Which?\nA.  one\nB. one\n   two\n"'
     assert read_one(tmp_path, {"query": wrapped, "options": options}).text == wrapped
     part = "Which?\nA. one\nB. one two and more"  # no option of these
     assert read_one(tmp_path, {"query": part, "options": options}).text == f'{part}\nA. one\nB. one two\n"'
