@@ -101,6 +101,9 @@ def main() -> None:
     counts, loops = Counter(ours.values()), ran["loops"]
     both = sum(outcome == "failed" for outcome in plain.values())
     print(*lines, sep="\n")
+    for reason, calls in loops.items():
+        if reason not in ("all", "engine"):
+            print(f"{calls} calls of generate() in transformers' own loop, since {reason}")
     print(
         f"transformers {transformers.__version__} on accelerated models: {counts['passed']} passed, {counts['skipped']} "
         f"skipped ({ran['need_the_hub']} need the Hub), {counts['failed']} failed, of which {both} fail on plain models too; "
