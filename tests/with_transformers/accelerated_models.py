@@ -109,11 +109,10 @@ def _needs_the_hub(error: BaseException | None) -> bool:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """The call, or what failed or was skipped before or after it. An expected failure counts as skipped."""
+    """The worst that was said of a test: subtests that were skipped do not count, and an expected failure is a skip."""
     if report.when == "call" or not report.passed:
-        worst = ("failed", "skipped", "passed")
-        before = outcomes.get(report.nodeid, "passed")
-        outcomes[report.nodeid] = min(before, report.outcome, key=worst.index)
+        worst = ("failed", "passed", "skipped")
+        outcomes[report.nodeid] = min(outcomes.get(report.nodeid, "skipped"), report.outcome, key=worst.index)
         if report.skipped and isinstance(report.longrepr, tuple) and report.longrepr[2] == NEEDS_THE_HUB:
             need_the_hub.add(report.nodeid)
 
