@@ -6,13 +6,20 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csr
 
 # What transformers' versions decide: generation, caches, the drop-in.
 MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_after_accelerate.py tests/test_architecture.py \
-  tests/test_examples.py tests/test_generation.py tests/test_model_wrapper.py tests/test_native_engine.py tests/test_rotation.py \
-  tests/test_spread.py tests/test_trace.py
+  tests/test_edited_models.py tests/test_every_family.py tests/test_examples.py tests/test_generation.py \
+  tests/test_model_wrapper.py tests/test_native_engine.py tests/test_padded_cache.py tests/test_padded_lm_head.py \
+  tests/test_published_client.py tests/test_rotation.py tests/test_spread.py tests/test_trace.py
+# What the instruction set decides; tests/test_native_engine.py and test_realign.py try each that there is by themselves.
+ISA_TESTS := $(wildcard tests/test_accelerate_*.py) tests/test_generation.py tests/test_rotation.py tests/test_thinking.py \
+  tests/test_trace.py
+# torch, too, computes as on a processor that has no more.
+TORCH_portable := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+TORCH_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 # All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_hand_over.py
 VLLM_TESTS ?= tests/with_vllm
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-matrix test-oldest test-newest test-vllm lint bench clean
+.PHONY: demo test test-matrix test-oldest test-newest test-isa test-vllm test-transformers lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/latentmas run
@@ -34,6 +41,22 @@ test-oldest: .venv-oldest/.installed
 test-newest: .venv-newest/.installed
 	.venv-newest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	.venv-newest/bin/python -m pytest $(MATRIX)
+
+# Each instruction set that this processor has, but for the best, which `make test` takes. One: make test-isa-avx2
+test-isa: .venv/.installed-test
+	set -e; \
+	for isa in $$($(BIN)/python -c "from latentmas_kernels import _C; print(*_C.available_isas().split()[1:])"); do \
+	  $(MAKE) test-isa-$$isa; \
+	done
+
+test-isa-%: .venv/.installed-test
+	$(BIN)/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
+	LATENTMAS_ISA=$* $(TORCH_$*) $(BIN)/python -m pytest $(ISA_TESTS)
+
+# transformers' own tests: make test-transformers TRANSFORMERS=path/to/a/checkout/of/the/version/of/constraints.txt
+test-transformers: .venv-transformers/.installed
+	$(if $(TRANSFORMERS),,$(error TRANSFORMERS names no checkout: make test-transformers TRANSFORMERS=path/to/checkout))
+	.venv-transformers/bin/python tests/with_transformers/run.py $(TRANSFORMERS) -n2
 
 # vLLM brings its own torch, and a transformers older than that of constraints.txt.
 test-vllm: .venv-vllm/.installed
@@ -73,6 +96,12 @@ bench: .venv/.installed-test .venv/.installed-bench
 	.venv-newest/bin/python -m pip install --quiet -e ".[test]"
 	@touch $@
 
+# With what transformers' tests import.
+.venv-transformers/.installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/python -m pip install --quiet -c constraints.txt -e ".[eval,test]" parameterized
+	@touch $@
+
 # vLLM built for CPUs. What it brings of torchvision and its like are CUDA builds, which do not load beside a CPU torch.
 .venv-vllm/.installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-vllm
@@ -82,4 +111,4 @@ bench: .venv/.installed-test .venv/.installed-bench
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build *.egg-info latentmas_kernels/*.so
+	rm -rf .venv .venv-oldest .venv-newest .venv-transformers .venv-vllm build *.egg-info latentmas_kernels/*.so

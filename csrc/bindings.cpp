@@ -124,6 +124,7 @@ std::unique_ptr<Runner> make_runner(const py::dict& model, const py::list& layer
     layer.down = weight("down");
     layer.down_bias = vector("down_bias");
     layer.window = given["window"].cast<std::int64_t>();
+    layer.slot = given["slot"].cast<std::int64_t>();
     const auto fits = [](const Weight& w, std::int64_t rows, std::int64_t cols) { return w.rows == rows && w.cols == cols; };
     check(layer.input_gain && layer.mlp_gain && fits(layer.qkv, (d.query_heads + 2 * d.kv_heads) * d.head_dim, d.width) &&
               fits(layer.output, d.width, d.query_heads * d.head_dim) &&

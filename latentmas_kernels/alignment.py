@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
+from latentmas_kernels.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
+from latentmas_kernels.feedback_file import stored_or_measured
 from latentmas_kernels.ops import realign
+from latentmas_kernels.settings import settings_of
 from latentmas_kernels.storage import cache_folder, whole_file
 
 KINDS = ("auto", "ridge", "identity", "soft")
@@ -36,6 +38,7 @@ real embeddings (mean cosine to the nearest one 0.96 against 0.94)."""
 AUTO_NATS = 1.0
 """auto keeps W_a while a step with it stays within this distance of a step with the predicted token, and takes soft
 beyond it: see `feedback_nats`."""
+SAMPLE_ROWS, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_SEED = 4, 16, 3, 0
 RESIDUAL = 1e-5
 CONDITION = 1e5
 CHUNK_ROWS = 8192  # vocabulary rows converted at a time: 128 MB of float32 at a width of 4096
@@ -120,7 +123,8 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
 
     The solve is done once per pair of weight matrices: its result is kept in memory with the model, and on disk under a
     fingerprint of the weights. `auto` measures both W_a and soft feedback on text that the model writes itself and keeps
-    W_a where it works; `Aligner.reason` and `Aligner.nats` say what it saw.
+    W_a where it works; `Aligner.reason` and `Aligner.nats` say what it saw. What it measured is kept on disk, too, under a key
+    of weights, settings and versions (`latentmas_kernels.feedback_file`).
 
     Args:
         model: a causal LM of transformers; its output embedding is U.
@@ -165,6 +169,11 @@ def _build(
 ) -> Aligner:
     if kind == "auto":
         return _choose(model, architecture, ridge)
+    if kind == "ridge" and unembedding.weight.is_meta:
+        raise UnsupportedModelError(
+            f"aligner='ridge' reads the lm_head of {architecture.name}, which is offloaded; keep it on a device "
+            "(device_map), or use aligner='soft' or 'identity'"
+        )
     target_norm = _mean_norm(embedding)
     if kind == "soft":
         return Aligner("soft", target_norm, embedding=embedding)
@@ -183,7 +192,11 @@ def _build(
 
 def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
     linear, soft = build_aligner(model, "ridge", ridge=ridge), build_aligner(model, "soft")
-    nats = feedback_nats(model, [linear, soft])
+    settings = {
+        "rows": SAMPLE_ROWS, "tokens": SAMPLE_TOKENS, "steps": SAMPLE_STEPS, "seed": SAMPLE_SEED, "top_k": TOP_K,
+        "kinds": [linear.kind, soft.kind], "ridge": ridge,
+    }  # fmt: skip
+    nats = stored_or_measured(model, settings, (linear.kind, soft.kind), lambda: feedback_nats(model, [linear, soft]))
     best = linear if nats[linear.kind] <= AUTO_NATS else soft
     seen = ", ".join(f"{kind} {value:.2f}" for kind, value in nats.items())
     apart = f"nats between a step with the feedback and one with the predicted token: {seen}"
@@ -193,7 +206,12 @@ def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
 
 @torch.no_grad()
 def feedback_nats(
-    model: Any, aligners: list[Aligner], *, rows: int = 4, tokens: int = 16, steps: int = 3
+    model: Any,
+    aligners: list[Aligner],
+    *,
+    rows: int = SAMPLE_ROWS,
+    tokens: int = SAMPLE_TOKENS,
+    steps: int = SAMPLE_STEPS,
 ) -> dict[str, float]:
     """How far a fed-back state acts on the model from the token that it predicts, per kind of aligner.
 
@@ -204,17 +222,19 @@ def feedback_nats(
     and repeats itself (SmolLM2-135M: "-----"), while perplexity of later text hardly shows it.
     """
     architecture = Architecture.of(model)
-    decoder = decoder_of(model)
+    decoder, rows_of_tokens = decoder_of(model), architecture.vocab_size
 
     def logits_of(cache: DynamicCache, **inputs: Tensor) -> Tensor:
         taken: dict[str, Any] = {**inputs, cache_argument(model.forward): cache}
-        return model(**taken, use_cache=True, logits_to_keep=1).logits[:, -1]
+        # A padded lm_head has rows for which there is nothing to feed in.
+        return model(**taken, use_cache=True, logits_to_keep=1).logits[:, -1, :rows_of_tokens]
 
     start = getattr(model.generation_config, "bos_token_id", None)
     start = start[0] if isinstance(start, list) else start or 0
+    start = start if start < rows_of_tokens else 0
     ids = torch.full((rows, 1), start, device=architecture.device)
-    draw = torch.Generator().manual_seed(0)
-    sample = DynamicCache(config=model.config)
+    draw = torch.Generator().manual_seed(SAMPLE_SEED)
+    sample = DynamicCache()  # the configuration's would drop positions that the layers may attend to
     # Tiny models are made for few positions; the steps need room behind the sample.
     tokens = max(1, min(tokens, (architecture.max_positions or tokens + steps) - steps))
     for _ in range(tokens - 1):
@@ -337,8 +357,13 @@ def _mean_norm(embedding: nn.Embedding) -> float:
 
 
 def _state(module: nn.Linear | nn.Embedding) -> tuple:
+    """What the map depends on: the weight, and whatever else an embedding makes its rows of (a scale, a limit)."""
     weight = module.weight
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape)
+    others = tuple((buffer.data_ptr(), buffer._version) for buffer in module.buffers())
+    return (
+        weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape),
+        settings_of(module, leaves=True), others,
+    )  # fmt: skip
 
 
 def fingerprint(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> str:
@@ -363,7 +388,7 @@ def _stored_or_solved(unembedding: nn.Linear, embedding: nn.Embedding, ridge: fl
     if os.path.exists(path):  # noqa: PTH110 (Path.exists() raises where the folder cannot be read)
         try:
             return _load(path, name, shape)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             warnings.warn(f"the stored alignment {path} is not used ({error}); it is built again", stacklevel=2)
     weight, residual = solve_ridge(unembedding, embedding, ridge)
     weight = weight.cpu()

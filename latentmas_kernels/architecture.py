@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentmas_kernels.windows import NoLayoutError, find_layout
+
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+# GPT-Neo's local layers count their window in columns, whatever mask they get: ragged rows would see other positions.
+LAYER_TYPES = {"full_attention", "sliding_attention", "global"}
 # What a forward calls its cache: transformers from 5.24 on, and the versions and repositories before it.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 ATTENTIONS = {"sdpa", "eager"}  # the implementations that take the explicit mask which ragged rows need
@@ -27,9 +30,10 @@ class Architecture:
     Attributes:
         name: class of the model, for messages.
         layers, kv_heads, head_dim: shape of the KV cache.
+        slots: per layer, in the order in which they run, its place in the KV cache; a layer that was taken out leaves a gap.
         hidden_size, vocab_size: width of the hidden states; rows of the input embedding.
         max_positions: positions that the model was made for (max_position_embeddings); None where it sets no limit.
-        windows: per layer, how many positions a query sees, itself included; None is all of them.
+        windows: per layer, in the order in which they run, how many positions a query sees, itself included; None is all.
         dtype, device: of the hidden states and the KV cache.
     """
 
@@ -41,12 +45,27 @@ class Architecture:
     vocab_size: int
     max_positions: int | None
     windows: tuple[int | None, ...]
+    slots: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, model: Any) -> "Architecture":
-        """Read a model, or raise UnsupportedModelError. Reads the configuration only, no weights."""
+        """Read a model, or raise UnsupportedModelError.
+
+        Reads no weights. What the layers attend to and keep is found by trying, once per state of the model's settings.
+        """
+        try:
+            return cls._read(model)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # a configuration may be of any shape: fields that are missing, or differ by layer
+            raise UnsupportedModelError(
+                f"the configuration of {type(model).__name__} could not be read ({in_short(error)}); {SUPPORTED}"
+            ) from error
+
+    @classmethod
+    def _read(cls, model: Any) -> "Architecture":
         name = type(model).__name__
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
@@ -60,8 +79,10 @@ class Architecture:
                 f"{name} ({config.model_type}) attends in both directions; {SUPPORTED}. Where its weights were trained as a "
                 "decoder's, load it with is_decoder=True in its configuration."
             )
-        types = getattr(config, "layer_types", None)
-        unknown = sorted(set(types or ()) - LAYER_TYPES)
+        kinds = [
+            getattr(config, name, None) for name in ("layer_types", "attention_layers")
+        ]  # the latter are GPT-Neo's
+        unknown = sorted({kind for each in kinds if isinstance(each, (list, tuple)) for kind in each} - LAYER_TYPES)
         if unknown:
             raise UnsupportedModelError(f"{name} has layers of type {', '.join(unknown)}; {SUPPORTED}")
         if getattr(model, "_is_stateful", False):
@@ -90,20 +111,30 @@ class Architecture:
         if model.training:
             raise UnsupportedModelError(f"{name} is in training mode, where dropout is random; call model.eval() first")
 
-        heads = config.num_attention_heads
-        window = getattr(config, "sliding_window", None)
-        if types is None:  # no types: the window, if there is one, is that of every layer (Mistral)
-            types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-        embedding = model.get_input_embeddings()
+        embedding, decoder = model.get_input_embeddings(), decoder_of(model)
+        if embedding.weight.is_meta and any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise UnsupportedModelError(
+                f"{name} has its embeddings offloaded to the CPU or the disk, where nothing can be read of them between two "
+                "forwards; supported are models of which other parts are: a device_map can keep the embeddings on a device"
+            )
+        try:
+            layout = find_layout(decoder, config, embedding.weight.device, cache_argument(decoder.forward))
+        except NoLayoutError as reason:
+            raise UnsupportedModelError(f"{name} cannot be followed: {reason}; {SUPPORTED}") from reason
+        shapes = sorted(set(layout.shapes))
+        if len(shapes) > 1:
+            each = ", ".join(f"{heads} heads of width {width}" for heads, width in shapes)
+            raise UnsupportedModelError(f"{name} keeps keys and values of different shapes ({each}); {SUPPORTED}")
         return cls(
             name=name,
-            layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            layers=max(layout.slots) + 1,
+            kv_heads=shapes[0][0],
+            head_dim=shapes[0][1],
             hidden_size=config.hidden_size,
             vocab_size=embedding.weight.shape[0],
             max_positions=getattr(config, "max_position_embeddings", None),
-            windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+            windows=layout.windows,
+            slots=layout.slots,
             dtype=model.dtype,
             device=embedding.weight.device,
         )
@@ -129,8 +160,11 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of states [..., D] after the final norm, scaled and capped as the model's own forward does."""
-    logits = model.get_output_embeddings()(hidden)
+    """Logits [..., V] of states [..., D] after the final norm, scaled and capped as the model's own forward does.
+
+    V counts the tokens that have an input embedding; a padded lm_head has more rows.
+    """
+    logits = model.get_output_embeddings()(hidden)[..., : model.get_input_embeddings().weight.shape[0]]
     config = model.config
     if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
         logits = (
@@ -141,6 +175,12 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     if getattr(config, "final_logit_softcapping", None):  # Gemma 2 and 3
         logits = (logits / config.final_logit_softcapping).tanh() * config.final_logit_softcapping
     return logits
+
+
+def in_short(error: Exception) -> str:
+    """Kind and first line of an error, for a message about something larger."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:

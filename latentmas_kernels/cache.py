@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.padded_cache import PaddedCache, ask_about_masks
 from latentmas_kernels.segments import Kind, Segment, named, slots_of, up_to
 from latentmas_kernels.uniform_layer import UniformLayer
 
@@ -141,6 +142,7 @@ class LatentCache(Cache):
         self._sharers: weakref.WeakSet[LatentCache] = weakref.WeakSet([self])
         super().__init__(layers=[])
         self._look_like_layers()
+        ask_about_masks()
 
     @classmethod
     def over(cls, buffer: Tensor) -> "LatentCache":
@@ -151,7 +153,8 @@ class LatentCache(Cache):
 
     @classmethod
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
-        """An empty cache of the shape, dtype and device that a model writes."""
+        """An empty cache of the shape, dtype and device that a model writes. Nothing is ever written in the places of layers
+        that do not run: what is there is undefined, and no layer reads it."""
         return cls(
             layers=architecture.layers,
             batch=batch,
@@ -240,22 +243,23 @@ class LatentCache(Cache):
     def donate(self) -> "LatentCache":
         """Let the next call that gets this cache extend it in place instead of working on a fork; returns it.
 
-        The buffer is then not grown: a call that needs more than `capacity` is refused. If the call fails, the cache is
-        as it was before.
+        A call that needs more slots than `capacity` moves it to a larger buffer first, which copies what is in use;
+        `max_cache_len` of the first call (in `latent_generate` and ModelWrapper) spares that. If the call fails, the cache
+        holds what it held before.
         """
         self._donated = True
         return self
 
     def take(self, capacity: int) -> "LatentCache":
-        """The cache to extend to `capacity` slots per row: this one where it was donated, a fork otherwise."""
+        """The cache to extend to `capacity` slots per row: this one where it was donated, moved to a larger buffer where it is
+        too small; a fork otherwise."""
         if not self._donated:
             return self.fork(max(capacity, int(self.lengths.max())))
+        # Both may find no room: the cache is as it was then, donation included.
         if capacity > self.capacity:
-            raise ValueError(
-                f"the donated cache has a capacity of {self.capacity} slots per row, this call needs {capacity}; "
-                f"build it with max_cache_len={capacity} or more, or pass it without donate() to work on a larger fork"
-            )
-        self.own(since=self.lengths)  # may find no room: the cache is as it was then, donation included
+            self._become(self.fork(capacity))
+        else:
+            self.own(since=self.lengths)
         self._donated = False
         return self
 
@@ -596,12 +600,14 @@ class LatentCache(Cache):
         mask = (torch.arange(width)[None, :] >= width - self.lengths[:, None]).long().to(self._buffer.device)
         return mask if new is None else torch.cat([mask, new.to(mask)], dim=1)
 
-    def to_hf(self) -> DynamicCache:
-        """A transformers DynamicCache with the same keys and values, left-padded; `attention_mask()` is its mask.
+    def to_hf(self) -> PaddedCache:
+        """A transformers DynamicCache with the same keys and values, left-padded, which knows its padding.
 
-        Positions do not travel: transformers counts them from the mask. Every layer is kept in full, sliding windows
-        included, so the model's own masks are right; but transformers counts a window in columns, so behind ragged rows
-        new tokens of a model with windows must not be padded (padding between past and new would use the window up).
+        This package's calls take it without a mask. transformers counts positions from the mask, so plain `generate()` needs
+        `attention_mask(new)`, and a plain forward its `position_ids` too: a mask or positions that do not fit the padding are a
+        ValueError there (see `PaddedCache`). Every layer is kept in full, sliding windows included, so the model's own masks
+        are right. But transformers counts a window in columns: new tokens with padding between them and the past, which would
+        use it up, are refused as well.
 
         Raises:
             ValueError: where positions have gaps, which a transformers cache cannot express.
@@ -618,7 +624,7 @@ class LatentCache(Cache):
             used = store[:, :, :, :width]
             return used.gather(3, index.expand_as(used)).masked_fill_(padding, 0)
 
-        return DynamicCache(ddp_cache_data=list(zip(padded(self.keys), padded(self.values), strict=True)))
+        return PaddedCache(ddp_cache_data=list(zip(padded(self.keys), padded(self.values), strict=True)))
 
     @classmethod
     def from_hf(
@@ -627,15 +633,18 @@ class LatentCache(Cache):
         """Copy a transformers cache, without its padding.
 
         Args:
-            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that kept only their
+            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that hold nothing, since
+                the model runs none in their place, become zeros. Layers that kept only their
                 sliding window are fine: what they dropped lies outside the window of every later query, as long as the row
                 is not cut below what it holds now (`whole_from`). Quantized ones (quanto, HQQ, FP8) are dequantized;
                 offloaded ones go back to the device that wrote them.
-            attention_mask: [B, cached tokens], 0 marks padding anywhere; None says that there is none.
+            attention_mask: [B, cached tokens], 0 marks padding anywhere. None: none but the columns that hold zeros in place of
+                keys and values, as `to_hf` writes padding.
             capacity: slots per row; what is in use when None.
 
         Raises:
-            ValueError: for other kinds of layers, an empty cache, or a mask of the wrong shape.
+            ValueError: for other kinds of layers, an empty cache, and a mask of the wrong shape or at odds with the padding
+                that the cache holds.
         """
         from latentmas_kernels.cache_from_hf import cache_from_hf  # it needs LatentCache itself
 
@@ -683,6 +692,17 @@ class LatentCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.uniform_length()
+
+    def look_at(self, mask: Any, columns: int, positions: Tensor | None, window: int | None = None) -> Any:
+        """The mask of a plain forward, as `PaddedCache.look_at`; ValueError where it marks padding, which is never stored."""
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
+            raise ValueError(
+                f"attention_mask has {(mask != 0).sum(1).tolist()} ones in {mask.shape[1]} columns, but the "
+                f"{int(self.lengths[0])} slots of each row of this LatentCache are tokens, and it takes no padding from a "
+                "transformers model. Use latentmas_kernels.generate(), or pass to_hf() with attention_mask(new). (transformers "
+                "takes ids that equal pad_token_id for padding where it gets no mask.)"
+            )
+        return mask
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove slots of every row (transformers' sign)."""

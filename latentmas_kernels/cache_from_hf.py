@@ -1,4 +1,4 @@
-"""A transformers cache of any plain or quantized kind as a LatentCache."""
+"""A transformers cache of any plain or quantized kind as a LatentCache, and what a LatentCache has more as its columns."""
 
 import copy
 from typing import Any
@@ -14,7 +14,9 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.padded_cache import PaddedCache, check_agrees, real_columns
 
 # Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
 PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
@@ -33,17 +35,16 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
             f"got a {type(cache).__name__} with layers of type {', '.join(strange)}; "
             f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))} and quantized layers"
         )
-    length = int(cache.get_seq_length()) if cache.layers else 0
+    layers: list[Any] = cache.layers
+    while layers and not layers[-1].is_initialized:  # of layers that the model does not run
+        layers = layers[:-1]
+    filled = [layer for layer in layers if layer.is_initialized]
+    length = int(filled[0].get_seq_length()) if filled else 0
     if length == 0:
         raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
-    layers: list[Any] = cache.layers
-    keys, _ = _states(layers[0], length)
+    keys, _ = _states(filled[0], length)
     batch, heads, _, width = keys.shape
-    mask = torch.ones(batch, length, dtype=torch.int64) if attention_mask is None else attention_mask.cpu()
-    if list(mask.shape) != [batch, length]:
-        raise ValueError(
-            f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(mask.shape)}"
-        )
+    mask = _mask(cache, attention_mask, batch, length)
     counts = (mask != 0).sum(1)
     capacity = int(counts.max()) if capacity is None else capacity
     if capacity < int(counts.max()):
@@ -52,7 +53,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
         )
     own = LatentCache(
         layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
-        dtype=keys.dtype, device=layers[0].device if cache.offloading else keys.device,
+        dtype=keys.dtype, device=filled[0].device if cache.offloading else keys.device,
     )  # fmt: skip
     device = own._buffer.device
     if cache.offloading and device.type == "cuda":
@@ -62,12 +63,20 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
     cut = torch.zeros(batch, dtype=torch.bool)  # rows of which some layer has dropped slots
     for index, layer in enumerate(layers):
+        if not layer.is_initialized:
+            own._buffer[:, index] = 0
+            continue
+        if int(layer.get_seq_length()) != length:
+            raise ValueError(
+                f"layer {index} of this {type(cache).__name__} counts {int(layer.get_seq_length())} columns, layer 0 {length}; "
+                "cut all layers alike"
+            )
         pair = _states(layer, length)  # one layer at a time: quantized ones are taken for their small size
         shapes = [[*full.shape[:2], full.shape[3]] for full in pair]
         if shapes != [[batch, heads, width]] * 2:
             raise ValueError(
                 f"layer {index} of this {type(cache).__name__} holds keys and values of [batch, heads, width] {shapes}, "
-                f"layer 0 keys of {[batch, heads, width]}; supported is one shape for all"
+                f"the first keys of {[batch, heads, width]}; supported is one shape for all"
             )
         for store, full in zip((own.keys[index], own.values[index]), pair, strict=True):
             full = full.to(device)
@@ -81,6 +90,50 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     own.whole_from = torch.where(cut, counts, 0)
     own.add_segment("prompt", torch.zeros_like(counts))
     return own
+
+
+def check_covers(cache: Cache, architecture: Architecture) -> None:
+    """Raise ValueError where a transformers cache that is not empty lacks what the model's layers attend to.
+
+    transformers makes sliding layers of what a configuration says, whether the model's code reads that or not: the cache of a
+    Llama with a `sliding_window` keeps the last positions only, and its layers attend to all that they are given.
+    """
+    for slot, window in zip(architecture.slots, architecture.windows, strict=True):
+        layer: Any = cache.layers[slot] if slot < len(cache.layers) else None
+        if layer is None or not layer.is_initialized:
+            raise ValueError(f"past_key_values holds nothing for layer {slot} of {architecture.name}")
+        if not layer.is_sliding:
+            continue
+        length = int(layer.get_seq_length())
+        kept = _states(layer, length)[0].shape[2]
+        if kept < length and (window is None or window - 1 > kept):
+            raise ValueError(
+                f"past_key_values kept the last {kept} of {length} positions in layer {slot}, where {architecture.name} "
+                f"attends to {'all of them' if window is None else window}. Pass a cache that keeps them: DynamicCache() "
+                "without a configuration"
+            )
+
+
+def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor:
+    """int64 [B, length] on the CPU: the mask that was given, where it is not at odds with padding that the cache holds."""
+    if given is not None and list(given.shape) != [batch, length]:
+        raise ValueError(
+            f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(given.shape)}"
+        )
+    held = real_columns(cache)
+    if held is None:
+        return torch.ones(batch, length, dtype=torch.int64) if given is None else given.cpu()
+    if given is None:
+        if not bool(held.any()):
+            raise ValueError(
+                f"this {type(cache).__name__} holds nothing but zeros, which stand for padding; pass a mask"
+            )
+        return held.long().cpu()
+    mask = given.to(held.device) != 0
+    # In another cache padding may also hold what a model made of it, which only the mask tells.
+    if isinstance(cache, PaddedCache) or bool((mask & ~held).any()):
+        check_agrees(held, mask)
+    return given.cpu()
 
 
 def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
@@ -102,3 +155,28 @@ def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
             "quantized layers do not support; pass a cache that was not cropped"
         )
     return keys, values
+
+
+def append_columns(cache: LatentCache, target: Cache, held: Tensor, columns: Tensor) -> None:
+    """Append to a transformers cache what `cache` has behind its first `held` slots, and zeros where a column is padding.
+
+    Args:
+        held: int64 [B], slots that came from `target`.
+        columns: bool [B, T], which columns of the prompt are real. What each row has behind its prompt follows in columns of
+            their own, as many as the longest row needs.
+    """
+    prompt = held[:, None] + columns.long().cumsum(1) - 1
+    more = cache.lengths - held - columns.sum(1)
+    behind = torch.arange(int(more.max()))
+    real = torch.cat([columns, behind < more[:, None]], dim=1)
+    slots = torch.cat([prompt, (held + columns.sum(1))[:, None] + behind], dim=1).masked_fill(~real, 0)
+    slots, real = slots.to(cache.keys.device), real.to(cache.keys.device)
+
+    def picked(store: Tensor) -> Tensor:
+        index = slots[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
+        return store.gather(2, index).masked_fill_(~real[:, None, :, None], 0)
+
+    if isinstance(target, PaddedCache):
+        target.expect(real)
+    for layer in range(cache.keys.shape[0]):
+        target.update(picked(cache.keys[layer]), picked(cache.values[layer]), layer)

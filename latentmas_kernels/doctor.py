@@ -1,6 +1,7 @@
 """doctor(): which fast paths are on here, for a model where one is given, and why the others are not."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
@@ -9,10 +10,10 @@ import torch
 from packaging.requirements import Requirement
 
 from latentmas_kernels import native
-from latentmas_kernels.architecture import Architecture, UnsupportedModelError
+from latentmas_kernels.architecture import Architecture, UnsupportedModelError, in_short
 from latentmas_kernels.engines import cuda, generic
 from latentmas_kernels.engines import native as native_engine
-from latentmas_kernels.weights import FAMILIES
+from latentmas_kernels.packable import FAMILIES
 
 DISTRIBUTION = "latentmas-kernels"
 PACKAGES = ("torch", "transformers", "triton")
@@ -124,10 +125,7 @@ def _native(model: Any) -> Path:
         if native.extension() is None:
             return Path(False, native.extension_state())
         return Path(True, f"{on}, for {', '.join(FAMILIES)}")
-    try:
-        reason = native_engine.why_not(model, Architecture.of(model))
-    except UnsupportedModelError as error:
-        return Path(False, str(error))
+    reason = _reason(model, native_engine.why_not)
     if reason is not None:
         return Path(False, reason)
     kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in native_engine.memory_report(model).items())
@@ -144,11 +142,7 @@ def _cuda(model: Any, gpu: bool) -> Path:
         if not gpu:
             return Path(False, "there is no CUDA device")
         return Path(True, f"whole steps as CUDA graphs, for {', '.join(FAMILIES)}")
-    try:
-        architecture = Architecture.of(model)
-    except UnsupportedModelError as error:
-        return Path(False, str(error))
-    reason = cuda.why_not(model, architecture)
+    reason = _reason(model, cuda.why_not)
     if reason is not None:
         return Path(False, reason)
     kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in cuda.memory_report(model).items())
@@ -161,20 +155,23 @@ def _generic(model: Any, gpu: bool) -> Path:
         if not gpu:
             return Path(False, "there is no CUDA device")
         return Path(True, "transformers' own forward as a CUDA graph, for what the cuda engine does not cover")
-    try:
-        reason = generic.why_not(model, Architecture.of(model))
-    except UnsupportedModelError as error:
-        return Path(False, str(error))
+    reason = _reason(model, generic.why_not)
     return Path(reason is None, reason or "transformers' own forward as a CUDA graph")
 
 
 def _eager(model: Any) -> Path:
-    if model is not None:
-        try:
-            Architecture.of(model)
-        except UnsupportedModelError as error:
-            return Path(False, str(error))
-    return Path(True, "transformers' own forward on our cache")
+    reason = None if model is None else _reason(model, lambda *_: None)
+    return Path(reason is None, reason or "transformers' own forward on our cache")
+
+
+def _reason(model: Any, why_not: Callable[[Any, Architecture], str | None]) -> str | None:
+    """Why an engine does not run the model, an error on the way included."""
+    try:
+        return why_not(model, Architecture.of(model))
+    except UnsupportedModelError as error:
+        return str(error)
+    except Exception as error:
+        return f"looking at the model ended in {in_short(error)}"
 
 
 def _shape(model: Any) -> str:

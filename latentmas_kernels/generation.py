@@ -258,7 +258,7 @@ def generate(
     more = torch.full_like(prompt.counts, max_new_tokens - 1)
     capacity = _capacity(architecture, prompt, past, more, "new tokens but the last", None)
     check_finite_weights(model)
-    ends = _end_tokens(model, eos_token_id)
+    ends = end_tokens(model, eos_token_id)
     if pad_token_id is None:
         pad_token_id = model.generation_config.pad_token_id
     if pad_token_id is None:
@@ -404,7 +404,7 @@ def check_finite_states(result: Tensor, where: str, states: Tensor | None = None
         )
 
 
-def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> list[int]:
+def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> list[int]:
     if eos_token_id == "auto":
         eos_token_id = model.generation_config.eos_token_id
     if eos_token_id is None:

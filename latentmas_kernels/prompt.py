@@ -8,6 +8,7 @@ from transformers import Cache
 
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache_from_hf import check_covers
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def read_prompt(
                 f"{past.lengths.tolist()} tokens; pass a mask over the new tokens only, or attention_mask(new) of the cache"
             )
     elif past is not None:
-        past = LatentCache.from_hf(past, past_mask)
-        past.check_fits(architecture, batch)
+        read = LatentCache.from_hf(past, past_mask)
+        read.check_fits(architecture, batch)
+        check_covers(past, architecture)
+        past = read
 
     counts = mask.sum(1)
     if bool((counts == 0).any()):

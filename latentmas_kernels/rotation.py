@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys
 from latentmas_kernels.ops.rope_append import rotate
+from latentmas_kernels.settings import settings_of
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 """Those whose frequencies do not change with the length of the sequence."""
@@ -56,7 +57,7 @@ class Rotation:
         tables = _tables(model)
         # An inference tensor counts no changes in place.
         versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tables]
-        key = architecture.dtype, architecture.device, versions
+        key = architecture, settings_of(decoder_of(model), leaves=True), versions
         known = _known.get(model)
         if known is not None and known[0] == key:
             return known[2]
@@ -98,7 +99,7 @@ def _tables(model: Any) -> list[Tensor]:
 def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> Rotation | str:
     """The rotation, or why there is none, as a clause."""
     decoder = decoder_of(model)
-    kinds = rope_types(model.config)
+    kinds = rope_types(model.config) | _types_in_use(decoder)
     strange = sorted(kinds - set(ROPE_TYPES))
     if strange:
         return f"its RoPE is of type {', '.join(strange)}, whose frequencies change with the length"
@@ -109,14 +110,15 @@ def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> Rotati
     ids = torch.arange(TOKENS, device=architecture.device)[None] % architecture.vocab_size
     with torch.autocast(architecture.device.type, enabled=False):  # the caller's would round what the model does not
         near, far = (_keys(decoder, ids, start) for start in (0, shift))
-    chosen = []
-    for layer, (before, after) in enumerate(zip(near, far, strict=True)):
+    chosen = [still] * architecture.layers  # also where no layer runs
+    for layer in architecture.slots:
+        before, after = near[layer], far[layer]
         distance, best = min(
             ((_distance(before, after, table * shift), index) for index, table in enumerate([still, *tables])),
         )
         if not distance < TOLERANCE.get(architecture.dtype, ROUNDED):
             return f"moved by {shift} positions, keys of layer {layer} are {distance:.2g} off, relative to their size"
-        chosen.append([still, *tables][best])
+        chosen[layer] = [still, *tables][best]
     return Rotation(torch.stack(chosen))
 
 
@@ -125,6 +127,12 @@ def rope_types(config: Any) -> set[str]:
     given = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in given.values() if isinstance(value, dict)]
     return {one.get("rope_type", "default") for one in nested or [given]}
+
+
+def _types_in_use(decoder: nn.Module) -> set[str]:
+    """As the modules hold them: of the whole model, or of each kind of its layers."""
+    held = [vars(module).get("rope_type") for module in decoder.modules()]
+    return {kind for one in held if one for kind in (one.values() if isinstance(one, dict) else [one])}
 
 
 def _keys(decoder: Any, ids: Tensor, start: int) -> list[Tensor]:

@@ -63,7 +63,8 @@ def trace_of(model: Any, output: LatentOutput, *, top_k: int = 5) -> LatentTrace
     Raises:
         ValueError: where the states were not kept, are another model's, or top_k is out of range.
     """
-    architecture, vocabulary = Architecture.of(model), model.config.vocab_size
+    architecture = Architecture.of(model)
+    vocabulary = min(architecture.vocab_size, model.get_output_embeddings().weight.shape[0])
     if output.states is None:
         raise ValueError("the states behind the steps were not kept; pass output_states=True to latent_generate()")
     if output.states.shape[-1] != architecture.hidden_size:

@@ -3,10 +3,12 @@
 Queries, keys and values are one matrix, and so are gate and up: one launch each reads them. There is no second copy.
 Where they do not lie one behind the other yet, they are moved there, and the model's parameters become views of the merged
 tensor; save_pretrained, state_dict, loading and tying work as before. Tools that go by storage do not (safetensors'
-save_model refuses, accelerate's drops what shares one): `unmerge` gives every parameter its own again.
+save_model and huggingface_hub's save_torch_model refuse, accelerate's drops what shares one): `unmerge` gives every parameter
+its own again.
 
-Nothing of this is kept between calls: `read_weights` looks at the modules each time. `.to()`, `.bfloat16()`, `deepcopy`,
-a LoRA or quantised layers change what it finds, and `Weights.addresses` tells whether graphs captured before still hold.
+Nothing of this is kept between calls: `read_weights` looks at the modules each time, numbers included: transformers reads eps
+off each norm and the scale off each attention, not off the configuration. `.to()`, `.bfloat16()`, `deepcopy`, a LoRA, quantised
+layers or an edited number change what it finds, and `Weights.key` tells whether what was made of it before still holds.
 """
 
 import ctypes
@@ -19,22 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.packable import NotPackable, check_packable
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
-DTYPES = (torch.float32, torch.bfloat16)
-# transformers puts hooks of its own on every layer, once output_hidden_states was asked for; they only look.
-PASSIVE_HOOKS = "transformers.utils.output_capturing"
-# What a plain model is built from, besides linear layers and embeddings. An adapter or a quantised layer is something else.
-OWN_MODULES = ("transformers.models.", "transformers.activations")
-PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
 MERGED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 _merging = threading.Lock()  # two threads that merge at once would each make a copy
-
-
-class NotPackable(Exception):
-    """The model is outside of what `read_weights` knows; the message says why, in a clause."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,7 @@ class Layer:
         gate_up, gate_up_bias: [2 I, D], the gate first.
         down, down_bias: [D, I].
         window: positions that a query sees, its own included; None is all.
+        slot: its place in the KV cache.
     """
 
     input_gain: Tensor
@@ -64,6 +55,7 @@ class Layer:
     down: Tensor
     down_bias: Tensor | None
     window: int | None
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -72,13 +64,14 @@ class Weights:
 
     Attributes:
         layers: in order.
-        embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None.
+        embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None. Rows of the lm_head that
+            have no embedding are left out.
         final_gain: [D].
         eps: of all norms.
         inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
         scale: of the attention scores.
         query_heads, kv_heads, head_dim, intermediate: sizes.
-        addresses: of every tensor that a captured step reads, with its dtype.
+        key: all that a step reads: of tensors the address and dtype, of RoPE's frequencies and everything else the value.
     """
 
     layers: tuple[Layer, ...]
@@ -94,7 +87,7 @@ class Weights:
     kv_heads: int
     head_dim: int
     intermediate: int
-    addresses: tuple[tuple[int, torch.dtype], ...]
+    key: tuple
 
     @property
     def decoder_bytes(self) -> int:
@@ -106,7 +99,7 @@ class Weights:
 def why_not(model: Any, architecture: Architecture) -> str | None:
     """Why `read_weights` would refuse the model, as a clause; None where it would not. Moves nothing."""
     try:
-        _check(model, architecture)
+        check_packable(model, architecture)
     except NotPackable as reason:
         return str(reason)
     return None
@@ -122,10 +115,10 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
     Raises:
         NotPackable: for a model that the fast engines do not cover.
     """
-    _check(model, architecture)
-    config, decoder = model.config, model.model
+    modules = check_packable(model, architecture)
+    decoder = model.model
     layers = []
-    for module, window in zip(decoder.layers, architecture.windows, strict=True):
+    for module, window, slot in zip(modules, architecture.windows, architecture.slots, strict=True):
         attention, mlp = module.self_attn, module.mlp
         with _merging:
             qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -146,30 +139,32 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
                 down=mlp.down_proj.weight.detach(),
                 down_bias=_bias(mlp.down_proj),
                 window=window,
+                slot=slot,
             )
         )
-    tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    embedding, lm_head, rotary = model.get_input_embeddings().weight, model.get_output_embeddings(), decoder.rotary_emb
-    ends = [embedding.detach(), lm_head.weight.detach(), decoder.norm.weight.detach()]
-    scaling = float(rotary.attention_scaling)
-    # Values, not an address: float() below copies where the model was cast.
-    rope = tuple((hash(f), torch.float32) for f in [*rotary.inv_freq.tolist(), scaling])
-    return Weights(
-        layers=tuple(layers),
-        embedding=ends[0],
-        lm_head=ends[1],
-        lm_head_bias=_bias(lm_head),
-        final_gain=ends[2],
-        eps=float(decoder.norm.variance_epsilon),
-        inv_freq=rotary.inv_freq.float(),
-        attention_scaling=scaling,
-        scale=float(decoder.layers[0].self_attn.scaling),
-        query_heads=config.num_attention_heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        intermediate=layers[0].down.shape[1],
-        addresses=tuple((t.data_ptr(), t.dtype) for t in tensors + ends) + rope,
-    )
+    first, rotary, lm_head = modules[0].self_attn, decoder.rotary_emb, model.lm_head
+    embedding, bias = decoder.embed_tokens.weight.detach(), _bias(lm_head)
+    rows = len(embedding)  # a larger lm_head is padded: a token without an embedding could not be fed in
+    tensors = {
+        "embedding": embedding,
+        "lm_head": lm_head.weight.detach()[:rows],
+        "lm_head_bias": None if bias is None else bias[:rows],
+        "final_gain": decoder.norm.weight.detach(),
+    }
+    numbers = {
+        "eps": float(decoder.norm.variance_epsilon),
+        "attention_scaling": float(rotary.attention_scaling),
+        "scale": float(first.scaling),
+        "query_heads": first.q_proj.weight.shape[0] // architecture.head_dim,
+        "kv_heads": architecture.kv_heads,
+        "head_dim": architecture.head_dim,
+        "intermediate": layers[0].down.shape[1],
+    }
+    inv_freq = rotary.inv_freq.float()
+    read = [value for part in [*map(vars, layers), tensors, numbers] for value in part.values()]
+    # Of inv_freq the values: float() copies where the model was cast.
+    key = (*((v.data_ptr(), v.dtype) if isinstance(v, Tensor) else v for v in read), *inv_freq.tolist())
+    return Weights(layers=tuple(layers), inv_freq=inv_freq, key=key, **tensors, **numbers)
 
 
 @torch.no_grad()
@@ -220,46 +215,3 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _check(model: Any, architecture: Architecture) -> None:
-    """Raise NotPackable where a module is not what the kernels compute."""
-    name = type(model).__name__
-    if name not in FAMILIES or not type(model).__module__.startswith("transformers."):
-        raise NotPackable(f"{name} is none of {', '.join(FAMILIES)}")
-    config = model.config
-    rope = config.rope_parameters["rope_type"]
-    if rope not in ROPE_TYPES:
-        raise NotPackable(f"its RoPE is of type {rope!r}; covered are {', '.join(ROPE_TYPES)}")
-    if config.hidden_act != "silu":
-        raise NotPackable(f"its MLP uses {config.hidden_act!r}; covered is 'silu'")
-    width = architecture.head_dim
-    if tuple(model.model.rotary_emb.inv_freq.shape) != (width // 2,) or width % 8 or width > 256:
-        raise NotPackable(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
-    if architecture.dtype not in DTYPES:
-        raise NotPackable(f"its dtype is {architecture.dtype}; covered are bfloat16 and float32")
-    if any(GLOBAL_HOOKS):
-        raise NotPackable(
-            "there are hooks on all modules (register_module_forward_hook), which the kernels would pass by"
-        )
-    for path, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module) or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
-            raise NotPackable(f"{path or name} has hooks or a forward of its own, which the kernels would pass by")
-        if type(module) in (nn.Linear, nn.Embedding):
-            _check_weight(path, module.weight, architecture)
-        elif type(module) not in PLAIN_MODULES and not type(module).__module__.startswith(OWN_MODULES):
-            raise NotPackable(f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain layer")
-        if not type(module).forward.__module__.startswith(("transformers.", "torch.")):
-            raise NotPackable(f"the forward of {type(module).__name__} was replaced, which the kernels would pass by")
-
-
-def _check_weight(path: str, weight: Any, architecture: Architecture) -> None:
-    if type(weight) is not nn.Parameter or weight.dtype != architecture.dtype:
-        raise NotPackable(
-            f"{path} holds a {type(weight).__name__} of {weight.dtype}, not a parameter of {architecture.dtype}"
-        )
-    if weight.device != architecture.device:
-        raise NotPackable(f"{path} is on {weight.device}, the embedding on {architecture.device}")
-    if weight.stride(1) != 1 or weight.stride(0) != weight.shape[1]:
-        raise NotPackable(f"{path} is not contiguous")

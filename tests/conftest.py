@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Dy
 from transformers.generation.streamers import BaseStreamer
 
 from latentmas_kernels import LatentCache, accelerate
+from latentmas_kernels.architecture import cache_argument
 
 VOCAB = 97
 TINY = {
@@ -174,7 +175,8 @@ class PlainLoop:
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state after the final norm and logits of the last position, [1, D] and [1, V]."""
-        out = self.model(**inputs, past_key_values=self.cache, use_cache=True, output_hidden_states=True)
+        cache = {cache_argument(self.model.forward): self.cache}
+        out = self.model(**inputs, **cache, use_cache=True, output_hidden_states=True)
         return out.hidden_states[-1][:, -1], out.logits[:, -1]
 
     def think(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor]:

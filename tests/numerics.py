@@ -1,7 +1,13 @@
-"""What the tests of the ops share: the device, seeded inputs, poisoned buffers, and the bound on an op's error."""
+"""What the tests of the ops share: the device, seeded inputs, poisoned buffers, the bound on an op's error.
+
+And what says how much a model's float32 rounds: the same model with its sums in another order.
+"""
+
+import copy
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentmas_kernels.ops.triton.target import Tile, target_of
 
@@ -52,3 +58,30 @@ def assert_as_good_as_torch(got: Tensor, plain: Tensor, exact: Tensor, *, size: 
     if size is not None:
         grace += torch.finfo(torch.float32).eps * size.double().norm()
     assert ours <= slack * (2 * theirs + grace), f"{ours:.3e} against {theirs:.3e} of plain torch, grace {grace:.3e}"
+
+
+class _InHalves(nn.Module):
+    """A linear layer that adds up the two halves of its inputs apart."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.half = linear, linear.in_features // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear.weight
+        low = nn.functional.linear(x[..., : self.half], weight[:, : self.half], self.linear.bias)
+        return low + nn.functional.linear(x[..., self.half :], weight[:, self.half :])
+
+
+def summed_in_halves(model: Any) -> Any:
+    """A copy of a transformers model that computes the same in another order: products in halves, attention written out.
+
+    How far the two are from float64 says how much rounding there is, whatever the instruction set; torch's own order may be
+    lucky on one processor and not on the next.
+    """
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    for name, module in list(other.named_modules()):
+        if isinstance(module, nn.Linear):
+            other.set_submodule(name, _InHalves(module))
+    return other

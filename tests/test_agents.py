@@ -199,3 +199,18 @@ def test_the_answer_is_asked_for_in_the_same_words_by_every_method():
     last = [METHODS[method](3, 7)[-1].prompt for method in METHODS]
     asked = {prompt.rsplit("\n\n", 1)[1].split(" not help. ")[-1] for prompt in last}
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("name", {"name": "a\ud83d"}),
+        ("prompt", {"prompt": "\udcff {question}"}),
+        ("system", {"system": "\ud83d"}),
+        ("side", {"fields": {"side": "\ud83d"}}),
+    ],
+)
+def test_halves_of_characters_are_refused(what, options):
+    """No tokenizer takes them: it would be a TypeError in the middle of a run."""
+    with pytest.raises(ValueError, match=rf": {what} holds '\\ud\w+' at character \d, half a surrogate pair"):
+        Agent(**{"name": "a", "prompt": "{question}", "latent_steps": 1, **options})

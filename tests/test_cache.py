@@ -107,14 +107,18 @@ def test_segments_follow_rows_and_names():
     assert cache.segments[-1] == Segment(None, "prompt", (4, 3), (4, 5))
 
 
-def test_donation_fits_or_refuses():
+def test_donation_fits_or_grows():
     draw = torch.Generator().manual_seed(0)
     cache = LatentCache(batch=1, capacity=8, **SHAPE)
     append(cache, [3], draw)
     assert cache.donate().take(8) is cache
     assert cache.take(8) is not cache
-    with pytest.raises(ValueError, match="capacity of 8 slots per row, this call needs 9"):
-        cache.donate().take(9)
+    before = cache.to_hf().layers[1].keys
+    assert cache.donate().take(9) is cache, "it grows"
+    assert cache.capacity == 9
+    assert cache.lengths.tolist() == [3]
+    assert torch.equal(cache.to_hf().layers[1].keys, before)
+    assert cache.take(9) is not cache
 
 
 @pytest.mark.parametrize("rows", [[2], [-1], []])
@@ -247,7 +251,7 @@ def test_works_as_a_cache_of_transformers_while_rows_are_uniform(family_model):
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert memory.lengths.tolist() == [20] * 3
     assert memory.get_seq_length() == 20
-    whole = torch.cat([torch.zeros(3, 20, dtype=torch.int64), ids], 1)  # generate() cuts off what the cache holds
+    whole = torch.cat([torch.full((3, 20), 5), ids], 1)  # generate() cuts off what the cache holds
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     theirs = family_model.generate(whole, past_key_values=plain, **options)
     ours = family_model.generate(whole, past_key_values=memory, **options)
@@ -306,10 +310,10 @@ def test_other_kinds_of_caches_are_refused_by_name():
         LatentCache.from_hf(DynamicCache())
     with pytest.raises(ValueError, match="empty Cache"):
         LatentCache.from_hf(Cache(layers=[Int8Layer()]))
-    keys = torch.zeros(2, 2, 5, 4)
+    keys = torch.ones(2, 2, 5, 4)
     with pytest.raises(ValueError, match=r"must be \[2, 5\].*got \[2, 4\]"):
         LatentCache.from_hf(DynamicCache(ddp_cache_data=[(keys, keys)]), torch.ones(2, 4))
-    wide = torch.zeros(2, 2, 5, 8)
+    wide = torch.ones(2, 2, 5, 8)
     for pairs, layer in (([(keys, keys), (wide, wide)], 1), ([(keys, wide)], 0)):
         with pytest.raises(ValueError, match=rf"layer {layer} of this DynamicCache.*supported is one shape for all"):
             LatentCache.from_hf(DynamicCache(ddp_cache_data=pairs))

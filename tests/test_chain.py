@@ -22,7 +22,7 @@ from latentmas.methods import METHODS, latent_agents
 from latentmas.prompts import padded, turn_ids
 from latentmas.results import AgentMetrics
 from tokenizers import models
-from tokenizers_offline import CHARACTERS, SPECIAL, character_tokenizer
+from tokenizers_offline import CHARACTERS, SPECIAL, character_tokenizer, with_tokens
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from latentmas_kernels import LatentCache, build_aligner, generate, generation, latent_generate
@@ -241,7 +241,7 @@ def test_segments_carry_names_and_kinds_in_order(model, tokenizer):
 
 
 def test_answers_end_at_the_end_token(model, tokenizer, calls):
-    """What comes behind a row's end of sequence is neither in its answer nor counted."""
+    """What comes behind a row's end of sequence is neither in its answer nor counted; the end itself is counted."""
     chain = Chain(model, tokenizer, AGENTS, aligner="ridge")
     chain.run(QUESTIONS)
     free = calls[-1][2].sequences[:, -9:].tolist()
@@ -249,7 +249,8 @@ def test_answers_end_at_the_end_token(model, tokenizer, calls):
     model.generation_config.eos_token_id = end
     result = chain.run(QUESTIONS)
     kept = [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
-    assert texts_of(result) == [tokenizer.decode(ids).strip() for ids in kept]
+    shown = [ids[:-1] if ids[-1] == end else ids for ids in kept]
+    assert texts_of(result) == [tokenizer.decode(ids).strip() for ids in shown]
     assert [answer.turns[-1].new_tokens for answer in result.answers] == [len(ids) for ids in kept]
     assert result.agents[-1].new_tokens == sum(map(len, kept)) < 4 * 9
     reasons = ["stop" if ids[-1] == end else "length" for ids in kept]
@@ -335,13 +336,13 @@ def test_system_message_and_thinking_switch_are_those_of_each_agent(model, calls
     """A system message where the agent begins a memory, in front of the text elsewhere; the switch per turn."""
     tokenizer = character_tokenizer(TEMPLATE + SWITCH)
     agents = [
-        Agent("planner", "Plan.", latent_steps=1, system="Be brief.", enable_thinking=True),
+        Agent("planner", "Plan: {question}", latent_steps=1, system="Be brief.", enable_thinking=True),
         Agent("critic", "Criticise.", max_new_tokens=2, system="Be harsh."),
         Agent("judger", "{notes} Answer.", max_new_tokens=2, system="Be right.", enable_thinking=True),
     ]
     Chain(model, tokenizer, agents, aligner="ridge").run(["Why?"])
     first, second, third = (tokenizer.decode(rows[0]) for rows, _, _ in calls)
-    assert first == "<system>Be brief.|<user>Plan.|<assistant><think>"
+    assert first == "<system>Be brief.|<user>Plan: Why?|<assistant><think>"
     assert second == "|<user>Be harsh.\n\nCriticise.|<assistant>"
     assert third.startswith("<system>Be right.|<user>critic:\n")
     assert third.endswith(" Answer.|<assistant><think>")
@@ -410,7 +411,7 @@ def test_a_visible_chain_of_thought_is_no_part_of_notes_and_answer(model, tokeni
     """Turns keep it. One that does not end is all there is."""
     said = ["<think>so so</think>\n yes<eos>", "a</think>b</think>c<eos>", "<think>hm<eos>", "a</think><eos>"]
     script(said, said)
-    agents = [Agent("scout", "Look.", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=40)]
+    agents = [Agent("scout", "Look: {question}", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=40)]
     result = Chain(model, tokenizer, agents).run(QUESTIONS)
     kept = ["yes", "c", "<think>hm", ""]
     assert texts_of(result) == kept
@@ -429,7 +430,7 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
     long, short, full = "abcdefghij", "abc<eos>", "abcdefg"
     script([long, short, full + "<eos>"], [short, long, long], [long, long, long])
     agents = [
-        Agent("scout", "Look.", max_new_tokens=10),
+        Agent("scout", "Look: {question}", max_new_tokens=10),
         Agent("critic", "{notes}", max_new_tokens=10),
         Agent("judger", "{notes}", max_new_tokens=10),
     ]
@@ -460,7 +461,7 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
 def test_what_nobody_reads_as_notes_is_not_cut(model, tokenizer, script):
     """Agents in the same memory have the whole text there."""
     script(["abcdefghij"], ["abcdefghij"])
-    agents = [Agent("scout", "Look.", max_new_tokens=10), Agent("judger", "Answer.", max_new_tokens=10)]
+    agents = [Agent("scout", "Look: {question}", max_new_tokens=10), Agent("judger", "Answer.", max_new_tokens=10)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = Chain(model, tokenizer, agents, handover_tokens=3).run(["Why?"])
@@ -474,7 +475,7 @@ def test_only_what_is_handed_on_counts_against_the_limit(model, tokenizer, calls
     vocab = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS, "th"])}
     tokenizer.backend_tokenizer.model = models.WordLevel(vocab, unk_token="<unk>")
     script(["abcdefgh</think>ab<eos>", [th] * 6 + [tokenizer.eos_token_id]], ["ab<eos>", "ab<eos>"])
-    agents = [Agent("scout", "Look.", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=9)]
+    agents = [Agent("scout", "Look: {question}", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=9)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Chain(model, tokenizer, agents, handover_tokens=7).run(["Why?", "x"])
@@ -541,6 +542,46 @@ def test_a_text_cut_by_its_length_brings_its_last_token_with_the_next_turn(model
     ], "brought once"
     assert [answer.turns[2].prompt_tokens for answer in result.answers] == [len(row) for row in calls[2][0]]
     assert [answer.turns[1].finish_reason for answer in result.answers] == ["length", "stop", "stop"]
+
+
+CHATML = (
+    "{% for message in messages %}{{ '(' + message['role'] + ')' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '(assistant)' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "not special"])
+@pytest.mark.parametrize("named", [True, False], ids=["one more end", "no end"])
+def test_texts_end_where_the_template_ends_a_turn(model, tokenizer, calls, script, named, special):
+    """Whatever generation_config says; what it names ends texts too. No text holds its end, and the next turn brings it."""
+    with_tokens(tokenizer, "<|im_end|>", special=special).chat_template = CHATML
+    script(["abc<|im_end|>", "ab<eos>", "abcdef"], ["yes<|im_end|>", "no<eos>", "x<|im_end|>"])
+    if not named:
+        model.generation_config.eos_token_id = None
+    agents = [Agent("writer", "Say.", max_new_tokens=6), Agent("judger", "Answer.", max_new_tokens=5)]
+    chain = Chain(model, tokenizer, agents)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chain.seats[None].end_ids == ((tokenizer.eos_token_id,) if named else ()) + (end,)
+    result = chain.run(["Why?", "x", "y"])
+    turns = [answer.turns for answer in result.answers]
+    beyond = "" if named else "xxx"  # <eos> is special, and is not shown
+    assert [turn[0].text for turn in turns] == ["abc", f"ab{beyond}", "abcdef"]
+    assert [turn[1].text for turn in turns] == ["yes", f"no{beyond[1:]}", "x"]
+    assert [turn[0].new_tokens for turn in turns] == [4, 3 if named else 6, 6]
+    assert [turn[1].finish_reason for turn in turns] == ["stop", "stop" if named else "length", "stop"]
+    pending = ["", "" if named else "x", "f"]
+    assert [tokenizer.decode(row) for row in calls[1][0]] == [
+        f"{token}<|im_end|>\n(user)Answer.<|im_end|>\n(assistant)" for token in pending
+    ]
+
+
+def test_notes_do_not_hold_the_end_of_a_text(model, tokenizer, calls, script):
+    with_tokens(tokenizer, "<|im_end|>", special=False).chat_template = CHATML
+    script(["abc<|im_end|>"], ["<|im_end|>"])
+    agents = [Agent("writer", "Say.", max_new_tokens=6), Agent("judger", "{notes} Answer.", max_new_tokens=5)]
+    answer = Chain(model, tokenizer, agents).run(["Why?"]).answers[0]
+    assert tokenizer.decode(calls[1][0][0]) == "(user)writer:\nabc Answer.<|im_end|>\n(assistant)"
+    assert answer.text == ""
 
 
 def test_text_behind_text_is_what_one_plain_loop_says(model, tokenizer):
@@ -805,7 +846,8 @@ def chains_of_agents(draw):
     agents, last = [], None
     for number in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["think", "write", *(["read"] if last in ("write", "read") else [])]))
-        prompt = draw(st.sampled_from(["{question}", "Go on.", "Look: {question}!"])) + " {notes}" * (kind == "read")
+        prompts = ["{question}", "Look: {question}!", *(["Go on."] if number else [])]
+        prompt = draw(st.sampled_from(prompts)) + " {notes}" * (kind == "read")
         steps = draw(st.integers(3, 8))
         options = {"latent_steps": steps} if kind == "think" else {"max_new_tokens": steps}
         agents.append(Agent(f"agent{number}", prompt, **options))
@@ -946,7 +988,7 @@ def test_one_string_is_not_taken_for_many_questions(model, tokenizer, calls):
 def test_thinking_that_cannot_be_switched_on_is_warned_of_once(model, template):
     """As the chain is made, however many of its agents ask for it; nothing is said where the template has the switch."""
     thinking = [
-        Agent("scout", "Look.", max_new_tokens=2, enable_thinking=True),
+        Agent("scout", "Look: {question}", max_new_tokens=2, enable_thinking=True),
         Agent("judger", "Answer.", max_new_tokens=2, enable_thinking=True),
     ]
     with pytest.warns(UserWarning, match="has no thinking switch, so enable_thinking changes nothing") as caught:

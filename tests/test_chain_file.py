@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentmas import chain_file
 from latentmas.agents import Agent
 from latentmas.chain_file import LIMIT, ChainFile, read_chain, serial, shipped_chains
 from latentmas.handover import Budget, HandOver
@@ -88,7 +89,7 @@ memory: last
 budget: 64 MB
 fields: {domain: algebra, grade: 7, share: 0.50}
 agents:
-  - {name: a, output: latent, prompt: "{domain} {grade} {share}"}
+  - {name: a, output: latent, prompt: "{question} {domain} {grade} {share}"}
   - name: b
     output: latent
     prompt: "{domain} {own}"
@@ -107,7 +108,8 @@ agents:
     assert (chain.name, chain.description, chain.budget) == ("everything", "Two lines\nof text.", Budget(bytes=2**26))
     assert chain.agents == [
         Agent(
-            "a", "{domain} {grade} {share}", latent_steps=3, system="Be brief.", settle=0.999, memory=last, fields=fields
+            "a", "{question} {domain} {grade} {share}", latent_steps=3, system="Be brief.", settle=0.999, memory=last,
+            fields=fields,
         ),
         Agent(
             "b", "{domain} {own}", latent_steps=20, system="Take your time.", settle=-1.0,
@@ -128,10 +130,10 @@ agents:
     agents:
       - parallel:
           - {name: pro, output: latent, prompt: "Round {round}, for {side}.", fields: {side: it}}
-          - {name: con, output: latent, prompt: "Against."}
+          - {name: con, output: latent, prompt: "Against {question}."}
       - {name: writer, output: text, prompt: "{round}"}
 """)
-    pro, con, writer = "Round {round}, for {side}.", "Against.", "{round}"
+    pro, con, writer = "Round {round}, for {side}.", "Against {question}.", "{round}"
     assert chain.agents == [
         entry
         for n in "12"
@@ -143,8 +145,8 @@ agents:
             Agent(f"writer {n}", writer, max_new_tokens=256, fields={"round": n}),
         )
     ]
-    assert [agent.text("") for agent in serial(chain.agents)] == [
-        "Round 1, for it.", "Against.", "1", "Round 2, for it.", "Against.", "2",
+    assert [agent.text("it") for agent in serial(chain.agents)] == [
+        "Round 1, for it.", "Against it.", "1", "Round 2, for it.", "Against it.", "2",
     ]  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def test_arguments_replace_the_files_defaults_but_not_an_agents_own(read):
 latent_steps: 3
 max_new_tokens: 5
 agents:
-  - {name: a, output: latent, prompt: x}
+  - {name: a, output: latent, prompt: "{question}"}
   - {name: b, output: latent, prompt: x, latent_steps: 20, think: false}
   - {name: c, output: text, prompt: x, max_new_tokens: 7}
   - {name: d, output: text, prompt: x}
@@ -196,10 +198,10 @@ def test_files_of_other_systems(read, end):
 def test_aliases_stand_for_what_they_name(read):
     chain = read("""\
 agents:
-  - {name: a, output: latent, prompt: &p "Think.", memory: &m {slots: 3}}
+  - {name: a, output: latent, prompt: &p "Think of {question}", memory: &m {slots: 3}}
   - {name: b, output: text, prompt: *p, memory: *m}
 """)
-    assert [(agent.prompt, agent.memory) for agent in chain.agents] == [("Think.", HandOver(slots=3))] * 2
+    assert [(agent.prompt, agent.memory) for agent in chain.agents] == [("Think of {question}", HandOver(slots=3))] * 2
 
 
 def test_notes_after_a_step_that_writes(read):
@@ -430,8 +432,8 @@ def test_a_place_that_is_nearly_a_field(faults):
 
 
 def test_round_is_a_place_inside_a_repeat_only(faults, read):
-    inside = "{name: a, output: text, prompt: '{round}'}"
-    assert read(f"agents:\n  - {{repeat: 1, agents: [{inside}]}}\n").agents[0].text("") == "1"
+    inside = "{name: a, output: text, prompt: '{round} {question}'}"
+    assert read(f"agents:\n  - {{repeat: 1, agents: [{inside}]}}\n").agents[0].text("?") == "1 ?"
     [(line, message)] = faults(f"agents:\n  - {inside}\n")
     assert line == 2
     assert message.startswith("agent 'a' has {round} in its prompt; allowed are {question}, {notes} and fields")
@@ -447,8 +449,8 @@ agents:
 
 
 def test_braces_that_are_no_places(read):
-    chain = read("agents:\n  - {name: a, output: text, prompt: '{{foo}} { foo } {} {a b} }{'}\n")
-    assert chain.agents[0].text("?") == "{foo} { foo } {} {a b} }{"
+    chain = read("agents:\n  - {name: a, output: text, prompt: '{{foo}} { foo } {} {a b} }{ {question}'}\n")
+    assert chain.agents[0].text("?") == "{foo} { foo } {} {a b} }{ ?"
 
 
 # ---- rules of the chain ------------------------------------------------------------------------------------------------
@@ -467,7 +469,7 @@ def test_the_chain_ends_with_text(faults):
 def test_names_are_unique_after_expansion(faults):
     text = """\
 agents:
-  - {name: a 2, output: latent, prompt: x}
+  - {name: a 2, output: latent, prompt: "{question}"}
   - repeat: 2
     agents:
       - parallel:
@@ -489,8 +491,37 @@ def test_notes_that_nobody_wrote(faults):
         "agent 'reader' reads {notes}, but nobody wrote any before it; "
         "allowed is {notes} in a step after an agent with output: text"
     )
-    assert faults("agents:\n" + reader) == [(6, fault)]
+    assert (6, fault) in faults("agents:\n" + reader)
     assert faults(THINKER + reader) == [(12, fault)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line", "said"),
+    [
+        ("Answer.", 5, ""),
+        ("{{question}} {{notes}}", 5, "; {{question}} of agent 'judger' writes it literally"),
+        ("{ question }", 5, ""),
+    ],
+)
+def test_a_chain_in_which_nobody_gets_the_question(faults, read, prompt, line, said):
+    """As soon as one agent gets it, the others may go without."""
+    text = f"""\
+agents:
+  - name: judger
+    output: text
+    system: "{{question}} is no place here"
+    prompt: "{prompt}"
+"""
+    assert faults(text) == [
+        (line, f"no prompt has {{question}}, so that nobody gets the question{said}; allowed is {{question}} in the prompt of "
+               "an agent or more"),
+    ]  # fmt: skip
+    assert [agent.name for agent in read(THINKER + text.removeprefix("agents:\n")).agents] == ["planner", "judger"]
+
+
+def test_what_has_faults_may_be_what_gets_the_question(faults):
+    text = "agents:\n  - {name: a, output: latent, prompt: '{question}', latent_steps: ten}\n" + LAST
+    assert [line for line, _ in faults(text)] == [2]
 
 
 def test_agents_of_a_group_do_not_read_each_other(faults):
@@ -507,7 +538,7 @@ def test_notes_behind_thoughts(faults):
     """A reader begins a new memory, in which the thoughts before it would be lost."""
     text = """\
 agents:
-  - {name: writer, output: text, prompt: x}
+  - {name: writer, output: text, prompt: "{question}"}
   - parallel:
       - {name: scribe, output: text, prompt: x}
       - {name: thinker, output: latent, prompt: x}
@@ -533,7 +564,7 @@ agents:
 def test_what_agents_of_a_group_must_have_in_common(faults, key, more, prompt, differ):
     text = f"""\
 agents:
-  - {{name: w, output: text, prompt: x}}
+  - {{name: w, output: text, prompt: "{{question}}"}}
   - parallel:
       - {{name: a, output: latent, prompt: x}}
       - {{name: b, output: latent, prompt: x}}
@@ -553,7 +584,7 @@ def test_groups_may_share_what_they_must_have_in_common(read):
 memory: last
 agents:
   - parallel:
-      - {name: a, output: latent, prompt: x, model: large}
+      - {name: a, output: latent, prompt: "{question}", model: large}
       - {name: b, output: latent, prompt: x, model: large, memory: {agents: last}}
 """
     [[a, b], _] = read(text + LAST).agents
@@ -602,12 +633,22 @@ def test_what_agents_refuse_has_a_line(faults, monkeypatch):
 
 
 def test_repeats_are_limited(faults, read):
-    entry = "{name: a, output: text, prompt: x}"
+    entry = "{name: a, output: text, prompt: '{question}'}"
     assert len(read(f"agents:\n  - {{repeat: {LIMIT - 1}, agents: [{entry}]}}\n").agents) == LIMIT - 1
     for times in (LIMIT, 10**9 - 1):
         assert faults(f"agents:\n  - repeat: {times}\n    agents: [{entry}]\n") == [
             (2, "the chain grows beyond 1000 agents, groups and repeats here; allowed are 1000")
         ]
+
+
+def test_a_list_of_faults_is_cut_with_a_count(file):
+    entries = "".join(f"  - {{name: a{number}, output: text, prompt: '{{foo}}'}}\n" for number in range(900))
+    file.write_text("agents:\n" + entries)
+    with pytest.raises(ValueError, match="foo") as caught:
+        read_chain(file)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[1] for line in lines[:50]] == [str(number) for number in range(2, 52)]
+    assert lines[50:] == [f"{file}:52: and 850 more faults from here on; mend those above first"]
 
 
 def test_aliases_of_aliases_are_limited(faults):
@@ -669,8 +710,9 @@ def test_any_text_is_a_chain_or_named_by_line(tmp_path_factory, pieces):
         read_chain(file)
 
 
-def test_keys_that_are_no_words_are_shown_as_they_are_written(tmp_path):
+def test_keys_that_are_no_words_are_shown_as_they_are_written(tmp_path, monkeypatch):
     """Not as what they hold: aliases of aliases would be endless."""
+    monkeypatch.setattr(chain_file, "SHOWN_FAULTS", 2000)
     anchors = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(12))
     chain = "".join(f"b{n}: &b{n} [{f'*b{n - 1}' if n else 'x'}]\n" for n in range(1200))
     for number, text in enumerate((anchors + "? *a11\n: x\n", chain + "? *b1199\n: x\n", "? [a,\r b]\n: x\n")):

@@ -128,7 +128,7 @@ def test_run_prints_the_answer_and_a_line_per_agent(command, tiny):
     assert code == 0, err
     assert tiny == [(None, "auto", None)]
     want = Chain(*model_and_tokenizer(), latent_agents(2, 6), aligner="ridge").run([QUESTION])
-    assert answer_of(out) == want.answers[0].text
+    assert answer_of(out) == (want.answers[0].text or "(the answer is empty)")
     assert f"Question 1 {QUESTION}\n" in out
     assert "(cut off by --max-new-tokens)" in out
     head, *lines, last = table_of(out)
@@ -184,14 +184,114 @@ def test_expected_answers_are_shown(command, tiny, three):
     assert [int(n) for n in re.findall(r"^Question (\d)", out, re.M)] == [1, 2, 3]
 
 
+def test_an_empty_answer_says_so(command, tiny, monkeypatch):
+    """And a question of GSM8K shows the final answer of its solution."""
+    real = Chain.run
+
+    def run(self, questions, **options):
+        result = real(self, questions, **options)
+        result.answers[0] = replace(result.answers[0], text=" \n")
+        return result
+
+    monkeypatch.setattr(Chain, "run", run)
+    entry = {"question": QUESTION, "answer": "She has 2 + 2 = <<2+2=4>>4.\n#### 4"}
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(entry).encode())))
+    code, out, err = command("run", "--questions", "-", *FAST)
+    assert code == 0, err
+    assert answer_of(out) == "(the answer is empty)"
+    assert "\nexpected: 4\n" in out
+    assert "<<" not in out
+
+
+def test_a_table_in_a_pipe_has_whole_names(command, tiny, tmp_path):
+    """However long, and whatever width is taken for a pipe."""
+    file, name = tmp_path / "mine.yaml", "a name of some length, " * 8 + "and its end"
+    file.write_text(CHAIN.replace("name: math", f"name: '{name}'"))
+    code, out, err = command("run", QUESTION, "--chain", str(file), "--aligner", "ridge")
+    assert code == 0, err
+    assert any(line.startswith(f"{name}  ") and line.endswith("%") for line in out.splitlines()), out
+
+
+HOSTILE = "Is\x1b[2J it\x1b]0;title\x07 so\x9b?\x7f"
+
+
+def test_nothing_in_a_question_or_an_answer_steers_the_terminal(command, tiny, monkeypatch, tmp_path):
+    real = Chain.run
+
+    def run(self, questions, **options):
+        result = real(self, questions, **options)
+        result.answers[0] = replace(result.answers[0], text=f"No.{HOSTILE}\r\b")
+        warnings.warn(f"about {questions[0]}", stacklevel=2)
+        return result
+
+    monkeypatch.setattr(Chain, "run", run)
+    file = tmp_path / "q.json"
+    file.write_text(json.dumps([{"question": HOSTILE, "answer": HOSTILE}]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        said = [command("run", "--questions", str(file), *FAST, *more) for more in ([], ["--json"])]
+    shown = HOSTILE.encode("unicode_escape").decode()
+    for code, out, err in said:
+        assert code == 0, err
+        assert not set("\x1b\x07\x9b\x7f\r\b") & set(out + err)
+        assert f"warning: about {shown}" in err.splitlines()
+        assert shown in err.splitlines()
+    out = said[0][1]
+    assert f"Question 1 {shown}\n\nNo.{shown}\\r\\x08\n" in out
+    assert f"expected: {shown}\n" in out
+    answer = json.loads(said[1][1])["answers"][0]
+    assert (answer["question"], answer["answer"], answer["expected"]) == (HOSTILE, f"No.{HOSTILE}\r\b", HOSTILE)
+
+
+@pytest.mark.parametrize(
+    ("stdin", "arguments", "parts"),
+    [
+        (b"sp\xe4t?", ["-"], ["standard input is not UTF-8 (byte 0xe4 in line 1)", "save it as UTF-8"]),
+        (b"", ["Why \udcff?"], ["the question holds '\\udcff' at character 5", "half a surrogate pair or a byte"]),
+        (
+            b'{"question": "\\ud83d"}',
+            ["--questions", "-"],
+            ["line 1 has a", "holds '\\ud83d' at character 1", "--keep-going"],
+        ),
+        (b"[" * 100_000, ["--questions", "-"], ["standard input is not JSON that can be read (nested too deeply)"]),
+        (None, ["-"], ["standard input is closed"]),
+    ],
+    ids=["bytes", "argument", "escape", "nested", "closed"],
+)
+def test_what_is_no_text_is_one_line(command, tiny, monkeypatch, stdin, arguments, parts):
+    data = None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", data)
+    assert_one_line(command("run", *arguments, *FAST), *parts)
+    assert tiny == []
+
+
+def test_settings_of_vllm_nested_too_deeply_are_one_line(command, tiny, monkeypatch):
+    monkeypatch.setattr("latentmas.backends.vllm_start.find_spec", lambda name: object())
+    said = command("run", QUESTION, "--decoder", "vllm", "--vllm", "[" * 100_000)
+    assert_one_line(said, "no JSON", "an object of vLLM's settings")
+    assert len(said[2]) < 500
+
+
+def test_half_a_character_costs_no_other_question(command, tiny, tmp_path):
+    file, output = tmp_path / "q.jsonl", tmp_path / "results.jsonl"
+    lines = [b'{"question": "First?"}', b'{"question": "\\udc00"}', b'{"question": "\xff"}', b'{"question": "Last?"}']
+    file.write_bytes(b"\n".join(lines))
+    code, _, err = command("run", "--questions", str(file), *FAST, "--keep-going", "--output", str(output))
+    assert code == 2
+    assert numbers(output) == [1, 4]
+    assert "warning: left out: line 2 has a \"question\" that holds '\\udc00'" in err
+    assert "warning: left out: line 3 is not UTF-8" in err
+
+
 @pytest.mark.parametrize(
     ("stdin", "arguments"), [(QUESTION + "\n", ["-"]), (json.dumps({"question": QUESTION}), ["--questions", "-"])]
 )
-def test_standard_input(command, tiny, monkeypatch, stdin, arguments):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-    code, out, err = command("run", *arguments, *FAST)
-    assert code == 0, err
-    assert f"Question 1 {QUESTION}\n" in out
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte-order mark"])
+def test_standard_input(command, tiny, monkeypatch, stdin, arguments, mark):
+    """The mark that editors and shells put in front is no part of the question."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mark + stdin.encode())))
+    document = document_of(command("run", *arguments, *FAST, "--json"))
+    assert [answer["question"] for answer in document["answers"]] == [QUESTION]
 
 
 def test_json_is_all_there_is_on_standard_output(command, tiny):
@@ -361,6 +461,16 @@ def test_a_chain_that_changed_is_not_gone_on_with(command, tiny, three, tmp_path
     code, _, err = command("run", *options, "--resume")
     assert code == 2
     assert "chain_digest" in err
+
+
+def test_a_chain_in_which_nobody_gets_the_question(command, tiny, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("agents: [{name: judger, output: text, prompt: 'Answer {{question}}'}]\n")
+    assert_one_line(
+        command("run", QUESTION, "--chain", str(file)),
+        f"{file}:1: no prompt has {{question}}, so that nobody gets the question; {{{{question}}}} of agent 'judger'",
+    )
+    assert tiny == []
 
 
 def test_a_chain_is_named_as_the_run_begins(command, tiny, tmp_path):
@@ -596,6 +706,39 @@ def test_folder_that_is_no_model(command, offline, tmp_path):
     assert_one_line(command("run", QUESTION, "--model", str(tmp_path)), f"cannot load '{tmp_path}'", "the folder gave")
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "fails on a conversation of user: TypeError: "),
+        ("{{ 1 // 0 }}", "fails on a conversation of user: ZeroDivisionError: "),
+        ("{% for message in messages %}\n", "fails on a conversation of user: TemplateSyntaxError: "),
+        ("{{ raise_exception('Not\\nnow') }}", "refuses a conversation of user: Not now; set tokenizer.chat_template"),
+        ("User:{{ messages[0]['text'] }}", "does not write the user's message as it is (message 1 of 1: "),
+    ],
+)
+@pytest.mark.parametrize("method", ["single", "latent"])
+def test_a_chat_template_that_does_not_work_is_one_line(command, monkeypatch, template, words, method):
+    model, tokenizer = model_and_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = template, "some/model"
+    monkeypatch.setattr(latentmas.loading, "load_model", lambda *_, **__: (model, tokenizer))
+    said = command("run", QUESTION, *FAST, "--method", method)
+    assert_one_line(said, f"the chat template of 'some/model' {words}")
+
+
+@pytest.mark.parametrize("method", ["single", "latent", "text"])
+def test_a_chat_template_of_parts_is_given_the_question(command, monkeypatch, method):
+    model, tokenizer = model_and_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}{{ part['text'] }}"
+        "{% endfor %}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    monkeypatch.setattr(latentmas.loading, "load_model", lambda *_, **__: (model, tokenizer))
+    code, out, _ = command("run", QUESTION, *FAST, "--method", method, "--json")
+    assert code == 0
+    (result,) = json.loads(out)["answers"]
+    assert all(turn["prompt_tokens"] > len(QUESTION) for turn in result["turns"])
+
+
 def test_encoder_decoder_is_refused_by_name(command, offline, tmp_path):
     """The configuration alone is enough to say so: there are no weights in the folder."""
     (tmp_path / "config.json").write_text(
@@ -627,6 +770,17 @@ def test_warnings_are_one_line(command, tiny, monkeypatch):
     assert code == 0, err
     assert "warning: the file [/tmp/x] is not used" in err.splitlines()
     assert QUESTION in out
+
+
+def test_a_run_that_shares_its_cores_is_told_once(command, tiny, monkeypatch):
+    from latentmas.free_cores import OtherProcesses
+
+    asked = []
+    monkeypatch.setattr(OtherProcesses, "warning", lambda self, threads: asked.append(threads) or "others are at work")
+    code, _, err = command("run", QUESTION, *FAST)
+    assert code == 0, err
+    assert err.splitlines().count("warning: others are at work") == 1
+    assert asked == [1], "the threads of the engine, of which conftest.py asks for one"
 
 
 def test_ctrl_c_exits_130(command, tiny, monkeypatch):
@@ -721,6 +875,36 @@ def test_keep_going_runs_the_others_and_ends_with_2(command, tiny, broken_lines,
     assert [line for line in err.splitlines() if line.startswith("warning: left out: line ")][1:] == [
         "warning: left out: line 4 has an empty question"
     ]
+
+
+def test_a_long_list_of_faults_is_cut_with_a_count(command, tiny, tmp_path):
+    """In an error, and as warnings; the document has all of them."""
+    file = tmp_path / "broken.jsonl"
+    lines = ["}"] * 4500 + ['{"question": "Last?"}']
+    file.write_text("\n".join(lines))
+    said = command("run", "--questions", str(file), *FAST)
+    assert_one_line(said, "line 1 is not JSON", "line 5 is not JSON", "; and 4,495 more. Mend this", "--keep-going")
+    assert len(said[2]) < 600
+    code, out, err = command("run", "--questions", str(file), *FAST, "--keep-going", "--json")
+    assert code == 2
+    assert [line for line in err.splitlines() if "left out" in line][5:] == ["warning: left out: and 4,495 more"]
+    document = json.loads(out)
+    assert len(document["left_out"]) == 4500
+    assert [answer["number"] for answer in document["answers"]] == [4501]
+
+
+def test_a_file_of_choices_as_the_data_sets_have_them(command, tiny, tmp_path):
+    """The question that lists its options once, and the letter of the expected one."""
+    entry = {"question": "Which?\nA. a\nB. b\n\nA. a\nB. b", "options": ["A. a", "B. b"], "answer": "b"}
+    file = tmp_path / "medqa.json"
+    file.write_text(json.dumps([entry | {"query": "Which?\nA. a\nB. b\nChoose."}], indent=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = command("run", "--questions", str(file), *FAST)
+    assert code == 0, err
+    assert "Question 1 Which?\nA. a\nB. b\nChoose.\n" in out
+    assert "\nexpected: B\n" in out
+    assert f'warning: {file}: "query" is read, not "question" (first in entry 1)' in err.splitlines()
 
 
 def test_a_question_that_is_too_long_is_named_before_any_is_answered(command, tiny, tmp_path):
@@ -926,6 +1110,43 @@ def test_ctrl_c_on_a_terminal(tmp_path):
 
 
 # ---- in a process of its own ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["doctor", "--json"]])
+def test_a_reader_that_has_gone_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = str(Path(sys.executable).parent / "latentmas")
+    done = subprocess.run([script, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "with --output"])
+def test_a_reader_that_has_seen_enough_ends_the_run(tmp_path, kept):
+    """`latentmas run ... | head -1`: 0, and not a word about it. A run with a file of results goes on to its end."""
+    folder, output, questions = tmp_path / "model", tmp_path / "results.jsonl", tmp_path / "questions.jsonl"
+    model, tokenizer = model_and_tokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    questions.write_text("".join(json.dumps({"question": f"Why {n}?" * 20}) + "\n" for n in range(300)))
+    script = str(Path(sys.executable).parent / "latentmas")
+    arguments = [
+        "run", "--questions", str(questions), "--model", str(folder), "--method", "single", "--max-new-tokens", "2",
+        "--device", "cpu", *(["--output", str(output)] if kept else []),
+    ]  # fmt: skip
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen([script, *arguments], stdout=subprocess.PIPE, stderr=errors)
+    assert process.stdout.readline().startswith(b"Question 1 Why 0?")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    said = (tmp_path / "errors").read_text()
+    assert "rror" not in said, said
+    assert "Broken" not in said, said
+    if kept:
+        assert numbers(output) == list(range(1, 301))
+    else:
+        assert "300 of 300: " not in said
 
 
 def test_import_leaves_torch_alone():

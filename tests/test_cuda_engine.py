@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, ragged, tiny_model
+from conftest import FAMILIES, VOCAB, ragged, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
@@ -197,6 +197,28 @@ def test_interpreter_ended_rows_store_nothing_and_get_padding(small):
     ours, theirs = (generate(small, ids, mask, **barred, engine=engine) for engine in ("cuda", "eager"))
     assert torch.equal(ours.sequences, theirs.sequences)
     assert end not in ours.sequences[:, 7:11].flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "temperature": 3.0, "top_k": None}], ids=["greedy", "sampled"]
+)
+@torch.no_grad()
+def test_interpreter_rows_of_the_lm_head_that_have_no_embedding_are_left_out(small, options):
+    padded = small_model()
+    head = torch.nn.Linear(padded.config.hidden_size, VOCAB + 40, bias=False, device=DEVICE)
+    head.weight[:VOCAB], head.weight[VOCAB:] = padded.lm_head.weight, 20 * padded.lm_head.weight[:40]
+    padded.lm_head = head
+    ids, mask = prompt([5, 7])
+    assert int(padded(input_ids=ids).logits[:, -1].argmax(-1).max()) >= VOCAB, "they would win"
+    texts, thoughts = [], []
+    for model in (small, padded):
+        torch.manual_seed(4)
+        texts.append(
+            generate(model, ids, mask, max_new_tokens=4, eos_token_id=None, engine="cuda", **options).sequences
+        )
+        thoughts.append(latent_generate(model, ids, mask, latent_steps=2, aligner="soft", engine="cuda").latents)
+    assert torch.equal(*texts)
+    torch.testing.assert_close(*thoughts)
 
 
 def test_interpreter_sampling_repeats_with_the_seed(small):
@@ -470,6 +492,54 @@ def test_interpreter_text_behind_lent_slots_equals_eager(small):
     for ours, theirs in zip(outs[:2], outs[2:], strict=True):
         assert ours.past_key_values.borrowed.tolist() == [0, 64, 0, 0]
         assert torch.equal(ours.sequences, theirs.sequences)
+
+
+# ---- edited models -------------------------------------------------------------------------------------------------
+
+
+def scale(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 3
+
+
+def eps(model):
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.1
+
+
+def window(model):
+    model.config.sliding_window = 3
+
+
+def bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-9, 9, len(model.lm_head.weight), device=DEVICE))
+
+
+@pytest.mark.parametrize("edit", [scale, eps, window, bias])
+def test_interpreter_a_step_is_captured_again_where_the_model_was_edited(edit):
+    model = small_model("mistral-window", sliding_window=6)
+    before, state = chain(model, "cuda", lengths=(9,), steps=1, tokens=2), state_of(model)
+    assert state_of(model) is state
+    edit(model)
+    ours, theirs = (chain(model, engine, lengths=(9,), steps=1, tokens=2) for engine in ("cuda", "eager"))
+    assert state_of(model) is not state
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours[2].sequences, theirs[2].sequences)
+    changed = not torch.allclose(ours[1].latents, before[1].latents, atol=1e-4)
+    assert changed or not torch.equal(ours[2].sequences, before[2].sequences)
+
+
+def test_interpreter_layers_write_where_their_layer_idx_says():
+    """Of three layers the one in the middle was taken out."""
+    model = small_model(num_hidden_layers=3)
+    del model.model.layers[1]
+    ours, theirs = (chain(model, engine, lengths=(5, 3), steps=1, tokens=2) for engine in ("cuda", "eager"))
+    assert ours[1].metrics.engine == "cuda"
+    torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
+    for out in (ours[2], theirs[2]):
+        out.past_key_values.keys[1] = out.past_key_values.values[1] = 0  # nothing is written there
+    assert_same_cache(ours[2].past_key_values, theirs[2].past_key_values)
 
 
 # ---- batches outside the buckets, and memory that runs out ---------------------------------------------------------

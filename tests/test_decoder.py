@@ -9,7 +9,7 @@ from latentmas import Agent, Chain, HandOver
 from latentmas.backends.writing import Embeds, Steps, Written, check_requests
 from latentmas.chain_file import serial
 from latentmas.methods import METHODS
-from tokenizers_offline import character_tokenizer
+from tokenizers_offline import character_tokenizer, with_tokens
 
 from latentmas_kernels import generate, latent_generate
 from latentmas_kernels.architecture import Architecture, UnsupportedModelError
@@ -33,7 +33,7 @@ def made(ends, name="llama", **overrides):
 
 
 ENDLESS = made(None)
-STOPS = made(list(range(0, VOCAB, 5)))
+STOPS = made(list(range(2, VOCAB, 5)))
 WIDE = made(
     list(range(1, VOCAB, 7)), "qwen3", hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4
 )
@@ -229,6 +229,16 @@ def test_memories_that_were_cut_go_to_a_decoder_as_they_are(memory, budget):
 
 def test_windows_take_embeddings():
     assert_same(made(None, "qwen3-mixed"), [THINKER, WRITER, JUDGER], SHARED, "embeds")
+
+
+@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+def test_a_decoder_stops_where_the_template_ends_a_turn(hand_over):
+    tokenizer = with_tokens(character_tokenizer(TEMPLATE.replace("'|'", "'<|end|>'")), "<|end|>")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    for model, ends in ((ENDLESS, {end}), (STOPS, {*STOPS.generation_config.eos_token_id, end})):
+        chain = Chain(model, tokenizer, [THINKER, JUDGER], aligner="ridge", decoder=Fake(model, hand_over))
+        requests = chain.prepare(QUESTIONS).requests
+        assert [set(request.end_ids) for request in requests] == [ends] * 3
 
 
 # ---- two models ----------------------------------------------------------------------------------------------------

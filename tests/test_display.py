@@ -147,3 +147,22 @@ def test_narrow_terminals(clock, width):
     with showing(console) as view:
         play(view, WRITER, 1, [[A], [B]], clock)
         assert "".join(text(view, console)).endswith("ab")
+
+
+def test_an_end_that_is_no_special_token_is_not_shown(terminal, clock):
+    with Display(terminal, character_tokenizer(), [B], "How many?") as view:
+        play(view, WRITER, 1, [[A], [A], [B], [A]], clock)
+        assert text(view, terminal)[-1] == "aa"
+
+
+def test_nothing_of_a_question_or_a_text_steers_the_terminal(terminal, log, clock):
+    hostile, shown = "Why\x1b[2J\x07?", "Why\\x1b[2J\\x07?"
+    agent = Agent("jud\x1b[3Jger", "{question}", max_new_tokens=5)
+    with showing(log, hostile) as view:
+        play(view, agent, 1, [[A]], clock)
+    assert written(log).splitlines() == [shown, "  jud\\x1b[3Jger writes up to 5 tokens (1 of 2)"]
+    with showing(terminal, hostile) as view:
+        view.speakers[None][0].decode = lambda ids, **_: "ab\x1b]0;title\x07"
+        play(view, agent, 1, [[A], [B]], clock)
+        assert text(view, terminal) == [shown, "  jud\\x1b[3Jger writes 2/5  1.0 tokens/s", "ab\\x1b]0;title\\x07"]
+    assert "\x1b[2J" not in written(terminal)

@@ -1,5 +1,6 @@
 """The scripts in examples/: clients of transformers' generate() on an accelerated model, against the plain model."""
 
+import argparse
 import copy
 import importlib.util
 import os
@@ -15,7 +16,14 @@ import pytest
 import torch
 from conftest import PlainLoop, feed_back
 from latentmas import Chain
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from latentmas_kernels import LatentCache, generate
@@ -256,6 +264,63 @@ def test_model_wrapper(default_model, default_tokenizer, native_calls, printed):
         assert texts[row] == spoken(default_model, default_tokenizer, prompts, NEW).strip()
         assert memory.lengths[row] > sum(ids.shape[1] for ids in prompts) + 2 * STEPS
     assert printed("model_wrapper").splitlines()[::2] == module.QUESTIONS
+
+
+class Vendored:
+    """The class that such a program carries along, on plain transformers: padding is none of its business."""
+
+    def __init__(self, model_name, device, use_vllm=False, args=None):
+        self.model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
+        self.tokenizer, self.device = AutoTokenizer.from_pretrained(model_name), device
+        kind = "ridge" if args.latent_space_realign else "identity"
+        self.feed_back = feed_back(self.model, kind)
+
+    def prepare_chat_batch(self, batch, add_generation_prompt=True):
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return [self.tokenizer.apply_chat_template(messages, **options) for messages in batch], None, None, None
+
+    def generate_latent_batch(self, input_ids, attention_mask=None, *, latent_steps, past_key_values=None):
+        loop = PlainLoop(self.model, self.feed_back)
+        loop.cache = DynamicCache(ddp_cache_data=past_key_values)
+        loop.think(input_ids, latent_steps)
+        return tuple((layer.keys, layer.values) for layer in loop.cache.layers)
+
+    def generate_text_batch(
+        self, input_ids, attention_mask=None, *, max_new_tokens, temperature, top_p, past_key_values=None
+    ):
+        cache = DynamicCache(ddp_cache_data=past_key_values)
+        ones = torch.ones(len(input_ids), cache.get_seq_length() + input_ids.shape[1], dtype=torch.int64)
+        sequences = self.model.generate(
+            input_ids, attention_mask=ones, past_key_values=cache, do_sample=True, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p,
+        )  # fmt: skip
+        texts = self.tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts], tuple((layer.keys, layer.values) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("latent_only", [False, True], ids=["whole", "latent-only"])
+@torch.no_grad()
+def test_latentmas_program(default_folder, latent_only):
+    """The same texts with the class that it carries along (one question at a time, which is all that one gets right) and with
+    ModelWrapper in its place, one at a time and in a ragged batch of four."""
+    module = example("latentmas_program")
+    given = (str(default_folder), torch.device("cpu"))
+    args = argparse.Namespace(latent_space_realign=False)
+    options = {"latent_steps": STEPS, "max_new_tokens": NEW, "latent_only": latent_only}
+    theirs, ours = Vendored(*given, use_vllm=False, args=args), ModelWrapper(*given, use_vllm=False, args=args)
+    want = [module.answers(theirs, [question], **options)[0] for question in module.QUESTIONS]
+    assert [module.answers(ours, [question], **options)[0] for question in module.QUESTIONS] == want
+    assert len({len(ids) for ids in ours.tokenizer(module.QUESTIONS)["input_ids"]}) == 4, "ragged"
+    assert module.answers(ours, module.QUESTIONS, **options) == want
+    assert len(set(want)) > 2
+
+
+def test_latentmas_program_as_a_script(default_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latentmas_program.py", "--device", "cpu"])
+    runpy.run_path(str(EXAMPLES / "latentmas_program.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :], "one by one and in a batch"
+    assert len(lines) >= 8
 
 
 # ---- custom_generate -----------------------------------------------------------------------------------------------

@@ -312,6 +312,45 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(monkeypatch):
     assert not engine.state.windows
 
 
+def wider(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def narrower(model):
+    model.config.sliding_window = 3
+
+
+def another_activation(model):
+    del model.model.layers[0].mlp.act_fn  # a function goes where a module was only once that is gone
+    model.model.layers[0].mlp.act_fn = torch.nn.functional.relu
+
+
+@pytest.mark.parametrize("edit", [wider, narrower, another_activation])
+@torch.no_grad()
+def test_a_step_is_captured_again_where_the_model_was_edited(edit):
+    """A graph has the numbers in it that the host read while it was captured."""
+    model = tiny_model("gemma2")
+    aligner = build_aligner(model, "identity")
+
+    def thoughts():
+        engine, eager = both(model)
+        start = read(model, [12, 5])
+        ours, theirs = (
+            one.think(start.past_key_values.fork(20), start.last_hidden, aligner, every(2, 3), None)
+            for one in (engine, eager)
+        )
+        assert_same_thought(ours, theirs)
+        return engine.state, ours.latents
+
+    state, latents = thoughts()
+    assert thoughts()[0] is state
+    edit(model)
+    edited, other = thoughts()
+    assert edited is not state
+    assert not torch.allclose(other, latents, atol=1e-3)
+    assert thoughts()[0] is edited
+
+
 def test_what_is_no_candidate_says_why():
     model = tiny_model("gpt2")
     architecture = Architecture.of(model)

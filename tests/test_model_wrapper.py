@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, PlainLoop, feed_back, is_tied, ragged, real, tiny_model
-from jinja2 import TemplateError
-from tokenizers_offline import character_tokenizer
+from tokenizers_offline import SENTENCEPIECE, character_tokenizer, sentencepiece_tokenizer, with_tokens
 from transformers import DynamicCache
 
 from latentmas_kernels import LatentCache, build_aligner, latent_generate
@@ -152,7 +151,7 @@ def test_row_alone_equals_row_in_batch(family_model):
 
 
 def test_text_ends_at_each_rows_end_token():
-    """Rows end at different places; what fills a row behind its end is no part of its text."""
+    """Rows end at different places; neither the end nor what fills a row behind it is part of its text."""
     wrapper = wrapped()
     ids, mask = ragged(LENGTHS)
     spoken = [plain(wrapper).speak(real(ids, mask, row), 12) for row in range(4)]
@@ -163,8 +162,29 @@ def test_text_ends_at_each_rows_end_token():
     cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in spoken]
     assert len({len(tokens) for tokens in cut}) > 1
     texts, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
-    assert texts == [text_of(wrapper, tokens) for tokens in cut]
+    assert texts == [text_of(wrapper, tokens[:-1] if tokens[-1] == end else tokens) for tokens in cut]
     assert memory.lengths.tolist() == [a + len(tokens) - 1 for a, tokens in zip(LENGTHS, cut, strict=True)]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with the model's own", "alone"])
+def test_text_ends_where_the_chat_template_ends_a_turn(named):
+    """A checkpoint may not name that token; what it names ends texts as well."""
+    wrapper = wrapped()
+    ids, mask = ragged(LENGTHS)
+    spoken = [plain(wrapper).speak(real(ids, mask, row), 12) for row in range(4)]
+    end, own = spoken[0][4], spoken[1][2]
+    assert end != own
+    token = wrapper.tokenizer.convert_ids_to_tokens(end)
+    with_tokens(wrapper.tokenizer, token, special=False).chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '" + token + "' }}{% endfor %}"
+    )
+    wrapper.model.generation_config.eos_token_id = own if named else None
+    ends = {end, own} if named else {end}
+    texts, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
+    stops = [next((place for place, t in enumerate(tokens) if t in ends), 12) for tokens in spoken]
+    assert stops[0] <= 4
+    assert texts == [text_of(wrapper, tokens[:stop]) for tokens, stop in zip(spoken, stops, strict=True)]
+    assert memory.lengths.tolist() == [n + min(stop, 11) for n, stop in zip(LENGTHS, stops, strict=True)]
 
 
 def test_special_tokens_and_blanks_around_it_are_no_part_of_a_text():
@@ -435,6 +455,29 @@ def test_options_go_to_the_template():
         chat().render_chat(ASK, enable_thinking=False)
 
 
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_text_behind_others_has_no_space_in_front(kind):
+    wrapper = ModelWrapper(tiny_model(), sentencepiece_tokenizer(kind))
+    for text in ("\n\nHi", "Hi", " Hi", "[/INST]"):
+        ids = wrapper.tokenize_text(text)[0].tolist()
+        whole = wrapper.tokenizer("Ask." + text, add_special_tokens=False).input_ids
+        assert whole[-len(ids) :] == ids
+        assert wrapper.tokenizer.decode(ids) == text
+
+
+def test_a_template_of_parts_shows_the_messages():
+    template = (
+        "{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}{{ part['text'] }}"
+        "{% endfor %}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    wrapper = chat(template)
+    assert wrapper.render_chat(ASK) == wrapper.prepare_chat_input(ASK)[0] == "<user>Hi|<assistant>"
+    with pytest.raises(ValueError, match="does not write the user's message as it is"):
+        chat("Say:").prepare_chat_batch([ASK, ASK_MORE])
+    with pytest.raises(ValueError, match="fails on a conversation of user: TypeError"):
+        chat("{{ messages[0]['content'] + 1 }}").render_chat(ASK)
+
+
 def test_text_is_tokenized_without_special_tokens():
     wrapper = chat(BOS)
     ids = wrapper.tokenize_text("Hi you")
@@ -472,7 +515,9 @@ def test_an_empty_batch_is_refused():
 
 
 def test_roles_are_up_to_the_template():
-    with pytest.raises(TemplateError, match="No such role here"):
+    with pytest.raises(
+        ValueError, match="refuses a conversation of judge: No such role here; set tokenizer.chat_template"
+    ):
         chat(BOS).prepare_chat_batch([ASK, [{"role": "judge", "content": "Hi"}]])
 
 
@@ -508,8 +553,8 @@ def test_options_that_mean_nothing_are_refused(options, words):
 def test_a_model_that_cannot_run_is_refused_at_once():
     with pytest.raises(ValueError, match="is in training mode"):
         ModelWrapper(tiny_model().train(), character_tokenizer())
-    with pytest.raises(ValueError, match="got a str, which is no transformers model"):
-        ModelWrapper("some/model", character_tokenizer())
+    with pytest.raises(ValueError, match="got a Linear, which is no transformers model"):
+        ModelWrapper(torch.nn.Linear(2, 2), character_tokenizer())
 
 
 # ---- a real model --------------------------------------------------------------------------------------------------
@@ -551,3 +596,16 @@ def test_two_agents_on_the_default_model(default_model, default_tokenizer):
         stop = next((place for place, token in enumerate(spoken) if token in ends), len(spoken))
         assert texts[row] == default_tokenizer.decode(spoken[:stop], skip_special_tokens=True).strip()
         assert texts[row]
+
+
+@pytest.mark.real_model
+def test_a_checkpoint_that_does_not_name_the_templates_end_stops_there(default_model, default_tokenizer, monkeypatch):
+    """Without it the default model writes on: `<|im_end|>`, a user's turn of its own, and so forth."""
+    wrapper = ModelWrapper(default_model, default_tokenizer, aligner="identity")
+    _, ids, mask, _ = wrapper.prepare_chat_batch([[{"role": "user", "content": "Say hello, in one word."}], ASK])
+    want, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
+    assert (memory.lengths < mask.sum(1) + 47).any(), "one of them ends before it has to"
+    monkeypatch.setattr(default_model.generation_config, "eos_token_id", None)
+    got, unnamed = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
+    assert got == want
+    assert torch.equal(unnamed.lengths, memory.lengths)

@@ -126,7 +126,9 @@ def test_other_questions_are_refused(two, questions):
         opened(two, questions=questions, resume=True)
 
 
-@pytest.mark.parametrize("line", [b"thesis", b"[1]", b"{}", b'{"number": 1, "question": "question 1"}', b"\xff"])
+@pytest.mark.parametrize(
+    "line", [b"thesis", b"[1]", b"{}", b'{"number": 1, "question": "question 1"}', b"\xff", b"[" * 100_000]
+)
 def test_resume_takes_no_other_file(two, line):
     with two.open("ab") as file:
         file.write(line + b"\n")

@@ -1,8 +1,10 @@
-"""Questions from JSON lines: what is read, and what is said of the lines that hold none."""
+"""Question files as people have them: what is read, and what is said of entries that hold no question."""
 
+import csv
 import io
 import json
 import sys
+import warnings
 
 import pytest
 from hypothesis import given
@@ -10,11 +12,27 @@ from hypothesis import strategies as st
 from latentmas.questions import SAMPLE, Question, read_questions
 
 
-def read(tmp_path, data):
+def read(tmp_path, data, name="questions.jsonl"):
     """What read_questions makes of a file with these bytes."""
-    file = tmp_path / "questions.jsonl"
+    file = tmp_path / name
     file.write_bytes(data)
     return read_questions(str(file))
+
+
+def read_one(tmp_path, entry):
+    """The only question of an array of one entry, where that has no faults."""
+    questions, faults = read(tmp_path, json.dumps([entry]).encode(), "questions.json")
+    assert faults == []
+    return questions[0]
+
+
+def fault_of(tmp_path, entry):
+    """What is said of an entry between two good ones, which are read."""
+    questions, faults = read(tmp_path, json.dumps([{"question": "a"}, entry, {"question": "b"}]).encode(), "q.json")
+    assert [question.number for question in questions] == [1, 3]
+    assert len(faults) == 1
+    assert "\n" not in faults[0]
+    return faults[0]
 
 
 def test_a_question_has_the_number_of_its_line(tmp_path):
@@ -22,7 +40,7 @@ def test_a_question_has_the_number_of_its_line(tmp_path):
     assert read(tmp_path, data) == ([Question(1, "One?"), Question(4, "Four?", "4")], [])
 
 
-@pytest.mark.parametrize(("answer", "text"), [("9", "9"), (9, "9"), (2.5, "2.5"), (None, None), ("", "")])
+@pytest.mark.parametrize(("answer", "text"), [("9", "9"), (9, "9"), (2.5, "2.5"), (None, None), ("", None)])
 def test_answers_are_text_or_numbers(tmp_path, answer, text):
     line = json.dumps({"question": "?", "answer": answer}).encode()
     assert read(tmp_path, line)[0] == [Question(1, "?", text)]
@@ -41,8 +59,15 @@ def test_files_of_other_systems(tmp_path, end):
         (b"{", "is not JSON (Expecting property name"),
         (b'{"question": "a"} x', "is not JSON (Extra data at column 19)"),
         (b"\xff\xfe", "is not UTF-8 (invalid start byte at byte 0)"),
-        (b'"a question"', 'has no "question"'),
-        (b'{"text": "a"}', 'has no "question"'),
+        (b'"a question"', 'is str, not an object with "question"'),
+        (b"[1, 2]", 'is list, not an object with "question"'),
+        (b'{"text": "a"}', 'has no "question" (nor query, problem, prompt); it has "text"'),
+        (b"{}", 'has no "question" (nor query, problem, prompt); it has nothing'),
+        (b'{"question": null}', "has an empty question"),
+        (b'{"question": "\\ud83d"}', "has a \"question\" that holds '\\ud83d' at character 1, half a surrogate pair"),
+        (b'{"question": "a", "answer": "\\udc00"}', "has an \"answer\" that holds '\\udc00' at character 1"),
+        (b'{"question": ' + b"[" * 100_000 + b"}", "is not JSON that can be read (nested too deeply)"),
+        (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", "is not JSON that can be read (Exceeds the limit"),
         (b'{"question": 3}', 'has a "question" that is int, not text'),
         (b'{"question": " \\n"}', "has an empty question"),
         (b'{"question": "a", "answer": [1]}', 'has an "answer" that is list, neither text nor a number'),
@@ -61,7 +86,8 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, line, fault):
 @pytest.mark.parametrize("data", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_a_file_without_a_line_is_refused(tmp_path, data):
     with pytest.raises(
-        ValueError, match=r'questions\.jsonl holds no questions; supported are JSON lines with "question"'
+        ValueError,
+        match=r'questions\.jsonl holds no questions; supported are JSON lines, .* CSV .* Parquet, with "question"',
     ):
         read(tmp_path, data)
 
@@ -72,6 +98,268 @@ def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(ValueError, match="standard input holds no questions"):
         read_questions("-")
+
+
+def test_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed; give a question, or a file"):
+        read_questions("-")
+
+
+# ---- fields --------------------------------------------------------------------------------------------------------
+
+OPTIONS = ["three", "four", "five"]
+LISTED = "2 + 2?\nA. three\nB. four\nC. five"
+
+
+@pytest.mark.parametrize("question", ["question", "query", "problem", "prompt", "Question", " PROBLEM "])
+@pytest.mark.parametrize("answer", ["answer", "gold", "label", "answerKey", "Answer"])
+def test_usual_names_of_fields(tmp_path, question, answer):
+    entry = {"id": 9, "text": "other", question: "2 + 2?", answer: "4"}
+    assert read_one(tmp_path, entry) == Question(1, "2 + 2?", "4")
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "answer", "said"),
+    [
+        ({"query": "SELECT 1", "question": "How many?"}, "How many?", None, ['"question" is read, not "query"']),
+        ({"label": 3, "answer": "4", "prompt": "2 + 2?"}, "2 + 2?", "4", ['"answer" is read, not "label"']),
+        ({"question": "", "problem": "2 + 2?"}, "2 + 2?", None, []),
+        ({"question": "2 + 2?", "prompt": "2 + 2?"}, "2 + 2?", None, []),
+        (
+            {"question": LISTED + LISTED[6:], "options": OPTIONS, "query": LISTED + "\nChoose."},
+            LISTED + "\nChoose.",
+            None,
+            ['"query" is read, not "question"'],
+        ),
+    ],
+    ids=["two questions", "two answers", "an empty one", "the same", "the one that lists the options once"],
+)
+def test_of_several_fields_one_is_read_with_a_word(tmp_path, entry, text, answer, said):
+    """Once for the file, with the first place where it is so."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        questions, faults = read(tmp_path, json.dumps([entry, entry]).encode(), "q.json")
+    assert questions == [Question(1, text, answer), Question(2, text, answer)]
+    assert faults == []
+    assert [str(one.message) for one in caught] == [
+        f"{tmp_path / 'q.json'}: {line} (first in entry 1)" for line in said
+    ]
+
+
+def test_a_final_answer_is_what_follows_the_mark(tmp_path):
+    """GSM8K's form; four hashes inside a text, or a heading that more lines follow, are text."""
+    answers = ["2 + 2 = <<2+2=4>>4\n#### 4", "x\n#### 1,450\n", "#### -3", "a #### b", "#### 1\nnot yet", "###  4"]
+    got = [read_one(tmp_path, {"question": "?", "answer": answer}).answer for answer in answers]
+    assert got == ["4", "1,450", "-3", "a #### b", "#### 1\nnot yet", "###  4"]
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        ["A. three", "B. four", "C. five"],
+        ["(A) three", "(B) four", "(C) five"],
+        {"A": "three", "B": "four", "C": "five", "D": None},
+        {"text": OPTIONS, "label": ["A", "B", "C"]},
+        json.dumps(OPTIONS),
+        repr(OPTIONS),
+    ],
+    ids=["texts", "with letters", "in brackets", "by letter", "ARC", "a cell with JSON", "a cell of Python"],
+)
+@pytest.mark.parametrize("answer", ["B", "b", "B.", "(B)", "four", " Four ", "B. four", 1, "1"])
+def test_options_are_listed_below_the_question_and_answers_are_letters(tmp_path, options, answer):
+    for name in ("options", "choices"):
+        entry = {"question": "2 + 2?\n", name: options, "answer": answer}
+        assert read_one(tmp_path, entry) == Question(1, LISTED, "B")
+
+
+def test_options_in_columns_of_their_own(tmp_path):
+    entry = {"Question": "2 + 2?", "A": "three", "B": "four", "C": "five", "Answer": "C"}
+    assert read_one(tmp_path, entry) == Question(1, LISTED, "C")
+    said = fault_of(tmp_path, entry | {"A": [1]})
+    assert said.startswith('entry 2 has "A, B, C" that are no options')
+    assert fault_of(tmp_path, entry | {"E": "x"}) == "entry 2 has the options A, B, C, E, with a gap between them"
+    for others in ({"A": "a field of somebody's"}, {"B": 1, "C": 2}, {"a": 1, "b": 2}):
+        assert read_one(tmp_path, {"question": "2 + 2?", **others}) == Question(1, "2 + 2?")
+
+
+def test_numbers_as_labels_and_as_options(tmp_path):
+    arc = {"question": "2 + 2?", "choices": {"text": OPTIONS, "label": ["1", "2", "3"]}, "answerKey": "3"}
+    assert read_one(tmp_path, arc) == Question(1, "2 + 2?\n1. three\n2. four\n3. five", "3")
+    # A number is a place, as in MMLU, where the options are texts of numbers.
+    mmlu = {"question": "Order of 3?", "choices": ["8", "2", "24", "120"], "answer": 2}
+    assert read_one(tmp_path, mmlu).answer == "C"
+    said = fault_of(tmp_path, mmlu | {"answer": "2"})
+    assert said == 'entry 2 has the "answer" "2", which may be any of B, C; give the letter'
+    assert fault_of(tmp_path, mmlu | {"choices": [8, 2, 24, 120]}).endswith("may be any of B, C; give the letter")
+    assert read_one(tmp_path, mmlu | {"choices": [8, 2, 24, 120], "answer": 24}).answer == "C"
+
+
+def test_options_that_the_question_lists_are_not_listed_again(tmp_path):
+    """However an option is wrapped: one of the published MedQA ends in a line of its own."""
+    options = ["A. one", 'B. one two\n"']
+    text = 'Which?"\nA. one\nB. one two\n"\nChoose the correct option.'
+    assert read_one(tmp_path, {"query": text, "options": options, "answer": 'one two\n"'}) == Question(1, text, "B")
+    wrapped = 'Which?\nA.  one\nB. one\n   two\n"'
+    assert read_one(tmp_path, {"query": wrapped, "options": options}).text == wrapped
+    part = "Which?\nA. one\nB. one two and more"  # no option of these
+    assert read_one(tmp_path, {"query": part, "options": options}).text == f'{part}\nA. one\nB. one two\n"'
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"options": OPTIONS, "answer": "six"}, 'the "answer" "six", which is none of its options; supported are "A", "B"'),
+        ({"options": OPTIONS, "answer": 3}, 'the "answer" "3", which is none of its options'),
+        ({"options": ["same", "same"], "answer": "same"}, 'the "answer" "same", which may be any of A, B'),
+        ({"options": "yes or no"}, '"options" that are no options; supported are lists of up to 26 texts or numbers'),
+        ({"choices": ["a", ["b"]]}, '"choices" that are no options'),
+        ({"choices": ["a", None]}, '"choices" that are no options'),
+        ({"choices": ["x"] * 27}, '"choices" that are no options'),
+        ({"choices": 3}, '"choices" that are no options'),
+        ({"choices": {"text": OPTIONS, "label": ["A"]}}, '"choices" that are no options'),
+        ({"options": ["a", "\ud83d"]}, "\"options\" of which one holds '\\ud83d'"),
+    ],
+)  # fmt: skip
+def test_faults_of_options_are_named(tmp_path, more, said):
+    assert fault_of(tmp_path, {"question": "2 + 2?", **more}).startswith(f"entry 2 has {said}")
+
+
+def test_many_fields_and_long_names_make_no_long_message(tmp_path):
+    said = fault_of(tmp_path, {f"{'field' * 100}{number}": 1 for number in range(5000)})
+    assert said.endswith("and 4,992 more")
+    assert len(said) < 600
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------
+
+TABLE = [{"question": "One?", "answer": "1"}, {"question": 'He said "2,\n3"', "answer": "x\n#### 23"}]
+WANT = [Question(1, "One?", "1"), Question(2, 'He said "2,\n3"', "23")]
+
+
+def as_csv(rows):
+    paper = io.StringIO()
+    writer = csv.DictWriter(paper, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return paper.getvalue().encode()
+
+
+def as_parquet(tmp_path, rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    return (tmp_path / "rows.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte-order mark"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("q.jsonl", "\n".join(map(json.dumps, TABLE)).encode()),
+        ("q.json", json.dumps(TABLE).encode()),
+        ("q", b"\n " + json.dumps(TABLE, indent=2).encode() + b"\n"),
+        ("q.csv", as_csv(TABLE)),
+        ("Q.CSV", as_csv(TABLE).replace(b"\r\n", b"\n") + b"\n ,\n"),
+    ],
+    ids=["lines", "array", "array over lines", "csv", "csv of another system"],
+)
+def test_formats(tmp_path, name, data, mark):
+    assert read(tmp_path, mark + data, name) == (WANT, [])
+
+
+def test_parquet(tmp_path):
+    """By what is in it, whatever its name; options as lists, too."""
+    rows = [{**row, "choices": OPTIONS, "answer": 1, "image": b"\x00"} for row in TABLE]
+    questions, faults = read(tmp_path, as_parquet(tmp_path, rows), "q.data")
+    assert faults == []
+    assert [question.text for question in questions] == [row["question"] + LISTED[6:] for row in TABLE]
+    assert [question.answer for question in questions] == ["B", "B"]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pyarrow.* is not installed: pip install 'latentmas-kernels\[data\]'"):
+        read(tmp_path, b"PAR1 and more")
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    data = as_parquet(tmp_path, TABLE)
+    with pytest.raises(ValueError, match=r"questions\.jsonl is not a Parquet file that can be read \(") as caught:
+        read(tmp_path, data[: len(data) // 2])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_without_questions_names_its_columns(tmp_path, kind):
+    rows = [{"text": "One?", "gold": "1"}]
+    data = as_csv(rows) if kind == "csv" else as_parquet(tmp_path, rows)
+    with pytest.raises(ValueError, match='has the columns "text", "gold"; one of them must be question, .* or prompt$'):
+        read(tmp_path, data, f"q.{kind}")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'q\.csv has more than one column "question"'):
+        read(tmp_path, b"question,Question\na,b\n", "q.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b"Well, is it?,yes", "has 3 cells where the first row has 2; put text with commas into quotes"),
+        (b',"no question"', "has an empty question"),
+        (b"\xff,1", "has a \"question\" that holds '\\udcff' at character 1, half a surrogate pair or a byte"),
+        (b'"a"b,1', "is not CSV ("),
+    ],
+)
+def test_a_broken_row_is_named_and_the_others_are_read(tmp_path, row, said):
+    data = b'question,answer\n"over\ntwo lines",1\n' + row + b"\nlast,3\n"
+    questions, faults = read(tmp_path, data, "q.csv")
+    assert questions == [Question(1, "over\ntwo lines", "1"), Question(3, "last", "3")]
+    assert len(faults) == 1
+    assert faults[0].startswith(f"row 2 (line 4) {said}")
+
+
+def test_a_quote_that_is_not_closed_is_no_long_question(tmp_path):
+    questions, faults = read(tmp_path, b'question,answer\nfirst,1\n"second,2\nthird,3\n', "q.csv")
+    assert questions == [Question(1, "first", "1")]
+    assert len(faults) == 1
+    assert "is not CSV (unexpected end of data)" in faults[0]
+
+
+def test_a_cell_may_be_long(tmp_path):
+    limit = csv.field_size_limit()
+    text = "word " * 50_000
+    assert read(tmp_path, b"question\n" + text.encode(), "q.csv") == ([Question(1, text)], [])
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'[{"question": "a"},\n{"question" "b"}]', r"is not JSON \(Expecting ':' delimiter at line 2, column 13\)"),
+        (b"[\n\xff]", r"is not UTF-8 \(byte 0xff in line 2\)"),
+        (b"[" * 100_000, r"is not JSON that can be read \(nested too deeply\)"),
+        (b"[]", "holds no questions"),
+    ],
+)
+def test_an_array_that_cannot_be_read_is_one_line(tmp_path, data, said):
+    with pytest.raises(ValueError, match=rf"q\.json {said}"):
+        read(tmp_path, data, "q.json")
+
+
+def test_an_object_over_several_lines_is_one_entry(tmp_path):
+    """As pretty printers write it: not a line of JSON each, and not a fault for each of them."""
+    text = json.dumps({"question": "One?", "answer": 1}, indent=2).encode()
+    assert read(tmp_path, text, "q.json") == ([Question(1, "One?", "1")], [])
+    questions, faults = read(tmp_path, json.dumps({"data": [{"question": "One?"}]}, indent=2).encode(), "q.json")
+    assert questions == []
+    assert len(faults) == 1
+    assert faults[0].endswith('q.json has no "question" (nor query, problem, prompt); it has "data"')
 
 
 def test_the_sample_comes_with_the_package():

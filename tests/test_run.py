@@ -529,6 +529,22 @@ def test_values_of_other_types_are_refused(make, words):
         make()
 
 
+@pytest.mark.parametrize("prompts", [["Answer."], ["{{question}}"], ["Plan.", "{notes}"]])
+def test_a_chain_in_which_nobody_gets_the_question_is_refused(prompts):
+    agents = [Agent(f"agent{number}", prompt, max_new_tokens=2) for number, prompt in enumerate(prompts)]
+    with pytest.raises(
+        ValueError, match=r"nobody gets the question: no agent of 'agent0'.* has \{question\} in its prompt"
+    ):
+        Chain(MODEL, character_tokenizer(None), agents)
+    Chain(MODEL, character_tokenizer(None), [Agent("first", "{question}", max_new_tokens=2), *agents])
+
+
+def test_half_a_character_in_a_question_is_named(model, tokenizer):
+    chain = Chain(model, tokenizer, [JUDGER])
+    with pytest.raises(ValueError, match=r"^question 2 holds '\\ud83d' at character 5, half a surrogate pair"):
+        chain.run(["Why?", "Why \ud83d"])
+
+
 def test_agents_in_several_calls_have_seconds_and_numbers_of_their_own(model, tokenizer, monkeypatch):
     """A thinker beside a writer: its steps are not charged with the text, and each is told of by its number. On a clock that
     ticks when it is looked at, all seconds but the first and the last are somebody's."""

@@ -175,7 +175,7 @@ def test_where_thoughts_cannot_cross_text_is_offered(narrow, tokenizer, what):
 
 
 def test_a_model_that_was_not_given_is_named(narrow, tokenizer, wide):
-    agents = [Agent("judger", "Answer.", max_new_tokens=4, model="big")]
+    agents = [Agent("judger", "{question}", max_new_tokens=4, model="big")]
     with pytest.raises(ValueError, match=r"on model 'big', which the chain was not given; given are \['wide'\]"):
         Chain(narrow, tokenizer, agents, models={"wide": (wide, tokenizer)})
 

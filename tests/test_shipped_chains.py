@@ -26,7 +26,7 @@ def test_shipped_chains_are_read_by_name(monkeypatch, tmp_path):
 
 def test_a_file_comes_before_a_shipped_name_and_a_folder_does_not(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    Path("debate").write_text("agents:\n" + JUDGER)
+    Path("debate").write_text("agents:\n" + JUDGER.replace("Answer.", "Answer {question}."))
     Path("single").mkdir()
     assert [agent.name for agent in read_chain("debate").agents] == ["judger"]
     assert len(read_shipped("debate").agents) == 3

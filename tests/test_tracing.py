@@ -96,6 +96,11 @@ def test_table_of_one_thought():
     ]
 
 
+def test_a_question_in_the_table_steers_no_terminal():
+    got = lines([AgentTrace("plan\x1b[2Jner", trace_by_hand([[[0]]]))], ["why\x1b[2J?"])
+    assert got[:3] == ["Question 1 why\\x1b[2J?", "", "plan\\x1b[2Jner 1 step"]
+
+
 def test_a_table_per_question_and_agent():
     """Rows show the steps that they took, and no more."""
     planner = trace_by_hand([[[0]] * 3, [[3]] * 3], steps=[3, 1])

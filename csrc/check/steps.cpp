@@ -84,6 +84,7 @@ struct Model {
       layer.gate_up_bias = vector(2 * s.intermediate, 0);
       layer.down = weight(s.width, s.intermediate);
       layer.window = i ? s.window : 0;
+      layer.slot = i;
       layers.push_back(layer);
     }
     decoder.dtype = dtype;

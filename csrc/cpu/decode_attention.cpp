@@ -145,7 +145,7 @@ std::int64_t room(const Step& step, bool split) {
 }
 
 template <typename T>
-void attend(const Step& step, const Layer& layer, std::int64_t index, bool everybody, bool split, const Member& me) {
+void attend(const Step& step, const Layer& layer, bool everybody, bool split, const Member& me) {
   const Decoder& d = *step.decoder;
   const Memory& m = step.memory;
   const std::int64_t count = everybody ? step.entries.count : step.entries.wanted_count;
@@ -158,7 +158,7 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t entry = entry_of(step, everybody, i), row = step.entries.row[entry];
       const Range seen = seen_by(step, layer, entry);
-      const std::int64_t at = index * m.layer_stride + row * m.row_stride + kv * m.head_stride;
+      const std::int64_t at = layer.slot * m.layer_stride + row * m.row_stride + kv * m.head_stride;
       const T* keys = static_cast<const T*>(m.keys) + at;
       const T* values = static_cast<const T*>(m.values) + at;
       // Parts are either borrowed or the row's own.
@@ -195,11 +195,11 @@ void attend(const Step& step, const Layer& layer, std::int64_t index, bool every
 
 }  // namespace
 
-void decode_attention(const Step& step, const Layer& layer, std::int64_t index, bool all, bool split, const Member& me) {
+void decode_attention(const Step& step, const Layer& layer, bool all, bool split, const Member& me) {
   if (step.decoder->dtype == DType::f32)
-    attend<float>(step, layer, index, all, split, me);
+    attend<float>(step, layer, all, split, me);
   else
-    attend<bf16>(step, layer, index, all, split, me);
+    attend<bf16>(step, layer, all, split, me);
 }
 
 void merge_parts(const Step& step, const Layer& layer, bool everybody, bool split, std::int64_t i, float* out) {

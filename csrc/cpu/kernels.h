@@ -49,6 +49,7 @@ struct Layer {
   Weight down;
   Vector down_bias;
   std::int64_t window;  // positions that a query sees, its own included; 0 is all
+  std::int64_t slot;    // its place among the layers of the memory
 };
 
 struct Decoder {

@@ -33,7 +33,7 @@ inline void narrow(const float* from, std::int64_t n, void* to, std::int64_t at)
 }
 
 // This member's heads of all entries: queries are rotated where they are, keys and values go to the memory.
-inline void rope_append(const Step& step, const Layer& layer, std::int64_t index, const Member& me) {
+inline void rope_append(const Step& step, const Layer& layer, const Member& me) {
   const Decoder& d = *step.decoder;
   const Memory& m = step.memory;
   const std::int64_t heads = d.query_heads + 2 * d.kv_heads;
@@ -49,7 +49,7 @@ inline void rope_append(const Step& step, const Layer& layer, std::int64_t index
     }
     if (is_query) continue;
     const std::int64_t kv_head = (head - d.query_heads) % d.kv_heads;
-    const std::int64_t at = index * m.layer_stride + step.entries.row[e] * m.row_stride + kv_head * m.head_stride +
+    const std::int64_t at = layer.slot * m.layer_stride + step.entries.row[e] * m.row_stride + kv_head * m.head_stride +
                             step.entries.slot[e] * d.head_dim;
     void* store = is_value ? m.values : m.keys;
     d.dtype == DType::f32 ? narrow<float>(x, d.head_dim, store, at) : narrow<bf16>(x, d.head_dim, store, at);

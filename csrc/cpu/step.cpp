@@ -153,11 +153,11 @@ void layers(const Step& step, const Member& me) {
     Operand operand = prepare(step, layer.qkv, step.entries.count, me, Normed{step, layer.input_gain});
     product(layer.qkv, operand, Result{s.qkv, qkv_width, layer.qkv_bias, d.dtype, false, false}, me, own);
     me.wait();
-    rope_append(step, layer, index, me);
+    rope_append(step, layer, me);
     if (!all) gather_wanted(step, me);
     me.wait();
     if (rows == 0) return;
-    decode_attention(step, layer, index, all, split, me);
+    decode_attention(step, layer, all, split, me);
     me.wait();
     operand = prepare(step, layer.output, rows, me, Attended{step, layer, all, split});
     product(layer.output, operand, Result{s.x, d.width, layer.output_bias, d.dtype, true, false}, me, own);

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.architecture import Architecture, in_short
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines import cuda, generic, native
 from latentmas_kernels.engines.cuda import CudaEngine
@@ -27,10 +27,12 @@ class Engine(Protocol):
 
     Attributes:
         name: for metrics.
+        architecture: of the model that it runs.
         own_threads: whether it computes on CPU threads of its own, which torch's would be in the way of.
     """
 
     name: str
+    architecture: Architecture
     own_threads: bool
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
@@ -38,7 +40,8 @@ class Engine(Protocol):
 
         Returns:
             For each row's last position the logits [B, V] (the lm_head runs on nothing else), or, with logits=False,
-            the state after the final norm [B, D] (the lm_head does not run).
+            the state after the final norm [B, D] (the lm_head does not run). V counts the tokens that have an input
+            embedding: rows of the lm_head beyond those are padding, which no text or thought can hold.
         """
         ...
 
@@ -123,7 +126,17 @@ def check_engine_options(engine: str, weights: str) -> None:
 
 
 def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, weights: str = "model") -> Engine | str:
-    """The engine that is faster than transformers' own loop for this model, or, as a clause, why there is none."""
+    """The engine that is faster than transformers' own loop for this model, or, as a clause, why there is none.
+
+    Whatever goes wrong while one is set up is a reason: no engine has done anything yet.
+    """
+    try:
+        return _fast_engine(engine, model, architecture, weights)
+    except Exception as error:
+        return f"setting up its engine ended in {in_short(error)}"
+
+
+def _fast_engine(engine: str, model: nn.Module, architecture: Architecture, weights: str) -> Engine | str:
     if weights == "int8":
         if engine not in ("auto", "native"):
             return f"engine={engine!r} was asked for"

@@ -45,7 +45,7 @@ class State:
     """What is kept between calls for one model: static tensors and graphs. Lives as long as the model."""
 
     def __init__(self, weights: Weights, architecture: Architecture, target: Target, capture: Capture) -> None:
-        self.addresses, self.architecture, self.target, self.capture = weights.addresses, architecture, target, capture
+        self.key, self.architecture, self.target, self.capture = weights.key, architecture, target, capture
         self.buckets = list(BUCKETS)
         self.steps: dict[int, Step] = {}
         self.graphs: dict[tuple, tuple[Replay, Aligner | None]] = {}
@@ -139,7 +139,7 @@ class CudaEngine:
         self.eager, self.architecture = EagerEngine(model, architecture), architecture
         self.weights = read_weights(model, architecture)
         state = _states.get(model)
-        if state is None or state.addresses != self.weights.addresses:
+        if state is None or state.key != self.weights.key:
             on_cuda = architecture.device.type == "cuda"
             capture = CudaGraphs(architecture.device) if on_cuda else PlainCalls()
             state = State(self.weights, architecture, target_of(architecture.device), capture)

@@ -34,14 +34,18 @@ class EagerEngine:
         # The model's own forward is asked for logits, since some scale or cap them after the lm_head.
         with self._inputs(cache, prompt) as inputs:
             if logits:
-                return self.model(**inputs, logits_to_keep=1).logits[:, -1]
+                return self.of_tokens(self.model(**inputs, logits_to_keep=1).logits)
             return self.decoder(**inputs).last_hidden_state[:, -1]
 
     def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """As extend: states [B, D] and logits [B, V]. All layers' states are collected on the way."""
         with self._inputs(cache, prompt) as inputs:
             result = self.model(**inputs, logits_to_keep=1, output_hidden_states=True)
-        return result.hidden_states[-1][:, -1], result.logits[:, -1]
+        return result.hidden_states[-1][:, -1], self.of_tokens(result.logits)
+
+    def of_tokens(self, logits: Tensor) -> Tensor:
+        """[B, V] of a forward's logits [B, 1, rows of the lm_head], which may have rows beyond those of the embedding."""
+        return logits[:, -1, : self.architecture.vocab_size]
 
     @contextmanager
     def _inputs(self, cache: LatentCache, prompt: Prompt) -> Iterator[dict[str, Any]]:
@@ -115,7 +119,7 @@ class _RaggedForward(Cache):
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3]) != expected:
                 raise ValueError(
-                    f"layer {layer_idx} writes {states.shape[1]} heads of width {states.shape[3]}, the configuration says "
+                    f"layer {layer_idx} writes {states.shape[1]} heads of width {states.shape[3]}, the cache is made for "
                     f"{expected[0]} of {expected[1]}; supported are models with one KV shape for all layers"
                 )
         self.cache.write(layer_idx, key_states, value_states, self.slots)

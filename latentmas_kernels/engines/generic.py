@@ -25,6 +25,7 @@ from latentmas_kernels.engines.graphs import CHECK_EVERY, Capture, CudaGraphs, P
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.thinking import Thinking, Thought, cosine
 from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.settings import settings_of
 
 SMALLEST_WINDOW = 256
 
@@ -88,7 +89,7 @@ class Window:
             "use_cache": True,  # type: ignore[dict-item]
         }
         if logits:
-            result = self.eager.model(**inputs, logits_to_keep=1).logits[:, -1]
+            result = self.eager.of_tokens(self.eager.model(**inputs, logits_to_keep=1).logits)
         else:
             result = self.eager.decoder(**inputs).last_hidden_state[:, -1]
         self.lengths += self.active
@@ -159,8 +160,8 @@ class _StaticForward(Cache):
 class _State:
     """What is kept between calls for one model: a window per size, and graphs."""
 
-    def __init__(self, addresses: tuple, capture: Capture) -> None:
-        self.addresses, self.capture = addresses, capture
+    def __init__(self, key: tuple, capture: Capture) -> None:
+        self.key, self.capture = key, capture
         self.windows: dict[tuple[int, int], Window] = {}
         self.graphs: dict[tuple[tuple[int, int], Aligner | None], Replay] = {}
         self.failed = False
@@ -178,11 +179,13 @@ class GenericEngine:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.eager, self.architecture = EagerEngine(model, architecture), architecture
-        addresses = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
+        # A graph has the addresses of all tensors in it, and all numbers that the host read while it was captured.
+        tensors = [*model.parameters(), *model.buffers()]
+        key = architecture, settings_of(model, leaves=True), *((t.data_ptr(), t.dtype) for t in tensors)
         state = _states.get(model)
-        if state is None or state.addresses != addresses:
+        if state is None or state.key != key:
             on_cuda = architecture.device.type == "cuda"
-            state = _State(addresses, CudaGraphs(architecture.device) if on_cuda else PlainCalls())
+            state = _State(key, CudaGraphs(architecture.device) if on_cuda else PlainCalls())
             _states[model] = state
         self.state = state
 
@@ -295,9 +298,8 @@ class GenericEngine:
             window = state.windows.get(size)
             if window is None:
                 window = state.windows[size] = Window(self.eager, *size)
-            width = (
-                self.eager.model.get_output_embeddings().weight.shape[0] if logits else self.architecture.hidden_size
-            )
+            a, rows = self.architecture, self.eager.model.get_output_embeddings().weight.shape[0]
+            width = min(rows, a.vocab_size) if logits else a.hidden_size
             seed = window.seeds.setdefault(width, window.embedding.new_zeros(cache.batch_size, width))
             if (size, aligner) not in state.graphs:
                 window.holds = None

@@ -24,6 +24,7 @@ from latentmas_kernels.weights import Layer, Weights, read_weights
 from latentmas_kernels.weights import why_not as why_not_packable
 
 PRODUCTS = ("qkv", "output", "gate_up", "down")
+NUMBERS = ("window", "slot")
 
 
 def why_not(model: Any, architecture: Architecture) -> str | None:
@@ -66,11 +67,12 @@ class State:
 
         def layer_of(layer: Layer) -> dict[str, Any]:
             given = vars(layer).items()
-            address = {name: 0 if t is None else t.data_ptr() for name, t in given if name not in (*PRODUCTS, "window")}
+            address = {name: 0 if t is None else t.data_ptr() for name, t in given if name not in (*PRODUCTS, *NUMBERS)}
             return {
                 **address,
                 **{name: product(getattr(layer, name)) for name in PRODUCTS},
                 "window": layer.window or 0,
+                "slot": layer.slot,
             }
 
         model = {
@@ -122,7 +124,7 @@ class NativeEngine:
         """
         self.architecture = architecture
         self.weights = read_weights(model, architecture)
-        key: tuple = self.weights.addresses
+        key = self.weights.key
         if int8:
             # Copies must follow a change in place as well, and tensors do not count one that goes through `.data` (merging a
             # LoRA does). Reading all weights once costs a call as much as one bfloat16 step.

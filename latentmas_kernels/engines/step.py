@@ -169,17 +169,17 @@ class Step:
 
     def _layers(self, w: Weights) -> None:
         target, scratch = self.target, self.scratch
-        for index, layer in enumerate(w.layers):
+        for layer in w.layers:
             product(
                 self.x, layer.qkv, self.qkv, gain=layer.input_gain, eps=w.eps, bias=layer.qkv_bias, target=target,
                 scratch=scratch,
             )  # fmt: skip
             rope_append(
                 self.qkv, self.queries, layer.query_gain, layer.key_gain, w.eps, w.inv_freq, w.attention_scaling,
-                self.memory, index, self.slots, self.positions, target=target,
+                self.memory, layer.slot, self.slots, self.positions, target=target,
             )  # fmt: skip
             decode_attention(
-                self.queries, self.memory, index, w.kv_heads, self.lengths, self.positions, layer.window, w.scale,
+                self.queries, self.memory, layer.slot, w.kv_heads, self.lengths, self.positions, layer.window, w.scale,
                 self.partials, self.mixed, target=target, lenders=self.lenders, borrowed=self.borrowed,
             )  # fmt: skip
             product(

@@ -147,12 +147,12 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
             f"got a {name}; accelerate takes a transformers model that can generate (a ...ForCausalLM). Of a wrapper, pass the "
             "model inside"
         )
-    if "generate" in vars(model):
-        raise ValueError(
-            f"this {name} has a generate() of its own on the object (from its repository, or set by hand), which would pass "
-            "the engines by; remove it with `del model.generate`"
-        )
     check_engine_options(engine, weights)
+    if "generate" in vars(model):
+        warn_once(
+            f"this {name} has a generate() of its own on the object (from its repository, or set by hand), which may pass the "
+            "engines by; remove it with `del model.generate`"
+        )
     options = {"engine": engine, "weights": weights, "aligner": aligner}
     with _swapping:
         present: Any = type(model)
@@ -166,11 +166,14 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
 def restore(model: Any) -> Any:
     """Undo `accelerate(model)`, and what the engines moved: every parameter has a storage of its own again.
 
+    A model that was not accelerated is given back its storages as well: `latent_generate`, `generate` and `ModelWrapper` move
+    them too. Tools that save by storage (safetensors' `save_model`, huggingface_hub's `save_torch_model`) need that.
+
     Returns:
-        The same object, of its original class. A model that is not accelerated is left as it is.
+        The same object, of its original class.
     """
     with _swapping:
         if isinstance(model, _Accelerated):
             model.__class__ = type(model)._original
-            unmerge(model)
+        unmerge(model)
     return model

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
+    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
@@ -21,10 +22,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from latentmas_kernels.architecture import cache_argument
+from latentmas_kernels.architecture import Architecture, cache_argument
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.cache_from_hf import PLAIN_LAYERS
 from latentmas_kernels.engines import Decoding
+from latentmas_kernels.padded_cache import PaddedCache, real_columns
 
 # What generate() and its loops call the cache.
 CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)
@@ -60,10 +62,15 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return "it drafts for another model (assisted decoding)"
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return "attentions or hidden states of every step were asked for"
+    if _records(generation_config) and _has_padded_head(model):
+        return "scores of tokens that have no input embedding were asked for (its lm_head has more rows)"
     if generation_config.prefill_chunk_size is not None:
         return "prefill_chunk_size was asked for"
-    if torch.is_autocast_enabled(model.device.type):
+    # A model on "meta" was offloaded, which no engine covers: autocast, unknown there, is nothing to ask for.
+    if model.device.type != "meta" and torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
+    if getattr(type(model), "_original", type(model))._sample is not GenerationMixin._sample:
+        return "its decoding loop is one of its own (_sample)"
     prepares = model.prepare_inputs_for_generation
     if "prepare_inputs_for_generation" in vars(model) or not prepares.__module__.startswith("transformers."):
         return "its inputs are prepared by a function of its own (prepare_inputs_for_generation)"
@@ -72,7 +79,7 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
         return f"its forward gets {', '.join(other)}"
     past = inputs.get(CACHE)
     if past is not None and not isinstance(past, LatentCache):
-        if not type(past).__module__.startswith("transformers."):
+        if not isinstance(past, PaddedCache) and not type(past).__module__.startswith("transformers."):
             return f"its cache is a {type(past).__name__}, which may do something of its own"
         strange = sorted({type(layer).__name__ for layer in past.layers if type(layer) not in PLAIN_LAYERS})
         if strange:
@@ -91,6 +98,38 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
     return None
 
 
+def what_its_cache_drops(model: Any, architecture: Architecture) -> str | None:
+    """Why transformers' own loop would not answer what the model's forward does over the whole sequence, as a clause.
+
+    It makes its cache of the configuration alone. Where that names windows that no layer has, the cache forgets positions
+    which the layers attend to, and the answer depends on what was read in one piece.
+    """
+    if 0 not in architecture.slots:
+        return "its layer of layer_idx 0 was taken out, by which transformers counts what its cache holds"
+    try:
+        layers: list[Any] = DynamicCache(config=model.config).layers
+    except Exception as error:  # of a configuration that was edited by hand; the loop raises it too
+        return f"transformers makes no cache of its configuration ({type(error).__name__})"
+    for slot, window in zip(architecture.slots, architecture.windows, strict=True):
+        kept = layers[slot].sliding_window if slot < len(layers) and layers[slot].is_sliding else None
+        if kept is not None and (window is None or window > kept):
+            seen = "all" if window is None else window
+            return (
+                f"the cache of its configuration keeps {kept} positions of layer {slot}, whose code attends to {seen}"
+            )
+    return None
+
+
+def _records(config: GenerationConfig) -> bool:
+    return bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+
+
+def _has_padded_head(model: Any) -> bool:
+    said = getattr(model.get_output_embeddings(), "weight", None)
+    read = getattr(model.get_input_embeddings(), "weight", None)
+    return said is not None and read is not None and len(said) > len(read)
+
+
 def past_columns(past: Cache | None) -> int:
     """Columns of a cache, padding of a transformers cache included; of a LatentCache, its longest row."""
     if isinstance(past, LatentCache):
@@ -102,13 +141,22 @@ def known_columns(inputs: dict[str, Any]) -> int | None:
     """How many of the given columns are in the cache already; None where it cannot be told.
 
     transformers takes the whole conversation (the mask is as long as the ids; always so with embeddings), or the new tokens
-    only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers.
+    only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers; behind a
+    PaddedCache with padding it is, unless the mask begins with that padding.
     """
     embeds, past = inputs.get("inputs_embeds"), inputs.get(CACHE)
     given = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     held, seen = past_columns(past), _mask_columns(inputs)
     if isinstance(past, LatentCache):
         return 0 if seen in (given, held + given) else None
+    if (
+        isinstance(past, PaddedCache)
+        and seen == given
+        and (real := real_columns(past)) is not None
+        and not bool(real.all())
+    ):
+        repeats = given > held and torch.equal(mask_of(inputs)[:, :held].to(real.device) != 0, real)
+        return held if repeats else 0
     if seen == given > held:
         return held
     return 0 if seen == held + given and embeds is None else None

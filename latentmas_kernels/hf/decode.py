@@ -16,8 +16,9 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from latentmas_kernels.alignment import Aligner, build_aligner
-from latentmas_kernels.architecture import Architecture, UnsupportedModelError, check_finite_weights
+from latentmas_kernels.architecture import Architecture, UnsupportedModelError, check_finite_weights, in_short
 from latentmas_kernels.cache import LatentCache, NoRoomError
+from latentmas_kernels.cache_from_hf import append_columns
 from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, check_engine_options, fast_engine
 from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
@@ -29,6 +30,7 @@ from latentmas_kernels.hf.coverage import (
     most_new_tokens,
     own_loop,
     past_columns,
+    what_its_cache_drops,
     why_not,
 )
 from latentmas_kernels.prompt import Prompt, read_prompt
@@ -115,17 +117,15 @@ def decode(
     inputs = {"input_ids": input_ids, **model_kwargs}
     # transformers' loop cannot do these.
     needed = latent_steps > 0 or isinstance(inputs.get(CACHE), LatentCache)
-    try:
-        reason = why_not(model, generation_config, synced_gpus, inputs)
-        if reason is None:
-            architecture = Architecture.of(model)
-            runner = _engine(engine, model, architecture, weights, needed=needed)
-            if not isinstance(runner, str):
-                call = _Call(model, architecture, runner, inputs, generation_config, latent_steps, streamer)
-                return call.run(logits_processor, stopping_criteria, aligner)
-            reason = runner
-    except (UnsupportedModelError, NoRoomError) as error:  # both come before any work
-        reason = str(error)
+    chosen = _why_left(model, generation_config, synced_gpus, inputs) or _engine(engine, model, weights, needed=needed)
+    if isinstance(chosen, str):
+        reason = chosen
+    else:
+        call = _Call(model, chosen, inputs, generation_config, latent_steps, streamer)
+        ready = call.prepare(stopping_criteria, aligner)
+        if isinstance(ready, _Ready):
+            return call.run(ready, logits_processor, stopping_criteria)
+        reason = ready
     if latent_steps:
         raise ValueError(f"latent_steps={latent_steps} cannot be taken in this call, since {reason}")
     if needed:
@@ -147,8 +147,24 @@ def steps_of(latent_steps: int | None, generation_config: GenerationConfig) -> i
     return operator.index(asked)
 
 
-def _engine(engine: str, model: Any, architecture: Architecture, weights: str, *, needed: bool) -> Engine | str:
+def _why_left(model: Any, config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
+    """`why_not`, for which an error is a reason too."""
+    try:
+        return why_not(model, config, synced_gpus, inputs)
+    except Exception as error:
+        return f"looking at its inputs ended in {in_short(error)}"
+
+
+def _engine(engine: str, model: Any, weights: str, *, needed: bool) -> Engine | str:
     """The engine, or why transformers' own loop is as good: it is the eager engine's equal."""
+    try:
+        architecture = Architecture.of(model)
+        # What its cache keeps decides what transformers' own loop would answer; latent steps have no such loop.
+        dropped = None if needed else what_its_cache_drops(model, architecture)
+    except UnsupportedModelError as error:
+        return str(error)
+    if dropped is not None:
+        return dropped
     fast = "engine='eager' was asked for"
     if engine != "eager":
         chosen = fast_engine(engine, model, architecture, weights=weights)
@@ -163,51 +179,88 @@ def _engine(engine: str, model: Any, architecture: Architecture, weights: str, *
 
 
 @dataclass
+class _Ready:
+    """What a call has before any of its work is done.
+
+    Attributes:
+        prompt, columns: the new tokens; the mask [B, T] of their columns.
+        cache, held: what they are appended to, and the slots [B] that it came with.
+        most: new tokens at most.
+        outgoing: the transformers cache that goes out: the caller's, or the one that transformers made for this call.
+        aligner: of the latent steps, None without them.
+    """
+
+    prompt: Prompt
+    columns: Tensor
+    cache: LatentCache
+    held: Tensor
+    most: int
+    outgoing: Cache | None
+    aligner: Aligner | None
+
+
+@dataclass
 class _Call:
     """One call of the loop, on an engine that covers it."""
 
     model: Any
-    architecture: Architecture
     runner: Engine
     inputs: dict[str, Any]
     config: GenerationConfig
     latent_steps: int
     streamer: Any
 
-    def run(
-        self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, aligner: str | Aligner
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    def prepare(self, criteria: StoppingCriteriaList, aligner: str | Aligner) -> _Ready | str:
+        """Check and read all that the call needs and find it room; or, as a clause, why transformers has to run it.
+
+        Raises:
+            ValueError: for what the caller gave (ids, masks, an aligner), and for weights of NaN or Inf.
+        """
+        try:
+            return self._prepare(criteria, aligner)
+        except (UnsupportedModelError, NoRoomError) as error:
+            return str(error)
+        except ValueError:
+            raise
+        except Exception as error:
+            return f"setting up the call ended in {in_short(error)}"
+
+    def _prepare(self, criteria: StoppingCriteriaList, aligner: str | Aligner) -> _Ready:
         check_finite_weights(self.model)
+        architecture, mapped = self.runner.architecture, None
         if self.latent_steps:
-            if isinstance(aligner, str):
-                aligner = build_aligner(self.model, aligner)
-            aligner.check_fits(self.architecture)
+            mapped = build_aligner(self.model, aligner) if isinstance(aligner, str) else aligner
+            mapped.check_fits(architecture)
         input_ids, target = self.inputs["input_ids"], self.inputs.get(CACHE)
-        returned = bool(self.config.return_dict_in_generate)
         most = most_new_tokens(criteria, input_ids.shape[1])
         prompt, columns, past = self._read_prompt()
         held = torch.zeros_like(prompt.counts) if past is None else past.lengths
         capacity = int((held + prompt.counts).max()) + self.latent_steps + most - 1
-        cache = LatentCache.for_model(self.architecture, len(held), capacity) if past is None else past.take(capacity)
-        # The transformers cache that goes out: the caller's, or the one that transformers made for this call.
         outgoing: Cache | None = None
         if target is not None and not isinstance(target, LatentCache):
             is_callers = getattr(target, "_is_user_defined", False)
-            outgoing = target if is_callers or (returned and not self.latent_steps) else None
+            outgoing = target if is_callers or (self.config.return_dict_in_generate and not self.latent_steps) else None
+        cache = LatentCache.for_model(architecture, len(held), capacity) if past is None else past.take(capacity)
+        return _Ready(prompt, columns, cache, held, most, outgoing, mapped)
+
+    def run(
+        self, ready: _Ready, processors: LogitsProcessorList, criteria: StoppingCriteriaList
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        prompt, cache, held, outgoing = ready.prompt, ready.cache, ready.held, ready.outgoing
         with cache.transaction():
-            logits = self._read_and_think(cache, prompt, aligner)
+            logits = self._read_and_think(cache, prompt, ready.aligner)
             start = cache.lengths
             # Such a cache has padding behind ended rows, which transformers feeds: it is made the same.
-            spoken = self._speak(cache, logits, processors, criteria, most, feed_ended=outgoing is not None)
+            spoken = self._speak(cache, logits, processors, criteria, ready.most, feed_ended=outgoing is not None)
             if bool((cache.lengths > start).any()):
                 cache.add_segment("text", start)
         if self.streamer is not None:
             self.streamer.end()
         if outgoing is not None:
-            _append(cache, outgoing, held, columns, int(cache.lengths.max() - (held + prompt.counts).max()))
-        if not returned:
+            append_columns(cache, outgoing, held, ready.columns)
+        if not self.config.return_dict_in_generate:
             return spoken.sequences
-        if outgoing is None and (self.latent_steps or isinstance(target, LatentCache)):
+        if outgoing is None and (self.latent_steps or isinstance(self.inputs.get(CACHE), LatentCache)):
             outgoing = cache
         return GenerateDecoderOnlyOutput(
             sequences=spoken.sequences,  # type: ignore[arg-type]
@@ -223,25 +276,26 @@ class _Call:
         ids, embeds, mask = self.inputs["input_ids"], self.inputs.get("inputs_embeds"), mask_of(self.inputs)
         target = self.inputs.get(CACHE)
         past = target if isinstance(target, LatentCache) or past_columns(target) else None
+        device = self.runner.architecture.device
         if embeds is None:
-            ids = ids[:, known:].to(self.architecture.device)
+            ids = ids[:, known:].to(device)
         else:
-            ids, embeds = None, embeds[:, known:].detach().to(self.architecture.device)
-        prompt, own = read_prompt(self.architecture, ids, mask, embeds, past)
+            ids, embeds = None, embeds[:, known:].detach().to(device)
+        prompt, own = read_prompt(self.runner.architecture, ids, mask, embeds, past)
         given = ids if embeds is None else embeds
         return prompt, mask[:, -given.shape[1] :].cpu() != 0, own
 
-    def _read_and_think(self, cache: LatentCache, prompt: Prompt, aligner: str | Aligner) -> Tensor:
+    def _read_and_think(self, cache: LatentCache, prompt: Prompt, aligner: Aligner | None) -> Tensor:
         """Logits [B, V] behind the prompt and the latent steps."""
         runner, steps, start = self.runner, self.latent_steps, cache.lengths
-        seed = runner.extend(cache, prompt, logits=not steps or aligner.needs_logits)  # type: ignore[union-attr]
+        seed = runner.extend(cache, prompt, logits=aligner is None or aligner.needs_logits)
         cache.add_segment("prompt", start)
         check_finite_states(seed, "prompt")
-        if not steps:
+        if aligner is None:
             return seed
         start = cache.lengths
         thinking = Thinking(torch.full_like(start, steps))
-        latents = runner.think(cache, seed, aligner, thinking, None).latents  # type: ignore[arg-type]
+        latents = runner.think(cache, seed, aligner, thinking, None).latents
         # An engine's thinking ends with a hidden state. The last step once more, by the way that gives logits, as each model
         # makes them (some scale or cap them behind the lm_head).
         cache.crop(-1)
@@ -290,24 +344,3 @@ class _Call:
             ended = tokens[:, -1 - int(missing.max()) : -1]
             runner.extend(cache, Prompt(missing, ended), logits=False)
         return Spoken(sequences, new, new < total, None, None)
-
-
-def _append(cache: LatentCache, target: Cache, held: Tensor, columns: Tensor, more: int) -> None:
-    """Append to a transformers cache what `cache` has behind its first `held` slots.
-
-    Args:
-        held: [B], slots that came from `target`.
-        columns: bool [B, T], which columns of the prompt are real; the others become zeros there.
-        more: columns behind the prompt, the same in all rows.
-    """
-    prompt = held[:, None] + columns.long().cumsum(1) - 1
-    behind = (held + columns.sum(1))[:, None] + torch.arange(more)
-    slots = torch.cat([prompt.masked_fill(~columns, 0), behind], dim=1).to(cache.keys.device)
-    empty = torch.cat([~columns, torch.zeros_like(behind, dtype=torch.bool)], dim=1).to(cache.keys.device)
-
-    def picked(store: Tensor) -> Tensor:
-        index = slots[:, None, :, None].expand(-1, store.shape[1], -1, store.shape[3])
-        return store.gather(2, index).masked_fill_(empty[:, None, :, None], 0)
-
-    for layer in range(cache.keys.shape[0]):
-        target.update(picked(cache.keys[layer]), picked(cache.values[layer]), layer)

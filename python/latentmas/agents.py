@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from latentmas.characters import check_characters
 from latentmas.handover import EVERYTHING, HandOver
 
 PLACES = ("question", "notes")
@@ -63,10 +64,16 @@ class Agent:
         taken = [name for name in self.fields if name in PLACES]
         if taken:
             raise ValueError(f"agent {self.name!r}: {taken[0]!r} is filled in by the chain and cannot be a field")
+        for what, text in (("name", self.name), ("prompt", self.prompt), ("system", self.system), *self.fields.items()):
+            check_characters(text or "", f"agent {self.name!r}: {what}")
 
     @property
     def thinks(self) -> bool:
         return self.latent_steps is not None
+
+    @property
+    def reads_question(self) -> bool:
+        return "question" in self.places
 
     @property
     def reads_notes(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from latentmas.agents import Agent
 from latentmas.backends.fits import check_decoder
 from latentmas.backends.writing import Decoder, TextRequest, Written
+from latentmas.characters import check_characters
 from latentmas.decoded_stage import DecodedStage
 from latentmas.handover import EVERYTHING, Budget
 from latentmas.plan import SINK, Load, Plan
@@ -68,6 +69,8 @@ def check_request(questions: Sequence[str], temperature: float, top_p: float) ->
         raise ValueError("questions must be a list of strings; got one string: put it into a list")
     if not questions or not all(q.strip() for q in questions):
         raise ValueError("every question needs some text; got an empty one")
+    for number, question in enumerate(questions, start=1):
+        check_characters(question, "the question" if len(questions) == 1 else f"question {number}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
     if not 0 < top_p <= 1:

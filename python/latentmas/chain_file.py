@@ -20,6 +20,9 @@ from latentmas.yaml_lines import Faults, fault, meant, peek, quoted, shown
 LIMIT = 1000
 """Agents, groups and repeats of a chain after expansion, at most: aliases and repeats make much of little."""
 
+SHOWN_FAULTS = 50
+"""Lines of a message, at most, of faults; the others are counted."""
+
 ROUND = "round"
 
 
@@ -233,7 +236,14 @@ def _read(data: bytes, source: str, given: dict[str, Any]) -> ChainFile:
         steps = _steps(root, keys, "the chain", reading)
         check_chain(steps, reading.faults)
     if reading.faults:
-        raise ValueError("\n".join(f"{source}:{line}: {message}" for line, message in sorted(set(reading.faults))))
+        told = sorted(set(reading.faults))
+        if len(told) > SHOWN_FAULTS:
+            more = (
+                told[SHOWN_FAULTS][0],
+                f"and {len(told) - SHOWN_FAULTS:,} more faults from here on; mend those above first",
+            )
+            told = [*told[:SHOWN_FAULTS], more]
+        raise ValueError("\n".join(f"{source}:{line}: {message}" for line, message in told))
     groups = [[member.agent for member in step if member] for step in steps]
     agents = [group[0] if len(group) == 1 else group for group in groups]
     name, description = values.get("name", Path(source).stem), values.get("description", "").strip()

@@ -37,7 +37,8 @@ def check_places(prompt: yaml.Node, text: str, known: list[str], owner: str, fau
 
 
 def check_chain(steps: list[Step], faults: Faults) -> None:
-    """Note names that are there twice, notes that nobody wrote, thoughts that get lost, and an end that is no answer."""
+    """Note names that are there twice, notes that nobody wrote, thoughts that get lost, a question that nobody gets, and an end
+    that is no answer."""
     lines: dict[str, int] = {}
     written = False
     for before, step in pairwise([[], *steps]):
@@ -49,7 +50,23 @@ def check_chain(steps: list[Step], faults: Faults) -> None:
         _check_group(members, faults)
         written = written or any(member is None or not member.agent.thinks for member in step)
     if steps:
+        _check_question(steps, faults)
         _check_last(steps[-1], faults)
+
+
+def _check_question(steps: list[Step], faults: Faults) -> None:
+    members = [member for step in steps for member in step]
+    whole = [member for member in members if member]
+    if len(whole) == len(members) and not any(member.agent.reads_question for member in whole):
+        literal = next((member for member in whole if "{{question}}" in member.agent.prompt), None)
+        found = "no prompt has {question}, so that nobody gets the question"
+        if literal is not None:
+            found += f"; {{{{question}}}} of agent {literal.agent.name!r} writes it literally"
+        fault(
+            faults,
+            (literal or whole[0]).at("prompt"),
+            f"{found}; allowed is {{question}} in the prompt of an agent or more",
+        )
 
 
 def _check_name(member: Member, lines: dict[str, int], faults: Faults) -> None:

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
+
+from latentmas.characters import decoded, visible
+from latentmas.console import Terminal, print_json, working
+from latentmas.faults import shortened
 
 if TYPE_CHECKING:
     from latentmas.questions import Question
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-# Questions, answers and messages are shown as they are: brackets are no markup, colons no emoji.
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+out, err = Terminal(), Terminal(stderr=True)
+
+SHOWN_FAULTS = 5
+"""Questions that cannot be run and are named on the terminal; the others are counted."""
 
 ModelOption = Annotated[str | None, typer.Option(help="Local folder or hub name. Default: SmolLM2-135M-Instruct.")]
 
@@ -40,7 +44,8 @@ def run(
     questions: Annotated[
         str | None,
         typer.Option(
-            help='File of JSON lines with "question" and, optionally, "answer"; - for standard input, or: sample.'
+            help='File (JSON lines, a JSON array, CSV or Parquet) with "question" and, optionally, "answer" and "options"; '
+            "- for standard input, or: sample."
         ),
     ] = None,
     model: ModelOption = None,
@@ -101,6 +106,8 @@ def run(
 
     Without a question, the first one of the sample is asked.
     """
+    import torch
+
     from latentmas.arrangement import Arrangement
     from latentmas.backends.fits import check_linear
     from latentmas.backends.writing import EngineError
@@ -108,6 +115,7 @@ def run(
     from latentmas.chain import Chain, check_request
     from latentmas.chain_file import serial
     from latentmas.default_model import NAME, default_model_folder
+    from latentmas.free_cores import OtherProcesses
     from latentmas.loading import check_placement, load_model
     from latentmas.output import ResultsFile
     from latentmas.report import Report
@@ -115,8 +123,10 @@ def run(
     from latentmas.trace_file import TraceFile, check_trace_path
     from latentmas_kernels.alignment import KINDS
     from latentmas_kernels.engines import ENGINES, WEIGHTS
+    from latentmas_kernels.native import extension
 
     _quiet()
+    out.needed = output is None and trace is None  # else the file is what the run is for
     # What is known to be wrong is said before a model is loaded.
     _check_choice("--aligner", aligner, KINDS)
     _check_choice("--engine", engine, ENGINES)
@@ -161,10 +171,10 @@ def run(
             err.print(f"{len(done)} results are in {output}, {len(asked)} questions are left", soft_wrap=True)
         if done and not asked and not as_json:
             raise typer.Exit(2 if left_out else 0)
-        began = time.perf_counter()
-        with err.status("loading the model (the default one is fetched and converted the first time)"):
+        began, others = time.perf_counter(), OtherProcesses()
+        with working(err, "loading the model (the default one is fetched and converted the first time)"):
             loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-            others = {name: load_model(name, dtype=dtype, device=device) for name in arranged.models}
+            models = {name: load_model(name, dtype=dtype, device=device) for name in arranged.models}
         writer = None
         if vllm_settings is not None:
             from latentmas.backends.vllm import Vllm
@@ -172,21 +182,25 @@ def run(
             # What is on the stack ends then, too, vLLM's processes among it.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             last = serial(arranged.agents)[-1].model
-            with err.status("starting vLLM"):
+            with working(err, "starting vLLM"):
                 writer = stack.enter_context(
                     Vllm(
                         str(default_model_folder()) if last is None and model is None else str(last or model),
-                        loaded if last is None else others[last][0],
+                        loaded if last is None else models[last][0],
                         hand_over=hand_over or "kv", settings=vllm_settings,
                         folder=None if folder is None else Path(folder),
                     )
                 )  # fmt: skip
-        with err.status("setting up the chain, measuring how hidden states are best fed back"):
+        with working(err, "setting up the chain, measuring how hidden states are best fed back"):
             run_by = Chain(
                 loaded, tokenizer, arranged.agents, aligner=aligner, engine=engine, weights=weights,
-                handover_tokens=handover_tokens, budget=arranged.budget, models=others, decoder=writer,
+                handover_tokens=handover_tokens, budget=arranged.budget, models=models, decoder=writer,
             )  # fmt: skip
         setup = time.perf_counter() - began
+        kernels = extension()
+        crowded = others.warning(torch.get_num_threads() if kernels is None else kernels.threads())
+        if crowded is not None and loaded.device.type == "cpu":
+            _warn(crowded)
         asked, too_long = questions_that_fit(run_by, asked)
         _check_left_out(too_long, keep_going)
         left_out += too_long
@@ -223,7 +237,10 @@ def doctor(
 
     _quiet()
     report = look(load_skeleton(model) if model is not None else None)
-    out.print(json.dumps(report.to_dict(), indent=2) if as_json else str(report), soft_wrap=True)
+    if as_json:
+        print_json(out, report.to_dict())
+    else:
+        out.print(str(report), soft_wrap=True)
 
 
 @app.command()
@@ -297,8 +314,11 @@ def main() -> None:
     """Entry point: what the user can mend is one line and exit code 2, Ctrl-C is 130 (by typer)."""
     try:
         app()
+    except SystemExit as ended:
+        # Libraries end with 1 where nobody reads their help any more.
+        sys.exit(0 if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except (ValueError, OSError) as error:
-        err.print(Text("error: ", "bold red").append(str(error), "not bold default"), soft_wrap=True)
+        err.print(Text("error: ", "bold red").append(visible(str(error)), "not bold default"), soft_wrap=True)
         sys.exit(2)
 
 
@@ -317,7 +337,7 @@ def _quiet() -> None:
 
 
 def _warn(message: str) -> None:
-    err.print(Text("warning: ", "yellow").append(message, "none"), soft_wrap=True)
+    err.print(Text("warning: ", "yellow").append(visible(message), "none"), soft_wrap=True)
 
 
 def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
@@ -343,9 +363,9 @@ def _vllm_settings(
         raise ValueError(f"got --folder {folder}, which is no folder that can be written to; name one that is")
     try:
         read = json.loads(settings or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"got --vllm {settings}, which is no JSON ({error}); it takes an object of vLLM's settings"
+            f"got --vllm {str(settings)[:60]}, which is no JSON ({error}); it takes an object of vLLM's settings"
         ) from error
     if not isinstance(read, dict):
         raise ValueError(f"got --vllm {settings}; it takes an object of vLLM's settings")
@@ -360,8 +380,9 @@ def _check_at_least_one(option: str, got: int) -> None:
 def _check_left_out(faults: list[str], keep_going: bool) -> None:
     """Each as a warning where the others shall run, all in one error otherwise."""
     if faults and not keep_going:
-        raise ValueError("; ".join(faults) + ". Mend this, or run the other questions with --keep-going")
-    for fault in faults:
+        told = "; ".join(shortened(faults, SHOWN_FAULTS))
+        raise ValueError(f"{told}. Mend this, or run the other questions with --keep-going")
+    for fault in shortened(faults, SHOWN_FAULTS):
         _warn(f"left out: {fault}")
 
 
@@ -374,7 +395,7 @@ def _state(finished: int, asked: int, output: str | None) -> str:
 
 def _questions(question: str | None, source: str | None) -> tuple[list["Question"], list[str]]:
     """The questions to ask, and what is wrong with the lines that hold none."""
-    from latentmas.questions import SAMPLE, Question, read_questions
+    from latentmas.questions import SAMPLE, Question, read_questions, standard_input
 
     if question is not None and source is not None:
         raise ValueError("got a question and --questions; give one of them")
@@ -382,4 +403,6 @@ def _questions(question: str | None, source: str | None) -> tuple[list["Question
         return read_questions(source)
     if question is None:
         return read_questions(SAMPLE)[0][:1], []
-    return [Question(1, sys.stdin.read().strip() if question == "-" else question)], []
+    if question == "-":
+        question = decoded(standard_input(), "standard input").strip()
+    return [Question(1, question)], []

@@ -52,7 +52,7 @@ class DecodedStage(StageRun):
         self._read_again = [len(slots) for slots in fed]
         return [
             TextRequest(
-                self.ids[q][number][shared:], self.agents[number].max_new_tokens or 0, self.seat.end_ids,
+                self.ids[q][number][shared:], self.agents[number].max_new_tokens or 0, self.ends,
                 row=None if given is None else q, fed=fed[q], temperature=temperature, top_p=self.whole.top_p,
                 seed=int(torch.randint(2**31, ())) if temperature else 0,
             )

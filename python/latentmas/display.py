@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from latentmas.characters import visible
 from latentmas.progress import Progress
 
 REDRAWS_PER_SECOND = 8
@@ -37,7 +38,7 @@ class Display:
             title: what the batch is.
             others: tokenizer and end tokens of agents on other models, by the models' names.
         """
-        self.console, self.title = console, title
+        self.console, self.title = console, visible(title)
         self.speakers: dict[str | None, tuple[Any, Sequence[int]]] = {None: (tokenizer, end_ids)}
         self.speakers.update(others or {})
         self.live: Live | None = None
@@ -82,7 +83,7 @@ class Display:
             number = ", ".join(map(str, (progress.number, *progress.others)))
             unit = "steps" if progress.agent.thinks else "tokens"
             self.console.print(
-                f"  {progress.names} {does} {steps} {unit} ({number} of {progress.agents})", soft_wrap=True
+                f"  {visible(progress.names)} {does} {steps} {unit} ({number} of {progress.agents})", soft_wrap=True
             )
         self.progress, self.began, self.ids, self.ended, self.tokens = progress, 0.0, [], [], 0
 
@@ -94,16 +95,16 @@ class Display:
             return
         tokens = progress.tokens.tolist()
         self.ended = self.ended or [False] * len(tokens)
-        if not self.ended[0]:
+        ends = self.speakers[progress.agent.model][1]
+        if not self.ended[0] and tokens[0] not in ends:
             self.ids.append(tokens[0])
         self.tokens += self.ended.count(False)
-        ends = self.speakers[progress.agent.model][1]
         self.ended = [ended or token in ends for ended, token in zip(self.ended, tokens, strict=True)]
 
     def _line(self, progress: Progress, *, finished: bool = False) -> Text:
         seconds, thinks = time.perf_counter() - self.began if self.began else 0.0, progress.agent.thinks
         does = (" think" if thinks else " write") + ("s " if not progress.beside else " ")
-        line = Text(f"  {progress.names}", "bold").append(does, "not bold")
+        line = Text(f"  {visible(progress.names)}", "bold").append(does, "not bold")
         if not progress.step:
             return line.append("(reading its prompt)" if progress.steps else "", "not bold dim")
         line.append(f"{progress.step}/{progress.steps}", "not bold")
@@ -118,6 +119,6 @@ class Display:
         lines = [Text(self.title, "dim", overflow="ellipsis", no_wrap=True), *self.finished, self._line(self.progress)]
         if self.ids:
             tokenizer, _ = self.speakers[self.progress.agent.model]
-            text = Text(tokenizer.decode(self.ids, skip_special_tokens=True).strip())
+            text = Text(visible(tokenizer.decode(self.ids, skip_special_tokens=True).strip()))
             lines += text.wrap(self.console, max(self.console.width - 1, 1))[-TEXT_LINES:]
         return Group(*lines)

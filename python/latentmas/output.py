@@ -104,7 +104,7 @@ class ResultsFile:
             try:
                 result = json.loads(entry)
                 number, question, settings = result["number"], result["question"], result["settings"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path} line {line} is no result of latentmas run; name another file, or replace it with --overwrite"
                 ) from error

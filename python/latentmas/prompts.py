@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
+
+from latentmas_kernels.hf.chat import ChatTemplateError, ids_behind, render
 
 THOUGHT = "thought-in-hidden-states"
 """Stands in for the turn that was thought rather than written, so that the template shows what follows such a turn."""
@@ -26,19 +27,15 @@ def turn_ids(tokenizer: Any, text: str, *, first: bool, system: str | None = Non
         think: turns the template's thinking switch on, where it has one; otherwise it is turned off.
 
     Raises:
-        ValueError: where the template refuses a user's message, or does not show an assistant's as it is.
+        ChatTemplateError: a ValueError, where the template refuses a user's message, fails on it or does not show it, and
+            where it does not show an assistant's.
     """
     if not tokenizer.chat_template:
         text = _joined(system, text)
-        return (
-            tokenizer(text + "\n\n").input_ids
-            if first
-            else tokenizer("\n\n" + text + "\n\n", add_special_tokens=False).input_ids
-        )
-    rendered = (
-        _first_turn(tokenizer, text, system, think) if first else _later_turn(tokenizer, _joined(system, text), think)
-    )
-    return tokenizer(rendered, add_special_tokens=False).input_ids
+        return tokenizer(text + "\n\n").input_ids if first else ids_behind(tokenizer, "\n\n" + text + "\n\n")
+    if first:
+        return tokenizer(_first_turn(tokenizer, text, system, think), add_special_tokens=False).input_ids
+    return ids_behind(tokenizer, _later_turn(tokenizer, _joined(system, text), think))
 
 
 def has_thinking_switch(tokenizer: Any) -> bool:
@@ -63,17 +60,10 @@ def _joined(system: str | None, text: str) -> str:
 def _first_turn(tokenizer: Any, text: str, system: str | None, think: bool) -> str:
     if system:
         try:
-            rendered = _render(
-                tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": text}], think
-            )
-            if system.strip() in rendered:  # some templates drop it in silence
-                return rendered
-        except TemplateError:  # some refuse it (Gemma 2, Mistral 7B)
+            return _render(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": text}], think)
+        except ChatTemplateError:  # some refuse it (Gemma 2, Mistral 7B), some drop it in silence
             pass
-    try:
-        return _render(tokenizer, [{"role": "user", "content": _joined(system, text)}], think)
-    except TemplateError as error:
-        raise _refusal(error) from error
+    return _render(tokenizer, [{"role": "user", "content": _joined(system, text)}], think)
 
 
 def _later_turn(tokenizer: Any, text: str, think: bool) -> str:
@@ -85,14 +75,11 @@ def _later_turn(tokenizer: Any, text: str, think: bool) -> str:
         {"role": "assistant", "content": mark},
         {"role": "user", "content": text},
     ]
-    try:
-        _, found, rendered = _render(tokenizer, messages, think).partition(mark)
-    except TemplateError as error:
-        raise _refusal(error) from error
-    if not found or mark in rendered:
-        raise ValueError(
-            "the tokenizer's chat template does not render an assistant message as it is, so the end of a turn cannot "
-            "be found; set tokenizer.chat_template to one that does, or to None for plain text"
+    _, _, rendered = _render(tokenizer, messages, think).partition(mark)
+    if mark in rendered:
+        raise ChatTemplateError(
+            "the tokenizer's chat template writes an assistant's message twice, so the end of a turn cannot be found; set "
+            "tokenizer.chat_template to one that does not, or to None for plain text"
         )
     return rendered
 
@@ -100,13 +87,4 @@ def _later_turn(tokenizer: Any, text: str, think: bool) -> str:
 def _render(tokenizer: Any, messages: list[dict[str, str]], think: bool) -> str:
     # The switch has two names: enable_thinking (Qwen3, GLM, SmolLM3) and thinking (DeepSeek, Granite). Templates without it
     # ignore both.
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=think, thinking=think
-    )
-
-
-def _refusal(error: TemplateError) -> ValueError:
-    return ValueError(
-        f"the tokenizer's chat template refuses a conversation of user and assistant: {error}; set "
-        "tokenizer.chat_template to one that takes it, or to None for plain text"
-    )
+    return render(tokenizer, messages, add_generation_prompt=True, enable_thinking=think, thinking=think)

@@ -1,6 +1,5 @@
 """What a run leaves on standard output: answers as they come and a table of where the time went, or one JSON document."""
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ from rich.text import Text
 
 from latentmas.agents import Agent
 from latentmas.batches import records
+from latentmas.characters import visible
+from latentmas.console import print_json, print_whole
 from latentmas.questions import Question
 from latentmas.results import AgentMetrics, Answer, ChainResult
 from latentmas_kernels import Aligner
@@ -68,7 +69,7 @@ class Report:
                 "feedback": None if aligner is None else {"kind": aligner.kind, "reason": aligner.reason},
                 "left_out": list(left_out),
             }
-            self.console.print(json.dumps(document, indent=2), soft_wrap=True)
+            print_json(self.console, document)
         elif self.finished:
             self._print_table(setup)
             if aligner is not None:
@@ -76,16 +77,17 @@ class Report:
 
     def _print_answer(self, question: Question, answer: Answer) -> None:
         say = self.console.print
-        say(Text(f"Question {question.number} ", "bold").append(question.text, "not bold"), soft_wrap=True)
-        say(f"\n{answer.text}\n", soft_wrap=True)
+        say(Text(f"Question {question.number} ", "bold").append(visible(question.text), "not bold"), soft_wrap=True)
+        say(f"\n{answer.text}\n" if answer.text.strip() else Text("\n(the answer is empty)\n", "dim"), soft_wrap=True)
         if answer.finish_reason == "length":
             say(Text("(cut off by --max-new-tokens)\n", "dim"))
         if question.answer is not None:
-            say(Text(f"expected: {question.answer}\n", "dim"), soft_wrap=True)
+            say(Text(f"expected: {visible(question.answer)}\n", "dim"), soft_wrap=True)
 
     def _print_table(self, setup: float) -> None:
         """A row per agent and one for all, then the phases."""
-        table = Table("agent", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("agent", overflow="fold")
         sharing = any(agent.shared_tokens for agent in self.agents)
         for column in (
             "prompt tokens",
@@ -103,14 +105,14 @@ class Report:
             shared = [agent.shared_tokens] if sharing else []
             counts = (agent.prompt_tokens, *shared, agent.latent_steps, agent.new_tokens)
             table.add_row(
-                agent.agent, *map(str, counts), f"{agent.seconds:.2f}", step, f"{agent.kv_bytes / 2**20:.1f}",
+                visible(agent.agent), *map(str, counts), f"{agent.seconds:.2f}", step, f"{agent.kv_bytes / 2**20:.1f}",
                 f"{agent.seconds / self.seconds:.0%}",
             )  # fmt: skip
         if len(self.agents) > 1:
             names = ("prompt_tokens", *(["shared_tokens"] if sharing else []), "latent_steps", "new_tokens")
             sums = [self._sum(name) for name in names]
             table.add_row("all", *map(str, sums), f"{self._sum('seconds'):.2f}", style="bold")
-        self.console.print(table)
+        print_whole(self.console, table)
         phases = ", ".join(f"{phase} {self._sum(phase + '_seconds'):.2f} s" for phase in PHASES)
         self.console.print(f"\n{self.seconds:.2f} s: {phases}; {setup:.2f} s to load and set up", soft_wrap=True)
 

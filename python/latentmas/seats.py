@@ -9,6 +9,7 @@ from torch import Tensor
 from latentmas_kernels import Aligner, LatentCache, build_aligner, latent_generate
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines import open_engine
+from latentmas_kernels.hf.chat import text_ends
 
 
 @dataclass
@@ -44,9 +45,9 @@ class Seat:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text."""
-        ends = self.model.generation_config.eos_token_id
-        return (ends,) if isinstance(ends, int) else tuple(ends or ())
+        """Tokens that end a text: those of the model's generation_config, and the one with which the chat template ends an
+        assistant's message (a checkpoint may lack it there, and would write on into turns of its own)."""
+        return text_ends(self.model, self.tokenizer)
 
     @property
     def slot_bytes(self) -> int:

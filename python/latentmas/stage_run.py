@@ -15,6 +15,7 @@ from latentmas.tracing import AgentTrace
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.engines import open_engine
 from latentmas_kernels.generation import LatentOutput, Metrics
+from latentmas_kernels.hf.chat import without_end
 from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.segments import Kind, slots_of
 from latentmas_kernels.trace import trace_of
@@ -47,6 +48,7 @@ class StageRun:
 
     Attributes:
         prompts: per question and agent, token ids, without what is pending.
+        ends: tokens that end a text.
         ids: per question and agent, what it reads: what was pending, and its prompt.
         sayings: per question and agent, what it leaves.
         memory: that the agents go on from, and then what they leave; None where the chain's decoder keeps it to itself.
@@ -61,6 +63,7 @@ class StageRun:
         self.load = plan.loads[number]
         self.stage, self.agents = self.load.stage, self.load.stage.agents
         self.seat: Seat = self.chain.seats[self.stage.model]
+        self.ends = self.seat.end_ids  # once: the template is rendered for it
         self.last = number + 1 == len(plan.loads)
         self.prompts = prompts
         self.ids: list[list[list[int]]] = []
@@ -282,7 +285,7 @@ class StageRun:
         said = generate(
             self.seat.model, tokens, mask, past_key_values=cache.donate(), max_new_tokens=limit,
             do_sample=self.whole.temperature > 0, temperature=self.whole.temperature or 1.0, top_k=None, top_p=self.whole.top_p,
-            streamer=tell, engine=self.chain.engine, weights=self.chain.weights,
+            eos_token_id=self.ends, streamer=tell, engine=self.chain.engine, weights=self.chain.weights,
         )  # fmt: skip
         self._count(numbers, said.metrics)
         unfed = []
@@ -310,7 +313,8 @@ class StageRun:
     def _read_text(self, q: int, number: int, ids: list[int], reason: Literal["stop", "length"]) -> None:
         """Take down what an agent wrote."""
         row, agent, saying = self.rows[q], self.agents[number], self.sayings[q][number]
-        whole = self.seat.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        own = without_end(ids, self.ends)
+        whole = self.seat.tokenizer.decode(own, skip_special_tokens=True).strip()
         text = whole.rpartition("</think>")[2].strip()
         note, handed = text, None
         # What was written in few tokens is not counted again: another split of the same text is not worth a cut.

@@ -69,6 +69,11 @@ def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
             + (f"{stages[-1].names!r}, side by side" if stages and stages[-1].parallel else "")
             + ("" if stages else "no agents")
         )
+    if not any(agent.reads_question for stage in stages for agent in stage.agents):
+        raise ValueError(
+            f"nobody gets the question: no agent of {', '.join(map(repr, names))} has {{question}} in its prompt; put it into "
+            "one or more ({{question}} is the text {question})"
+        )
     joined = next((stage.names for stage in stages if stage.parallel and stage.names in names), None)
     if joined is not None:
         raise ValueError(

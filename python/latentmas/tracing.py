@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from latentmas.characters import visible
 from latentmas.questions import Question
 from latentmas_kernels.storage import whole_file
 from latentmas_kernels.trace import LatentTrace
@@ -58,12 +59,12 @@ def trace_table(
     console = Console() if console is None else console
     spellings = _spellings(traces, tokenizer)
     for row, question in _rows(traces, questions):
-        title = Text(f"Question {question.number} ", "bold").append(question.text, "not bold")
+        title = Text(f"Question {question.number} ", "bold").append(visible(question.text), "not bold")
         console.print(title, soft_wrap=True)
         for agent, spelling in zip(traces, spellings, strict=True):
             steps = agent.trace.steps[row]
             count = "1 step" if steps == 1 else f"{steps} steps"
-            console.print(Text(f"\n{agent.agent} ", "bold").append(count, "not bold dim"), soft_wrap=True)
+            console.print(Text(f"\n{visible(agent.agent)} ", "bold").append(count, "not bold dim"), soft_wrap=True)
             if steps:
                 console.print(_table(agent.trace, row, spelling))
         console.print()

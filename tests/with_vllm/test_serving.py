@@ -40,7 +40,7 @@ from latentmas_kernels.cache import NoRoomError
 SECONDS = 20.0
 QUESTION = [{"role": "user", "content": "Why?"}]
 THINKER, JUDGER = Agent("planner", "{question} Plan.", latent_steps=3), Agent("judger", "Answer.", max_new_tokens=6)
-WRITER = Agent("writer", "Draft.", max_new_tokens=4)
+WRITER, ASKED = Agent("writer", "Draft.", max_new_tokens=4), Agent("judger", "{question} Answer.", max_new_tokens=6)
 
 
 class House:
@@ -55,7 +55,7 @@ class House:
         self.chains = {
             name: Chain(model, self.tokenizer, agents, aligner="identity", decoder=self.upstream)
             for name, agents in {
-                "thinks": [THINKER, JUDGER], "mixes": [THINKER, WRITER, JUDGER], "alone": [JUDGER],
+                "thinks": [THINKER, JUDGER], "mixes": [THINKER, WRITER, JUDGER], "alone": [ASKED],
             }.items()
         }  # fmt: skip
         self.options = options

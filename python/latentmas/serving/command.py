@@ -20,6 +20,7 @@ from latentmas.backends.vllm_start import kv_config
 from latentmas.backends.writing import EngineError
 from latentmas.chain import Chain
 from latentmas.chain_file import ChainFile, read_chain, read_shipped, serial, shipped_chains
+from latentmas.console import working
 from latentmas.default_model import default_model_folder
 from latentmas.loading import load_model
 from latentmas.serving.child import Child
@@ -93,7 +94,7 @@ def serve(serving: Serving, console: Console) -> int:
         raise ValueError(f"--max-waiting must be 1 or more; got {serving.max_waiting}")
     files = _files(serving)
     with _listening(serving.host, serving.port) as address:
-        with console.status("loading the model, measuring how hidden states are best fed back"):
+        with working(console, "loading the model, measuring how hidden states are best fed back"):
             model, tokenizer = load_model(serving.model, dtype=serving.dtype, device=serving.device)
             upstream = _upstream(serving, model, tokenizer)
             child = None

@@ -1,0 +1,130 @@
+"""LegacyCache: a transformers cache as code from before transformers 5 takes it, by layers of (keys, values)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+from torch import Tensor
+from transformers import Cache
+
+from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.padded_cache import PaddedCache
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values of one layer, [B, kv_heads, columns, head_dim] each."""
+
+
+class LegacyCache(PaddedCache):
+    """A PaddedCache that can be indexed and iterated as a tuple of (keys, values), and made of one.
+
+    `past[0][0].shape[-2]`, `len(past)`, `for keys, values in past`, `key_cache`, `to_legacy_cache()`, `from_legacy_cache()` and
+    `crop(columns_to_keep)` do what they did in transformers 4. Columns of padding hold zeros, and are known by that.
+    """
+
+    @overload
+    def __getitem__(self, layer: int) -> Pair: ...
+    @overload
+    def __getitem__(self, layer: slice) -> tuple[Pair, ...]: ...
+    def __getitem__(self, layer: int | slice) -> Pair | tuple[Pair, ...]:
+        return self.to_legacy_cache()[layer]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.to_legacy_cache())
+
+    @property
+    def key_cache(self) -> list[Tensor]:
+        return [keys for keys, _ in self]
+
+    @property
+    def value_cache(self) -> list[Tensor]:
+        return [values for _, values in self]
+
+    def to_legacy_cache(self) -> tuple[Pair, ...]:
+        """Per layer (keys, values); the cache's own tensors, which nothing changes in place."""
+        layers: list[Any] = self.layers
+        return tuple((layer.keys, layer.values) for layer in layers)
+
+    @classmethod
+    def from_legacy_cache(cls, past_key_values: Sequence[Sequence[Tensor]] | None = None) -> "LegacyCache":
+        """A cache of such layers, as a rule some that were cut; an empty one from None.
+
+        The columns of each row that are not zeros have the positions 0, 1, 2, ... from here on, as in transformers: where
+        others were cut off before them, their keys stay rotated for the positions that they had.
+        """
+        if past_key_values is not None:
+            warn_once(
+                "from_legacy_cache: what was cut out of a memory by hand is taken to have the positions 0, 1, 2, ..., as the "
+                "published LatentMAS code takes it, under keys that were rotated for others; latent_only= and "
+                "sequential_info_only= of ModelWrapper.generate_latent_batch keep the same tokens exactly"
+            )
+        return cls.of(past_key_values or ())
+
+    @classmethod
+    def of(cls, layers: Sequence[Sequence[Tensor]]) -> "LegacyCache":
+        return cls(ddp_cache_data=[(layer[0], layer[1]) for layer in layers]) if len(layers) else cls()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in transformers; a positive number is, as in transformers 4, that of the columns to keep."""
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
+        super().crop(tokens_to_remove)
+
+
+CACHES: dict[str, type[PaddedCache]] = {"hf": PaddedCache, "legacy": LegacyCache}
+"""What ModelWrapper may give back in place of a LatentCache, by name."""
+
+
+def past_length(past: Any) -> int:
+    """Columns of a past, padding included: of any cache of transformers, or of a tuple of (keys, values); 0 for None. Of a
+    LatentCache the slots of its longest row."""
+    if past is None:
+        return 0
+    if isinstance(past, LatentCache):
+        return int(past.lengths.max())
+    if isinstance(past, Cache):
+        return int(past.get_seq_length())
+    return int(past[0][0].shape[-2]) if len(past) else 0
+
+
+def as_cache(past: Any) -> Cache | None:
+    """A past as a cache: an empty one of transformers is none, and a tuple of (keys, values) becomes a LegacyCache.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if past is None or isinstance(past, LatentCache):
+        return past
+    if not isinstance(past, (Cache, tuple, list)):
+        raise ValueError(
+            "past_key_values must be a LatentCache, another transformers Cache, or a tuple of (keys, values) by layer; got "
+            f"{type(past).__name__}"
+        )
+    if past_length(past) == 0:
+        return None
+    return past if isinstance(past, Cache) else LegacyCache.of(past)
+
+
+def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCache]) -> PaddedCache:
+    """A cache of that kind with the columns of `past`, which stays as it is; an empty one without a past.
+
+    Args:
+        past_mask: [B, columns], 0 for padding, which becomes zeros; None where the past knows it.
+
+    Raises:
+        ValueError: where layers keep less than all columns.
+    """
+    if past is None or past_length(past) == 0:
+        return kind()
+    if isinstance(past, LatentCache):
+        past = past.to_hf()
+    length, layers = int(past.get_seq_length()), list[Any](past.layers)
+    if any(not isinstance(layer.keys, Tensor) or layer.keys.shape[-2] < length for layer in layers):
+        raise ValueError(
+            f"past_key_values is a {type(past).__name__} whose layers do not keep all of its {length} columns, which cache="
+            "'hf' and cache='legacy' cannot give back; use cache='latent'"
+        )
+    pairs = [(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers]
+    if past_mask is not None and not bool((past_mask != 0).all()):
+        padding = (past_mask == 0)[:, None, :, None].to(pairs[0][0].device)
+        pairs = [(keys.masked_fill(padding, 0), values.masked_fill(padding, 0)) for keys, values in pairs]
+    return kind(ddp_cache_data=pairs)

@@ -1,0 +1,60 @@
+"""ModelWrapper's texts by vLLM, through the backend of the latentmas package, which is imported when it is asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from latentmas_kernels.hf.chat import text_ends, without_end
+
+SETTINGS = ("tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching")
+"""Of vLLM's engine, as the published command line names them."""
+
+
+def check_vllm() -> None:
+    """Raise ValueError, with what to do, where vLLM is not installed."""
+    from latentmas.backends.vllm_start import check_installed
+
+    check_installed()
+
+
+def start_vllm(name: str | None, model: Any, args: Any) -> Any:
+    """vLLM with the model of that name, as `latentmas.backends.vllm.Vllm`.
+
+    Args:
+        model: the same, as a causal LM of transformers.
+        args: a namespace; what it has of SETTINGS goes to vLLM's engine.
+
+    Raises:
+        ValueError: where vLLM cannot run this.
+    """
+    from latentmas.backends.vllm import Vllm
+
+    if not name:
+        raise ValueError(
+            "use_vllm=True needs a model that has a name (a folder or one on the hub), which vLLM loads too"
+        )
+    settings = {key: getattr(args, key) for key in SETTINGS if getattr(args, key, None) is not None}
+    return Vllm(name, model, hand_over="embeds", settings=settings)
+
+
+def write_texts(
+    vllm: Any,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> list[str]:
+    """Per prompt (token ids) its text, without special tokens and blanks around it. Draws seeds from torch's generator."""
+    from latentmas.backends.writing import TextRequest
+
+    ends = tuple(text_ends(model, tokenizer))
+    seeds = torch.randint(2**31, (len(prompts),)).tolist()
+    requests = [
+        TextRequest(list(prompt), max_new_tokens, ends, temperature=temperature, top_p=top_p, seed=seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    texts = [without_end(written.ids, ends) for written in vllm.write(None, requests)]
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]

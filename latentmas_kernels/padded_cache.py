@@ -1,0 +1,210 @@
+"""PaddedCache: a transformers DynamicCache that knows which of its columns are padding, row by row."""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, masking_utils
+
+
+class _Forward(NamedTuple):
+    """A forward whose mask was looked at: columns before it, and which of its own are real, bool [B, T]."""
+
+    start: int
+    real: Tensor
+
+
+class PaddedCache(DynamicCache):
+    """A DynamicCache in which columns of padding hold zeros as keys and values, in every layer.
+
+    No token has such keys and values, so the padding is known from the numbers alone: it stays known through `update`,
+    `reorder_cache`, `batch_select_indices`, `batch_repeat_interleave`, `crop`, copies, and for whoever cuts or gathers the
+    tensors by hand. Every row has the positions 0, 1, 2, ... over its real columns.
+
+    Where it is the past of a plain transformers model, `model(...)` and `model.generate(...)` alike, transformers' mask
+    functions ask it about the mask that they got: padding that the mask leaves out is filled in, and what would give other
+    texts is a ValueError (a mask that contradicts the cache, positions that were counted over padding). Needs layers that
+    keep all columns.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PaddedCache":
+        ask_about_masks()
+        return super().__new__(cls)
+
+    _forward: _Forward | None = None  # the last one whose mask was looked at
+
+    def attention_mask(self, new: Tensor | None = None) -> Tensor:
+        """int64 [B, columns (+ T)]: the mask of what is held, followed by the mask [B, T] of new tokens.
+
+        Raises:
+            ValueError: for an empty cache, whose rows are not known.
+        """
+        real = real_columns(self)
+        if real is None:
+            raise ValueError(
+                f"an empty {type(self).__name__} has no rows to mask; pass the mask of the new tokens alone"
+            )
+        return real.long() if new is None else torch.cat([real.long(), new.to(real.device).long()], dim=1)
+
+    def expect(self, real: Tensor) -> None:
+        """Say which of the columns that the next `update` of all layers brings are real, bool [B, T]."""
+        self._forward = _Forward(self.get_seq_length(), real)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers; columns that are padding are stored as zeros."""
+        columns, known = key_states.shape[2], self._forward
+        if known is None or known.real.shape[1] != columns or known.start != self.get_seq_length(layer_idx):
+            real = real_columns(self) if layer_idx == 0 else None
+            if real is not None and not bool(real.all()):
+                raise ValueError(
+                    f"this cache holds padding ({_counts(real)} tokens in {real.shape[1]} columns), and the model did not ask "
+                    "transformers' mask functions for a mask that leaves it out. Give transformers a mask of two dimensions, "
+                    "attention_mask=cache.attention_mask(new), or use latentmas_kernels.generate()"
+                )
+        elif not bool(known.real.all()):
+            padding = ~known.real[:, None, :, None].to(key_states.device)
+            key_states, value_states = key_states.masked_fill(padding, 0), value_states.masked_fill(padding, 0)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def look_at(
+        self, mask: Tensor | None, columns: int, positions: Tensor | None, window: int | None = None
+    ) -> Tensor | None:
+        """The mask that a forward over `columns` new columns must have, given the one that it got; remembers it for `update`.
+
+        Args:
+            mask: [B, columns] or [B, held + columns], 0 for padding, or None. One of four dimensions is the caller's own
+                affair, as in transformers, where nothing held is padding: its new columns count as real then.
+            positions: of the new columns, [1 or B, columns], or None where the model says nothing about them.
+            window: the configuration's sliding window. transformers counts it in columns, so padding between tokens uses it up.
+
+        Raises:
+            ValueError: where the mask contradicts what is held, positions were not counted over the real columns, or a window
+                would be used up.
+        """
+        held, self._forward = real_columns(self), None
+        two = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if isinstance(mask, Tensor) and two and self.get_seq_length() == 0:  # its first columns may be padding as well
+            held = torch.zeros(len(mask), 0, dtype=torch.bool, device=mask.device)
+        if held is None or (not two and bool(held.all())):
+            return mask
+        width = held.shape[1]
+        new = torch.ones(len(held), columns, dtype=torch.bool, device=held.device)
+        if mask is not None:
+            new_only, both = [len(held), columns], [len(held), width + columns]
+            if list(mask.shape) not in (new_only, both):
+                raise ValueError(
+                    f"attention_mask must be {new_only} (new tokens) or {both} (past + new) behind this cache of "
+                    f"{_counts(held)} tokens in {width} columns; got {list(mask.shape)}. attention_mask(new) of it gives "
+                    "the second"
+                )
+            given = mask.to(held.device) != 0
+            if given.shape[1] != columns:
+                check_agrees(held, given[:, :width])
+            new = given[:, -columns:]
+        full = torch.cat([held, new], dim=1)
+        self._forward = _Forward(width, new)
+        if bool(full.all()):
+            return mask
+        counted = (full.long().cumsum(1) - 1)[:, width:]
+        if positions is None:
+            if mask is None or mask.shape[1] == columns:
+                raise ValueError(
+                    f"the cache holds {_counts(held)} tokens in {width} columns, the others are padding, and this model makes "
+                    "no positions that could tell: pass attention_mask=cache.attention_mask(new)"
+                )
+        elif positions.shape[-1] != columns or bool((positions.to(held.device) != counted)[..., new].any()):
+            raise ValueError(
+                f"this forward has {columns} new columns and position_ids that begin with "
+                f"{positions[..., :1].flatten().tolist()}; behind {_counts(held)} cached tokens (of {width} columns, the "
+                "others are padding) each row's new tokens must begin there. Pass attention_mask=cache.attention_mask(new) to "
+                "generate(), which counts them from it, and to a plain forward position_ids as well: "
+                "(mask.cumsum(1) - 1)[:, -new.shape[1]:]"
+            )
+        _check_window(full, window)
+        return full.to(dtype=torch.int64)
+
+
+def real_columns(cache: Cache) -> Tensor | None:
+    """bool [B, columns] on the cache's device: which columns of each row are tokens, and not zeros that stand for padding.
+
+    The first and the last layer tell: a token whose embedding is zero has zeros as keys and values in the first one, and in no
+    other. None for an empty cache, and where some layer does not keep plain keys and values of all columns.
+    """
+    length = int(cache.get_seq_length()) if cache.layers else 0
+    layers: list[Any] = cache.layers
+    if not length or not all(_keeps(layer, length) for layer in layers):
+        return None
+    real: Any = False
+    for layer in (layers[0], layers[-1]):
+        for states in (layer.keys, layer.values):
+            real = real | (states[:, :, :length] != 0).any(-1).any(1).to(layers[0].keys.device)
+            if bool(real.all()):  # with the first one, as a rule
+                return real
+    return real
+
+
+def _keeps(layer: Any, length: int) -> bool:
+    states = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return all(isinstance(s, Tensor) and s.dim() == 4 and s.shape[2] >= length for s in states)
+
+
+def check_agrees(held: Tensor, given: Tensor) -> None:
+    """Raise ValueError where a mask over the past is not that of the padding that the cache holds; both bool [B, columns]."""
+    if not torch.equal(held, given.to(held.device)):
+        raise ValueError(
+            f"attention_mask has {_counts(given)} ones over the past, but the cache holds {_counts(held)} tokens in its "
+            f"{held.shape[1]} columns, the others are padding. Pass the mask of the new tokens alone, or past and new as "
+            "attention_mask(new) of the cache gives it"
+        )
+
+
+def _check_window(full: Tensor, window: int | None) -> None:
+    """Raise ValueError where a row, bool [B, columns], has padding between its tokens and is longer than the window."""
+    if not isinstance(window, int):
+        return
+    column = torch.arange(full.shape[1], device=full.device)
+    first, last = full.int().argmax(1), (full * column).argmax(1)
+    length = last - first + 1
+    wrong = (length > full.sum(1)) & (length > window)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(full[row].sum())} tokens in {int(length[row])} columns, with padding between them, and "
+            f"transformers counts the sliding window of {window} in columns: the padding would use it up. Give new tokens of "
+            "one length, or use latentmas_kernels.generate()"
+        )
+
+
+def _counts(real: Tensor) -> list[int]:
+    return real.sum(1).tolist()
+
+
+@functools.cache
+def ask_about_masks() -> None:
+    """Let transformers' mask functions show the mask that they got to caches with a `look_at`; other calls pass unchanged.
+
+    transformers itself asks a cache for sizes only, never for its padding. Where a later version has no such function, `update`
+    of a PaddedCache refuses padding.
+    """
+    original = getattr(masking_utils, "_preprocess_mask_arguments", None)
+    if original is None:
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, Cache) and hasattr(cache, "look_at"):
+                call = signature.bind(*args, **kwargs)
+                given = call.arguments
+                columns, positions = given["inputs_embeds"].shape[1], given.get("position_ids")
+                window = getattr(given["config"], "sliding_window", None)
+                given["attention_mask"] = cache.look_at(given["attention_mask"], columns, positions, window)
+                return original(*call.args, **call.kwargs)
+        return original(*args, **kwargs)
+
+    masking_utils._preprocess_mask_arguments = asked

@@ -1,0 +1,34 @@
+"""What text may hold that is no text: halves of characters, and codes that steer a terminal."""
+
+import re
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+# C0 and C1 controls but for the tab and the line feed, and what turns the direction of the text around it.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def check_characters(text: str, owner: str) -> None:
+    """Raise ValueError, which begins with `owner`, where text holds what no tokenizer takes."""
+    found = SURROGATE.search(text)
+    if found:
+        raise ValueError(
+            f"{owner} holds {found[0]!a} at character {found.start() + 1}, half a surrogate pair or a byte that is not "
+            "UTF-8; supported is Unicode text: write the character itself, or save the text as UTF-8"
+        )
+
+
+def visible(text: str) -> str:
+    """Text as it can be printed: control characters as in Python's repr, so that none of them reaches a terminal."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+
+
+def decoded(data: bytes, owner: str) -> str:
+    """UTF-8 without its byte-order mark; ValueError, which begins with `owner`, for other bytes."""
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{owner} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}); save it as UTF-8"
+        ) from error

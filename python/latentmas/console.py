@@ -1,0 +1,74 @@
+"""Where the command line prints: text as it is, but for what would steer the terminal, and pipes that may close."""
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
+
+from latentmas.characters import visible
+
+
+class Terminal(Console):
+    """A console whose texts are no markup, and whose control characters are shown and not sent.
+
+    Attributes:
+        needed: whether the run is over once nobody reads what is printed here: the reader has what it wanted (`| head -1`).
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, stderr=stderr)
+        self.needed = not stderr
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        # Before rich makes Text of it, which drops some control characters.
+        super().print(*(visible(entry) if isinstance(entry, str) else entry for entry in objects), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+    def on_broken_pipe(self) -> None:
+        """Print nowhere from now on; end the process with 0 where that leaves nothing to do."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+        if self.needed:
+            raise SystemExit(0)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table; where it does not go to a terminal, as wide as it is, with nothing cut or folded."""
+    if not console.is_terminal:
+        table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table, crop=False)
+
+
+def print_json(console: Console, document: Any) -> None:
+    console.print(json.dumps(document, indent=2), soft_wrap=True)  # ASCII: there is nothing to be made visible in it
+
+
+@contextmanager
+def working(console: Console, text: str) -> Iterator[None]:
+    """Show that something goes on, and silence the progress bars of libraries, which would be drawn over it."""
+    with console.status(visible(text)), without_bars():
+        yield
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside the block tqdm draws nothing, whoever calls it: not all libraries ask whether they may."""
+    from tqdm.std import tqdm
+
+    before = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(before, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = before

@@ -1,0 +1,219 @@
+"""One entry of a question file, in the fields that public data sets use, as a question."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latentmas.characters import check_characters
+
+QUESTION = ("question", "query", "problem", "prompt")
+ANSWER = ("answer", "gold", "label", "answerkey")
+OPTIONS = ("options", "choices")
+"""Names of fields, in lower case; of several, the first counts (see `read_entry`)."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was read of an entry.
+
+    Attributes:
+        text: the question, its options below it.
+        answer: the expected one: the letter of an option, what follows "####", or all of it; None where there is none.
+        passed_over: of fields that could have been the question or the answer, which one was read and which were not.
+    """
+
+    text: str
+    answer: str | None
+    passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Option:
+    label: str
+    text: str
+    number: bool  # whether the file has a number there
+
+    def __str__(self) -> str:
+        return f"{self.label}. {self.text}"
+
+
+_Fields = dict[str, tuple[str, Any]]
+"""By name in lower case: the name as it is written, and the value. Only those with one."""
+
+
+def read_entry(entry: Any) -> Entry:
+    """Read a mapping with a question and, optionally, an answer and options; other fields are ignored.
+
+    Of several fields that may hold the question, one that lists each option once is taken, else the first of QUESTION.
+    An answer among options may be a label, the text of an option or, as a number, its place from 0. The final answer of
+    GSM8K's solutions is what follows "####" in their last line.
+
+    Raises:
+        ValueError: says what is wrong, to go on from "line 3 ".
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f'is {_kind(entry)}, not an object with "question"')
+    fields = {str(name).strip().lower(): (str(name), value) for name, value in reversed(entry.items()) if _given(value)}
+    options = _options(fields)
+    lines = [str(option) for option in options]
+
+    names = [name for name in QUESTION if name in fields]
+    if not names:
+        empty = any(str(name).strip().lower() in QUESTION for name in entry)
+        raise ValueError("has an empty question" if empty else f"has no {_either(QUESTION)}; it has {listed(entry)}")
+    once = [name for name in names if lines and all(_times(line, fields[name][1]) == 1 for line in lines)]
+    name = (once or names)[0]
+    written, text = fields[name]
+    if not isinstance(text, str):
+        raise ValueError(f'has a "{written}" that is {_kind(text)}, not text')
+    check_characters(text, f'has a "{written}" that')
+    if not all(_times(line, text) for line in lines):
+        text = "\n".join([text.rstrip(), *lines])
+    passed_over = _passed_over(fields, name, names)
+
+    answers = [name for name in ANSWER if name in fields]
+    if not answers:
+        return Entry(text, None, passed_over)
+    written, value = fields[answers[0]]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f'has an "{written}" that is {_kind(value)}, neither text nor a number')
+    check_characters(str(value), f'has an "{written}" that')
+    answer = _label(value, options, written) if options else _final(str(value))
+    return Entry(text, answer, passed_over + _passed_over(fields, answers[0], answers))
+
+
+def _given(value: Any) -> bool:
+    return not (value is None or (isinstance(value, str) and not value.strip()))
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def _options(fields: _Fields) -> list[_Option]:
+    """None where the entry has no list, and no fields A, B ..."""
+    name = next((name for name in OPTIONS if name in fields and fields[name][1] not in ([], {})), None)
+    if name is not None:
+        written, texts = fields[name]
+    else:
+        letters = "".join(letter for letter in LETTERS if fields.get(letter.lower(), ("",))[0] == letter)
+        if not letters.startswith("AB"):  # one letter alone is somebody's own field
+            return []
+        written, texts = ", ".join(letters), [fields[letter.lower()][1] for letter in letters]
+        if not LETTERS.startswith(letters):
+            raise ValueError(f"has the options {written}, with a gap between them")
+    if isinstance(texts, str):
+        texts = _cell(texts)
+    if isinstance(texts, Mapping) and {"text", "label"} <= set(texts):  # ARC, CommonsenseQA
+        labels, texts = texts["label"], texts["text"]
+    elif isinstance(texts, Mapping):
+        given = {label: text for label, text in texts.items() if text is not None}
+        labels, texts = list(given), list(given.values())
+    elif isinstance(texts, Sequence):
+        labels, texts = list(LETTERS[: len(texts)]), _without_letters(texts)
+    else:
+        labels = None
+    lists = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 0
+    if not lists or not all(_is_text(part) for part in [*texts, *labels]):
+        raise ValueError(
+            f'has "{written}" that are no options; supported are lists of up to {len(LETTERS)} texts or numbers, and texts '
+            "by letter"
+        )
+    options = [
+        _Option(str(label).strip(), str(text).strip(), not isinstance(text, str))
+        for label, text in zip(labels, texts, strict=True)
+    ]
+    for option in options:
+        check_characters(str(option), f'has "{written}" of which one')
+    return options
+
+
+def _cell(text: str) -> Any:
+    """A list in a cell of a table, as JSON or as Python writes it; None where it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and _given(value)
+
+
+def _without_letters(texts: Sequence[Any]) -> list[Any]:
+    """ "A. yes", "B. no" as "yes", "no", where all of them begin so."""
+    begins = [re.match(r"\s*\(?([A-Z])[.):]\s+", text) if isinstance(text, str) else None for text in texts]
+    if [found and found[1] for found in begins] != list(LETTERS[: len(texts)]):
+        return list(texts)
+    return [text[found.end() :] for text, found in zip(texts, begins, strict=True) if found]
+
+
+def _times(line: str, text: Any) -> int:
+    """How often an option stands in a text, however it is wrapped there."""
+    words = r"\s+".join(map(re.escape, line.split()))
+    return len(re.findall(rf"(?<!\S){words}(?!\S)", text)) if isinstance(text, str) else 0
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _label(answer: str | int | float, options: list[_Option], written: str) -> str:
+    """The label of the option that is meant."""
+    said = " ".join(str(answer).split()).casefold()
+    for option in options:
+        label = option.label.casefold()
+        if said in (label, f"{label}.", f"{label})", f"({label})", " ".join(str(option).split()).casefold()):
+            return option.label
+    meant = {
+        option.label
+        for option in options
+        if " ".join(option.text.split()).casefold() == said and (option.number or isinstance(answer, str))
+    }
+    if re.fullmatch("[0-9]{1,2}", said) and int(said) < len(options):
+        meant.add(options[int(said)].label)
+    if len(meant) == 1:
+        return meant.pop()
+    found = f'has the "{written}" {_quoted(str(answer))}, which'
+    if meant:
+        raise ValueError(f"{found} may be any of {', '.join(sorted(meant))}; give the letter")
+    raise ValueError(
+        f"{found} is none of its options; supported are {listed([o.label for o in options])} and their texts"
+    )
+
+
+def _final(answer: str) -> str:
+    found = re.search(r"(?:\A|\n)[ \t]*####[ \t]*(\S[^\n]*?)\s*\Z", answer)
+    return found[1] if found else answer
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def listed(names: Any, most: int = 8) -> str:
+    """Names in quotes, of many the first ones and their count."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(_quoted, names[:most])) + more or "nothing"
+
+
+def _passed_over(fields: _Fields, name: str, names: list[str]) -> tuple[str, ...]:
+    others = [fields[other][0] for other in names if fields[other][1] != fields[name][1]]
+    return (f"{_quoted(fields[name][0])} is read, not {listed(others)}",) if others else ()
+
+
+def _either(names: Sequence[str]) -> str:
+    first, *others = names
+    return f'"{first}" (nor {", ".join(others)})'
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=not text.isprintable())
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
