@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +150,8 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
     unembedding, embedding = model.get_output_embeddings(), target.get_input_embeddings()
     memory = _built.setdefault(model, weakref.WeakKeyDictionary()).setdefault(embedding, {})
     state, known = (_state(unembedding), _state(embedding)), memory.get((kind, ridge))
+    if kind == "auto":  # measured on the whole model
+        state += (settings_of(model, leaves=True), *_addresses([*model.parameters(), *model.buffers()]))
     if known is None or known[0] != state:
         known = state, _build(model, architecture, kind, ridge, unembedding, embedding, own=target is model)
         memory[kind, ridge] = known
@@ -356,12 +358,17 @@ def _mean_norm(embedding: nn.Embedding) -> float:
 # ---- kept on disk --------------------------------------------------------------------------------------------------
 
 
+def _addresses(tensors: Iterable[Tensor]) -> list[tuple[int, int | None]]:
+    """Address and version of each; a tensor of inference mode counts no changes in place."""
+    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+
+
 def _state(module: nn.Linear | nn.Embedding) -> tuple:
     """What the map depends on: the weight, and whatever else an embedding makes its rows of (a scale, a limit)."""
     weight = module.weight
-    others = tuple((buffer.data_ptr(), buffer._version) for buffer in module.buffers())
+    others = tuple(_addresses(module.buffers()))
     return (
-        weight.data_ptr(), weight._version, weight.dtype, weight.device, tuple(weight.shape),
+        *_addresses([weight]), weight.dtype, weight.device, tuple(weight.shape),
         settings_of(module, leaves=True), others,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -64,7 +65,8 @@ def stored_or_measured(
 
 
 def _load(path: Path, key: str, kinds: Collection[str]) -> dict[str, float]:
-    if not path.is_file() or path.stat().st_size > LIMIT:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > LIMIT:
         raise ValueError("it is no file, or a large one")
     facts = json.loads(path.read_text())
     if facts["format"] != FORMAT or facts["key"] != key:

@@ -163,7 +163,7 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
     inv_freq = rotary.inv_freq.float()
     read = [value for part in [*map(vars, layers), tensors, numbers] for value in part.values()]
     # Of inv_freq the values: float() copies where the model was cast.
-    key = (*((v.data_ptr(), v.dtype) if isinstance(v, Tensor) else v for v in read), *inv_freq.tolist())
+    key = (*((v.data_ptr(), v.shape, v.dtype) if isinstance(v, Tensor) else v for v in read), *inv_freq.tolist())
     return Weights(layers=tuple(layers), inv_freq=inv_freq, key=key, **tensors, **numbers)
 
 

@@ -1,5 +1,6 @@
 """alignment: W_a against its formula, the kinds, maps between two models, and the copy kept on disk."""
 
+import copy
 import gc
 import os
 import resource
@@ -609,6 +610,24 @@ def test_auto_keeps_the_linear_map_up_to_the_threshold(monkeypatch, name, linear
     assert build_aligner(model, "auto") is aligner
     assert asked == [[linear, "soft"]]
     assert build_aligner(model, "soft").nats == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", ["weight", "eps", "module"])
+def test_auto_measures_anew_what_changed_between_the_embeddings(edit):
+    model = tiny_model()
+    before = build_aligner(model).nats
+    mlp = model.model.layers[1].mlp
+    if edit == "weight":
+        mlp.down_proj.weight.mul_(8)
+    elif edit == "eps":
+        model.model.norm.variance_epsilon = 3.0
+    else:
+        mlp.act_fn = nn.Tanh()
+    after = build_aligner(model).nats
+    assert after != before
+    fresh = copy.deepcopy(model)
+    assert build_aligner(fresh).nats == after
 
 
 @torch.no_grad()

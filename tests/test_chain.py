@@ -558,7 +558,7 @@ def test_texts_end_where_the_template_ends_a_turn(model, tokenizer, calls, scrip
     script(["abc<|im_end|>", "ab<eos>", "abcdef"], ["yes<|im_end|>", "no<eos>", "x<|im_end|>"])
     if not named:
         model.generation_config.eos_token_id = None
-    agents = [Agent("writer", "Say.", max_new_tokens=6), Agent("judger", "Answer.", max_new_tokens=5)]
+    agents = [Agent("writer", "Say {question}", max_new_tokens=6), Agent("judger", "Answer.", max_new_tokens=5)]
     chain = Chain(model, tokenizer, agents)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert chain.seats[None].end_ids == ((tokenizer.eos_token_id,) if named else ()) + (end,)
@@ -578,10 +578,28 @@ def test_texts_end_where_the_template_ends_a_turn(model, tokenizer, calls, scrip
 def test_notes_do_not_hold_the_end_of_a_text(model, tokenizer, calls, script):
     with_tokens(tokenizer, "<|im_end|>", special=False).chat_template = CHATML
     script(["abc<|im_end|>"], ["<|im_end|>"])
-    agents = [Agent("writer", "Say.", max_new_tokens=6), Agent("judger", "{notes} Answer.", max_new_tokens=5)]
+    agents = [Agent("writer", "Say {question}", max_new_tokens=6), Agent("judger", "{notes} Answer.", max_new_tokens=5)]
     answer = Chain(model, tokenizer, agents).run(["Why?"]).answers[0]
     assert tokenizer.decode(calls[1][0][0]) == "(user)writer:\nabc Answer.<|im_end|>\n(assistant)"
     assert answer.text == ""
+
+
+@pytest.mark.parametrize("edit", ["layer", "window"])
+def test_a_model_that_was_edited_between_two_runs_runs_as_it_is(tokenizer, edit):
+    model = tiny_model("mistral-window", max_position_embeddings=4096)
+    model.generation_config.eos_token_id = None
+    chain = Chain(model, tokenizer, AGENTS, aligner="identity")
+    before = chain.run(["How many are there in all?"]).answers[0].text
+    if edit == "layer":
+        del model.model.layers[1]
+        model.config.num_hidden_layers -= 1
+    else:
+        model.config.sliding_window = 3
+    after = chain.run(["How many are there in all?"]).answers[0].text
+    assert after != before
+    assert (
+        after == Chain(model, tokenizer, AGENTS, aligner="identity").run(["How many are there in all?"]).answers[0].text
+    )
 
 
 def test_text_behind_text_is_what_one_plain_loop_says(model, tokenizer):

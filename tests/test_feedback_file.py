@@ -71,7 +71,7 @@ def test_another_process_finds_it(tmp_path, measured):
     """The key has nothing in it that differs between processes, such as addresses or the order of sets."""
     code = f"""
 import sys
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = [{str(Path(__file__).parent)!r}, *{sys.path!r}]
 from conftest import tiny_model
 from latentmas_kernels.feedback_file import measurement_key
 print(measurement_key(tiny_model(), {{"rows": 4}}))

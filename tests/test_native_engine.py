@@ -471,6 +471,28 @@ def test_weights_changed_in_place_and_replaced_are_seen():
     assert torch.equal(*both())
 
 
+def test_weights_that_lost_rows_where_they_lie_are_seen():
+    """Their addresses stay: what was kept for the larger ones would write behind the new logits."""
+    model, (ids, _) = tiny_model("llama"), ragged([7])
+    ids = ids.clamp(max=15)
+
+    def both():
+        return [
+            generate(model, ids, max_new_tokens=4, eos_token_id=None, engine=e).sequences for e in ("native", "eager")
+        ]
+
+    both()
+    model.lm_head.weight.data = model.lm_head.weight.data[:48]
+    ours, theirs = both()
+    assert torch.equal(ours, theirs)
+    assert int(ours.max()) < 48
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data[:16]
+    ours, theirs = both()
+    assert torch.equal(ours, theirs)
+    assert int(ours.max()) < 16
+    assert NativeEngine(model, Architecture.of(model)).weights.lm_head.shape[0] == 16
+
+
 def test_an_exception_between_steps_leaves_the_memory_as_it_was():
     model = tiny_model("llama")
     ids, mask = ragged([6, 3])

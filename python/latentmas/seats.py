@@ -19,7 +19,6 @@ class Seat:
     Attributes:
         name: as agents call it; None is the chain's own.
         model, tokenizer: of transformers.
-        architecture: read from the model.
         aligner: how hidden states are fed back; None where no agent on it thinks.
         across: per other seat that thoughts go on to, the aligner to its input embeddings.
     """
@@ -27,7 +26,6 @@ class Seat:
     name: str | None
     model: Any
     tokenizer: Any
-    architecture: Architecture
     aligner: Aligner | None = None
     across: dict[str | None, Aligner] = field(default_factory=dict)
 
@@ -35,9 +33,13 @@ class Seat:
     def of(cls, name: str | None, given: tuple[Any, Any], engine: str, weights: str) -> "Seat":
         """From (model, tokenizer). Raises ValueError where the model cannot run."""
         model, tokenizer = given
-        architecture = Architecture.of(model)
-        open_engine(engine, model, architecture, weights=weights)
-        return cls(name, model, tokenizer, architecture)
+        open_engine(engine, model, Architecture.of(model), weights=weights)
+        return cls(name, model, tokenizer)
+
+    @property
+    def architecture(self) -> Architecture:
+        """As the model is now: a program may edit it between two runs."""
+        return Architecture.of(self.model)
 
     @property
     def title(self) -> str:
