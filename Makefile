@@ -15,6 +15,7 @@ ISA_TESTS := $(wildcard tests/test_accelerate_*.py) tests/test_generation.py tes
 # torch, too, computes as on a processor that has no more.
 TORCH_portable := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 TORCH_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+NEWEST_TESTS ?= $(MATRIX)
 # All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_hand_over.py
 VLLM_TESTS ?= tests/with_vllm
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -37,26 +38,29 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	.venv-oldest/bin/python -m pytest $(MATRIX)
 
-# What a plain `pip install -e .` gives, without constraints.txt.
-test-newest: .venv-newest/.installed
+# What a plain `pip install -e .` gives on the day, without constraints.txt. Some of them: make test-newest NEWEST_TESTS=tests/test_cache.py
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]"
 	.venv-newest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
-	.venv-newest/bin/python -m pytest $(MATRIX)
+	.venv-newest/bin/python -m pytest $(NEWEST_TESTS)
 
 # Each instruction set that this processor has, but for the best, which `make test` takes. One: make test-isa-avx2
 test-isa: .venv/.installed-test
-	set -e; \
-	for isa in $$($(BIN)/python -c "from latentmas_kernels import _C; print(*_C.available_isas().split()[1:])"); do \
-	  $(MAKE) test-isa-$$isa; \
-	done
+	sets=$$($(BIN)/python -c "from latentmas_kernels import _C; print(*_C.available_isas().split()[1:])") || exit 1; \
+	for isa in $$sets; do $(MAKE) test-isa-$$isa || exit 1; done
 
 test-isa-%: .venv/.installed-test
 	$(BIN)/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	LATENTMAS_ISA=$* $(TORCH_$*) $(BIN)/python -m pytest $(ISA_TESTS)
 
 # transformers' own tests: make test-transformers TRANSFORMERS=path/to/a/checkout/of/the/version/of/constraints.txt
-test-transformers: .venv-transformers/.installed
-	$(if $(TRANSFORMERS),,$(error TRANSFORMERS names no checkout: make test-transformers TRANSFORMERS=path/to/checkout))
+test-transformers: .named-checkout .venv-transformers/.installed
 	.venv-transformers/bin/python tests/with_transformers/run.py $(TRANSFORMERS) -n2
+
+.PHONY: .named-checkout
+.named-checkout:
+	@test -n "$(TRANSFORMERS)" || { echo "TRANSFORMERS names no checkout: make test-transformers TRANSFORMERS=path/to/checkout"; exit 2; }
 
 # vLLM brings its own torch, and a transformers older than that of constraints.txt.
 test-vllm: .venv-vllm/.installed
@@ -89,11 +93,6 @@ bench: .venv/.installed-test .venv/.installed-bench
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt -e ".[test]"
-	@touch $@
-
-.venv-newest/.installed: $(SOURCES)
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet -e ".[test]"
 	@touch $@
 
 # With what transformers' tests import.
