@@ -22,8 +22,8 @@ SHIPPED = (Path(latentmas.__file__).parent / "chains" / "sequential.yaml").read_
 JUDGER = "The notes so far may not help. Give the complete answer in your own words."
 # A line of the file, and the indented one behind it.
 LATENT = (
-    "What you hold of the earlier agents is latent information: a plan for this question, and thoughts about it. Use what helps "
-    "and leave\n      out the rest."
+    "What you hold of the earlier agents is latent information: a plan for this question, and thoughts about it. Use what "
+    "helps and leave\n      out the rest."
 )
 STEPS = "Reason step by step, and end with the answer."
 CRITIC = "You are the critic. Say what is missing in the plan."
