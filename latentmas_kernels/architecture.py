@@ -140,6 +140,11 @@ class Architecture:
         )
 
     @property
+    def gaps(self) -> tuple[int, ...]:
+        """Places of the KV cache in which no layer runs."""
+        return tuple(sorted(set(range(self.layers)) - set(self.slots)))
+
+    @property
     def layer_types(self) -> tuple[str, ...]:
         """transformers' name of each layer's kind of attention."""
         return tuple("full_attention" if window is None else "sliding_attention" for window in self.windows)

@@ -100,6 +100,7 @@ class LatentCache(Cache):
             row lenders[b], which borrows none itself; its own memory for them is there and not used. See `spread`.
         whole_from: int64 [B] on the CPU. From this length on, all that later positions see is there: the length that
             `from_hf` read where some layer had dropped what lay outside its window, 0 elsewhere. No cut goes below it.
+        gaps: places of layers that the model does not run. They hold zeros, which no layer reads.
         mirror: what an engine holds of this content elsewhere; forgotten with every change.
     """
 
@@ -113,6 +114,7 @@ class LatentCache(Cache):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        gaps: Sequence[int] = (),
     ) -> None:
         if min(layers, batch, kv_heads, capacity, head_dim) < 1:
             raise ValueError(
@@ -124,11 +126,14 @@ class LatentCache(Cache):
             math.prod(shape) * dtype.itemsize, torch.device(device), f"a cache of {batch} rows of {capacity} slots",
             f"{layers} layers, {kv_heads} heads of {head_dim} in {dtype}",
         )  # fmt: skip
-        self._adopt(torch.empty(shape, dtype=dtype, device=device))
+        self._adopt(torch.empty(shape, dtype=dtype, device=device), gaps)
+        for place in self.gaps:
+            self._buffer[:, place] = 0
 
-    def _adopt(self, buffer: Tensor) -> None:
+    def _adopt(self, buffer: Tensor, gaps: Sequence[int]) -> None:
         _, layers, batch, _, capacity, _ = buffer.shape
         self._buffer = buffer
+        self.gaps = tuple(gaps)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.next_position = torch.zeros(batch, dtype=torch.int64)
         self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=buffer.device)
@@ -145,16 +150,16 @@ class LatentCache(Cache):
         ask_about_masks()
 
     @classmethod
-    def over(cls, buffer: Tensor) -> "LatentCache":
+    def over(cls, buffer: Tensor, gaps: Sequence[int] = ()) -> "LatentCache":
         """An empty cache on the given memory [2, layers, B, kv_heads, capacity, head_dim], which it keeps and writes to."""
         cache = cls.__new__(cls)
-        cache._adopt(buffer)
+        cache._adopt(buffer, gaps)
         return cache
 
     @classmethod
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> "LatentCache":
-        """An empty cache of the shape, dtype and device that a model writes. Nothing is ever written in the places of layers
-        that do not run: what is there is undefined, and no layer reads it."""
+        """An empty cache of the shape, dtype and device that a model writes, with zeros in the places of layers that it does
+        not run."""
         return cls(
             layers=architecture.layers,
             batch=batch,
@@ -163,6 +168,7 @@ class LatentCache(Cache):
             head_dim=architecture.head_dim,
             dtype=architecture.dtype,
             device=architecture.device,
+            gaps=architecture.gaps,
         )
 
     @property
@@ -274,7 +280,7 @@ class LatentCache(Cache):
             ValueError: where there is no segment of that name.
         """
         with _SHARING:
-            branch = LatentCache.over(self._buffer)
+            branch = LatentCache.over(self._buffer, self.gaps)
             for attribute in ("positions", "lengths", "next_position", "lenders", "borrowed", "whole_from"):
                 setattr(branch, attribute, getattr(self, attribute).clone())
             branch.segments = list(self.segments)
@@ -344,7 +350,7 @@ class LatentCache(Cache):
             )
         copy = LatentCache(
             layers=layers, batch=len(rows), kv_heads=heads, capacity=capacity, head_dim=width,
-            dtype=self._buffer.dtype, device=self._buffer.device,
+            dtype=self._buffer.dtype, device=self._buffer.device, gaps=self.gaps,
         )  # fmt: skip
         order = rows.tolist()
         if lending:
@@ -607,7 +613,8 @@ class LatentCache(Cache):
         `attention_mask(new)`, and a plain forward its `position_ids` too: a mask or positions that do not fit the padding are a
         ValueError there (see `PaddedCache`). Every layer is kept in full, sliding windows included, so the model's own masks
         are right. But transformers counts a window in columns: new tokens with padding between them and the past, which would
-        use it up, are refused as well.
+        use it up, are refused as well. The places of layers that the model does not run stay empty, as the model leaves them in
+        a cache of transformers, but the first, by which transformers counts.
 
         Raises:
             ValueError: where positions have gaps, which a transformers cache cannot express.
@@ -617,14 +624,18 @@ class LatentCache(Cache):
             return self.select(range(self.batch_size)).to_hf()
         width = int(self.lengths.max())
         slot = torch.arange(width)[None, :] - (width - self.lengths[:, None])
-        index = slot.clamp_min(0).to(self._buffer.device)[None, :, None, :, None]
-        padding = (slot < 0).to(self._buffer.device)[None, :, None, :, None]
+        index = slot.clamp_min(0).to(self._buffer.device)[:, None, :, None]
 
-        def padded(store: Tensor) -> Tensor:
-            used = store[:, :, :, :width]
-            return used.gather(3, index.expand_as(used)).masked_fill_(padding, 0)
+        def placed(store: Tensor) -> Tensor:
+            used = store[:, :, :width]
+            return used.gather(2, index.expand_as(used))
 
-        return PaddedCache(ddp_cache_data=list(zip(padded(self.keys), padded(self.values), strict=True)))
+        cache = PaddedCache()
+        cache.expect((slot >= 0).to(self._buffer.device))
+        for layer in range(self._buffer.shape[1]):
+            if layer == 0 or layer not in self.gaps:
+                cache.update(placed(self.keys[layer]), placed(self.values[layer]), layer)
+        return cache
 
     @classmethod
     def from_hf(
@@ -633,18 +644,21 @@ class LatentCache(Cache):
         """Copy a transformers cache, without its padding.
 
         Args:
-            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that hold nothing, since
-                the model runs none in their place, become zeros. Layers that kept only their
-                sliding window are fine: what they dropped lies outside the window of every later query, as long as the row
-                is not cut below what it holds now (`whole_from`). Quantized ones (quanto, HQQ, FP8) are dequantized;
-                offloaded ones go back to the device that wrote them.
-            attention_mask: [B, cached tokens], 0 marks padding anywhere. None: none but the columns that hold zeros in place of
-                keys and values, as `to_hf` writes padding.
+            cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that hold nothing, or
+                fewer columns than the others and only zeros, are places in which the model runs none (`gaps`). Layers that
+                kept only their sliding window are fine: what they dropped lies outside the window of every later query, as
+                long as the row is not cut below what it holds now (`whole_from`). Quantized ones (quanto, HQQ, FP8) are
+                dequantized; offloaded ones go back to the device that wrote them.
+            attention_mask: [B, cached tokens], 0 marks padding anywhere. It is believed, columns of zeros included, which
+                calls like `generate` do not always do: convert a cache here where it holds tokens whose embedding is zero.
+                Only of a PaddedCache (`to_hf`), which knows its padding, it must be the padding.
+                None: padding are the columns that hold zeros in place of keys and values, as `to_hf` writes them; for other
+                caches than a PaddedCache a warning says which (see `padded_cache.real_columns`).
             capacity: slots per row; what is in use when None.
 
         Raises:
             ValueError: for other kinds of layers, an empty cache, and a mask of the wrong shape or at odds with the padding
-                that the cache holds.
+                that a PaddedCache holds.
         """
         from latentmas_kernels.cache_from_hf import cache_from_hf  # it needs LatentCache itself
 
@@ -653,6 +667,7 @@ class LatentCache(Cache):
     def check_fits(self, architecture: Architecture, batch: int) -> None:
         """Raise ValueError where this cannot be the past of `batch` rows of that model."""
         _, layers, rows, heads, _, width = self._buffer.shape
+        missing = sorted(set(architecture.slots) & set(self.gaps))
         got = {"layers": layers, "kv_heads": heads, "head_dim": width, "dtype": self._buffer.dtype}
         want = {k: getattr(architecture, k) for k in got}
         wrong = [f"{k} {got[k]} instead of {want[k]}" for k in got if got[k] != want[k]]
@@ -660,6 +675,11 @@ class LatentCache(Cache):
             raise ValueError(
                 f"past_key_values is the cache of another model: {', '.join(wrong)} ({architecture.name}). "
                 "Pass a cache that this model wrote, or None."
+            )
+        if missing:
+            raise ValueError(
+                f"past_key_values holds nothing in the places {missing} of layers that {architecture.name} runs; pass a cache "
+                "that this model wrote, or None"
             )
         if self._buffer.device != architecture.device:
             raise ValueError(
@@ -733,7 +753,8 @@ class LatentCache(Cache):
     def _become(self, other: "LatentCache") -> None:
         with _SHARING:
             for name in (
-                "_buffer", "lengths", "next_position", "positions", "segments", "lenders", "borrowed", "whole_from", "mirror",
+                "_buffer", "lengths", "next_position", "positions", "segments", "lenders", "borrowed", "whole_from", "gaps",
+                "mirror",
             ):  # fmt: skip
                 setattr(self, name, getattr(other, name))
             self._sharers.discard(self)

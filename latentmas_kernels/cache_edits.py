@@ -149,7 +149,7 @@ def spread(cache: LatentCache, times: int, capacity: int) -> LatentCache:
     _, layers, batch, heads, _, width = cache.buffer.shape
     wide = LatentCache(
         layers=layers, batch=batch * times, kv_heads=heads, capacity=capacity, head_dim=width,
-        dtype=cache.buffer.dtype, device=cache.buffer.device,
+        dtype=cache.buffer.dtype, device=cache.buffer.device, gaps=cache.gaps,
     )  # fmt: skip
     sources = torch.arange(batch).repeat_interleave(times)
     wide.lengths, wide.next_position = cache.lengths[sources], cache.next_position[sources]

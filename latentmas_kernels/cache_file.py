@@ -132,7 +132,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
     whole_from = _whole_from(path, saved.facts.get("whole_from", [0] * len(lengths)), lengths)
 
     if architecture.device.type == "cpu":
-        cache = LatentCache.over(saved.kv)
+        cache = LatentCache.over(saved.kv, architecture.gaps)
     else:
         cache = LatentCache.for_model(architecture, len(lengths), saved.kv.shape[4])
         cache.buffer.copy_(saved.kv)

@@ -16,7 +16,8 @@ from transformers.cache_utils import (
 
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.padded_cache import PaddedCache, check_agrees, real_columns
+from latentmas_kernels.once import warn_once
+from latentmas_kernels.padded_cache import PaddedCache, check_agrees, is_gap, real_columns
 
 # Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
 PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
@@ -42,6 +43,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     length = int(filled[0].get_seq_length()) if filled else 0
     if length == 0:
         raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
+    _wait_for_offload(cache)
     keys, _ = _states(filled[0], length)
     batch, heads, _, width = keys.shape
     mask = _mask(cache, attention_mask, batch, length)
@@ -54,17 +56,15 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     own = LatentCache(
         layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
         dtype=keys.dtype, device=filled[0].device if cache.offloading else keys.device,
+        gaps=[place for place, layer in enumerate(layers) if not _is_filled(layer, length)],
     )  # fmt: skip
     device = own._buffer.device
-    if cache.offloading and device.type == "cuda":
-        torch.cuda.synchronize(device)  # layers go to the CPU without waiting for their bytes to get there
     rows, columns = (mask != 0).nonzero(as_tuple=True)
     slots = ((mask != 0).cumsum(1) - 1)[rows, columns]
     rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
     cut = torch.zeros(batch, dtype=torch.bool)  # rows of which some layer has dropped slots
     for index, layer in enumerate(layers):
-        if not layer.is_initialized:
-            own._buffer[:, index] = 0
+        if index in own.gaps:
             continue
         if int(layer.get_seq_length()) != length:
             raise ValueError(
@@ -92,16 +92,28 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     return own
 
 
+def _wait_for_offload(cache: Cache) -> None:
+    """Wait for the bytes of layers that transformers sent to the CPU without waiting itself."""
+    if cache.offloading:
+        layers: list[Any] = cache.layers
+        for device in {layer.device for layer in layers if layer.is_initialized}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+
+def _is_filled(layer: Any, length: int) -> bool:
+    """Whether a layer is one that the model runs: it counts as many columns as the others, or holds something."""
+    return (layer.is_initialized and int(layer.get_seq_length()) == length) or not is_gap(layer)
+
+
 def check_covers(cache: Cache, architecture: Architecture) -> None:
-    """Raise ValueError where a transformers cache that is not empty lacks what the model's layers attend to.
+    """Raise ValueError where a transformers cache with all of the model's layers lacks what they attend to.
 
     transformers makes sliding layers of what a configuration says, whether the model's code reads that or not: the cache of a
     Llama with a `sliding_window` keeps the last positions only, and its layers attend to all that they are given.
     """
     for slot, window in zip(architecture.slots, architecture.windows, strict=True):
-        layer: Any = cache.layers[slot] if slot < len(cache.layers) else None
-        if layer is None or not layer.is_initialized:
-            raise ValueError(f"past_key_values holds nothing for layer {slot} of {architecture.name}")
+        layer: Any = cache.layers[slot]
         if not layer.is_sliding:
             continue
         length = int(layer.get_seq_length())
@@ -115,25 +127,51 @@ def check_covers(cache: Cache, architecture: Architecture) -> None:
 
 
 def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor:
-    """int64 [B, length] on the CPU: the mask that was given, where it is not at odds with padding that the cache holds."""
+    """int64 [B, length] on the CPU: the mask that was given, or that of the columns of zeros. See `LatentCache.from_hf`."""
     if given is not None and list(given.shape) != [batch, length]:
         raise ValueError(
             f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(given.shape)}"
         )
-    held = real_columns(cache)
+    knows = isinstance(cache, PaddedCache)
+    held = real_columns(cache) if knows or given is None else None
+    if given is not None:
+        if held is not None:
+            check_agrees(held, given != 0)
+        return given.cpu()
     if held is None:
-        return torch.ones(batch, length, dtype=torch.int64) if given is None else given.cpu()
-    if given is None:
-        if not bool(held.any()):
-            raise ValueError(
-                f"this {type(cache).__name__} holds nothing but zeros, which stand for padding; pass a mask"
-            )
-        return held.long().cpu()
+        return torch.ones(batch, length, dtype=torch.int64)
+    if not bool(held.any()):
+        raise ValueError(f"this {type(cache).__name__} holds nothing but zeros, which stand for padding; pass a mask")
+    if not knows and not bool(held.all()):
+        zeros = (~held).sum(1).cpu()
+        rows = zeros.nonzero()[:, 0]
+        warn_once(
+            f"{zeros[rows].tolist()} columns in the rows {rows.tolist()} of a {type(cache).__name__} hold zeros and are taken "
+            "for padding; tokens whose embedding is zero look the same. A mask over the past tells them apart: "
+            "LatentCache.from_hf(cache, attention_mask)"
+        )
+    return held.long().cpu()
+
+
+def check_call_mask(cache: Cache, given: Tensor) -> None:
+    """Raise ValueError where the mask over the past [B, columns] of a call takes padding of the cache for tokens.
+
+    Published code passes ones over every past, padded ones too, in caches that it put together from tensors. So a column of
+    zeros is padding against the word of such a mask, with one exception: where the zeros are the first token of every row and
+    no other. The longest row of a padded batch has no padding; a token of zero embedding at the beginning of a text (a BOS that
+    is the embedding's padding_idx) looks just so. A single row with one column of padding does too, and is believed.
+    """
+    _wait_for_offload(cache)
+    held = None if isinstance(cache, PaddedCache) else real_columns(cache)
+    if held is None:
+        return  # `LatentCache.from_hf` looks at a PaddedCache
     mask = given.to(held.device) != 0
-    # In another cache padding may also hold what a model made of it, which only the mask tells.
-    if isinstance(cache, PaddedCache) or bool((mask & ~held).any()):
-        check_agrees(held, mask)
-    return given.cpu()
+    denied = mask & ~held
+    if bool(denied.any()) and not torch.equal(denied, mask & (mask.cumsum(1) == 1)):
+        check_agrees(
+            held, mask, "Columns of zeros are taken for padding; where they are tokens of zero embedding, pass "
+            "LatentCache.from_hf(cache, mask over the past), which believes the mask",
+        )  # fmt: skip
 
 
 def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
@@ -164,6 +202,9 @@ def append_columns(cache: LatentCache, target: Cache, held: Tensor, columns: Ten
         held: int64 [B], slots that came from `target`.
         columns: bool [B, T], which columns of the prompt are real. What each row has behind its prompt follows in columns of
             their own, as many as the longest row needs.
+
+    A place in which the model runs no layer stays empty where it is, as the model's own forward leaves it; but for the first,
+    by which transformers counts.
     """
     prompt = held[:, None] + columns.long().cumsum(1) - 1
     more = cache.lengths - held - columns.sum(1)
@@ -178,5 +219,9 @@ def append_columns(cache: LatentCache, target: Cache, held: Tensor, columns: Ten
 
     if isinstance(target, PaddedCache):
         target.expect(real)
+    layers: list[Any] = target.layers  # grows under way
     for layer in range(cache.keys.shape[0]):
+        empty = layer >= len(layers) or not layers[layer].is_initialized
+        if layer in cache.gaps and layer and empty:
+            continue
         target.update(picked(cache.keys[layer]), picked(cache.values[layer]), layer)

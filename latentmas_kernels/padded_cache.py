@@ -10,18 +10,26 @@ from transformers import Cache, DynamicCache, masking_utils
 
 
 class _Forward(NamedTuple):
-    """A forward whose mask was looked at: columns before it, and which of its own are real, bool [B, T]."""
+    """A forward whose mask was looked at.
+
+    start: columns before it.
+    real: bool [B or 1, T], which of its own are tokens.
+    padded: whether some are not. Known once: asking a device in every layer would wait for it each time.
+    """
 
     start: int
     real: Tensor
+    padded: bool
 
 
 class PaddedCache(DynamicCache):
     """A DynamicCache in which columns of padding hold zeros as keys and values, in every layer.
 
-    No token has such keys and values, so the padding is known from the numbers alone: it stays known through `update`,
-    `reorder_cache`, `batch_select_indices`, `batch_repeat_interleave`, `crop`, copies, and for whoever cuts or gathers the
-    tensors by hand. Every row has the positions 0, 1, 2, ... over its real columns.
+    No token has such keys and values here: where the keys of one are zeros in the first layer, since its embedding is, their
+    first number becomes the dtype's smallest normal one (`update`), too small to change attention. So the padding is known
+    from the numbers alone: it stays known through `update`, `reorder_cache`, `batch_select_indices`,
+    `batch_repeat_interleave`, `crop`, copies, and for whoever cuts or gathers the tensors by hand. Every row has the positions
+    0, 1, 2, ... over its real columns.
 
     Where it is the past of a plain transformers model, `model(...)` and `model.generate(...)` alike, transformers' mask
     functions ask it about the mask that they got: padding that the mask leaves out is filled in, and what would give other
@@ -50,12 +58,12 @@ class PaddedCache(DynamicCache):
 
     def expect(self, real: Tensor) -> None:
         """Say which of the columns that the next `update` of all layers brings are real, bool [B, T]."""
-        self._forward = _Forward(self.get_seq_length(), real)
+        self._forward = _Forward(self.get_seq_length(), real, not bool(real.all()))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As in transformers; columns that are padding are stored as zeros."""
+        """As in transformers; columns that are padding are stored as zeros, and no column that is a token."""
         columns, known = key_states.shape[2], self._forward
         if known is None or known.real.shape[1] != columns or known.start != self.get_seq_length(layer_idx):
             real = real_columns(self) if layer_idx == 0 else None
@@ -65,9 +73,15 @@ class PaddedCache(DynamicCache):
                     "transformers' mask functions for a mask that leaves it out. Give transformers a mask of two dimensions, "
                     "attention_mask=cache.attention_mask(new), or use latentmas_kernels.generate()"
                 )
-        elif not bool(known.real.all()):
-            padding = ~known.real[:, None, :, None].to(key_states.device)
-            key_states, value_states = key_states.masked_fill(padding, 0), value_states.masked_fill(padding, 0)
+        elif layer_idx == 0 or known.padded:
+            real = known.real[:, None, :, None].to(key_states.device)
+            if layer_idx == 0:
+                zero = (key_states == 0).all(-1, keepdim=True).all(1, keepdim=True)
+                smallest = torch.zeros_like(key_states[:1, :1, :1])
+                smallest[..., 0] = torch.finfo(key_states.dtype).tiny
+                key_states = torch.where(zero & real, smallest, key_states)
+            if known.padded:
+                key_states, value_states = key_states.masked_fill(~real, 0), value_states.masked_fill(~real, 0)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def look_at(
@@ -75,9 +89,13 @@ class PaddedCache(DynamicCache):
     ) -> Tensor | None:
         """The mask that a forward over `columns` new columns must have, given the one that it got; remembers it for `update`.
 
+        Which columns are padding is read off the keys and values of two layers each time, and not remembered: a program may
+        change the tensors between two forwards without a word. The attention that follows reads all layers.
+
         Args:
-            mask: [B, columns] or [B, held + columns], 0 for padding, or None. One of four dimensions is the caller's own
-                affair, as in transformers, where nothing held is padding: its new columns count as real then.
+            mask: [B, columns] or [B, held + columns], 0 for padding, or None. Any other (of four dimensions, or one per layer
+                type) is passed on unread where the cache holds no padding, and all new columns are stored as tokens; where it
+                holds some, such a mask is a ValueError.
             positions: of the new columns, [1 or B, columns], or None where the model says nothing about them.
             window: the configuration's sliding window. transformers counts it in columns, so padding between tokens uses it up.
 
@@ -89,6 +107,8 @@ class PaddedCache(DynamicCache):
         two = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
         if isinstance(mask, Tensor) and two and self.get_seq_length() == 0:  # its first columns may be padding as well
             held = torch.zeros(len(mask), 0, dtype=torch.bool, device=mask.device)
+        if held is None and self.get_seq_length() == 0:
+            self._forward = _Forward(0, torch.ones(1, columns, dtype=torch.bool), padded=False)
         if held is None or (not two and bool(held.all())):
             return mask
         width = held.shape[1]
@@ -106,8 +126,9 @@ class PaddedCache(DynamicCache):
                 check_agrees(held, given[:, :width])
             new = given[:, -columns:]
         full = torch.cat([held, new], dim=1)
-        self._forward = _Forward(width, new)
-        if bool(full.all()):
+        whole = bool(full.all())
+        self._forward = _Forward(width, new, padded=not whole and not bool(new.all()))
+        if whole:
             return mask
         counted = (full.long().cumsum(1) - 1)[:, width:]
         if positions is None:
@@ -131,12 +152,17 @@ class PaddedCache(DynamicCache):
 def real_columns(cache: Cache) -> Tensor | None:
     """bool [B, columns] on the cache's device: which columns of each row are tokens, and not zeros that stand for padding.
 
-    The first and the last layer tell: a token whose embedding is zero has zeros as keys and values in the first one, and in no
-    other. None for an empty cache, and where some layer does not keep plain keys and values of all columns.
+    The first and the last layer that the model runs tell: a token whose embedding is zero has zeros in the first one, and
+    something of what it attended to in the last one. Where it attended to nothing else, as the first token of a row, it has
+    zeros in every layer of a model without biases. A PaddedCache marks such tokens (`PaddedCache.update`). In any other cache
+    they look like padding: `LatentCache.from_hf` warns, and takes a mask that tells.
+
+    None for an empty cache, and where some layer does not keep plain keys and values of all columns. Layers that are not run
+    (`is_gap`) do not count.
     """
     length = int(cache.get_seq_length()) if cache.layers else 0
-    layers: list[Any] = cache.layers
-    if not length or not all(_keeps(layer, length) for layer in layers):
+    layers: list[Any] = [layer for layer in cache.layers if keeps(layer, length) or not is_gap(layer)]
+    if not length or not all(keeps(layer, length) for layer in layers):
         return None
     real: Any = False
     for layer in (layers[0], layers[-1]):
@@ -147,18 +173,34 @@ def real_columns(cache: Cache) -> Tensor | None:
     return real
 
 
-def _keeps(layer: Any, length: int) -> bool:
+def is_gap(layer: Any) -> bool:
+    """Whether a layer without all columns of its cache is the place of one that the model does not run.
+
+    Nothing was ever written there, or zeros of which the others have gone on.
+    """
+    if not getattr(layer, "is_initialized", True):
+        return True
+    if not keeps(layer, 0) or int(layer.get_seq_length()) > layer.keys.shape[2]:
+        return False  # it has more than these keys: quantized ones, or some that a window dropped
+    return not bool(layer.keys.any()) and not bool(layer.values.any())
+
+
+def keeps(layer: Any, length: int) -> bool:
+    """Whether a layer holds plain keys and values [B, H, S, D] of so many columns or more."""
     states = getattr(layer, "keys", None), getattr(layer, "values", None)
     return all(isinstance(s, Tensor) and s.dim() == 4 and s.shape[2] >= length for s in states)
 
 
-def check_agrees(held: Tensor, given: Tensor) -> None:
+def check_agrees(
+    held: Tensor,
+    given: Tensor,
+    remedy: str = "Pass the mask of the new tokens alone, or past and new as attention_mask(new) of the cache gives it",
+) -> None:
     """Raise ValueError where a mask over the past is not that of the padding that the cache holds; both bool [B, columns]."""
     if not torch.equal(held, given.to(held.device)):
         raise ValueError(
             f"attention_mask has {_counts(given)} ones over the past, but the cache holds {_counts(held)} tokens in its "
-            f"{held.shape[1]} columns, the others are padding. Pass the mask of the new tokens alone, or past and new as "
-            "attention_mask(new) of the cache gives it"
+            f"{held.shape[1]} columns, the others are padding. {remedy}"
         )
 
 

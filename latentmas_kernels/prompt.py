@@ -8,7 +8,7 @@ from transformers import Cache
 
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.cache_from_hf import check_covers
+from latentmas_kernels.cache_from_hf import check_call_mask, check_covers
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def read_prompt(
                 f"{past.lengths.tolist()} tokens; pass a mask over the new tokens only, or attention_mask(new) of the cache"
             )
     elif past is not None:
+        if past_mask is not None:
+            check_call_mask(past, past_mask)
         read = LatentCache.from_hf(past, past_mask)
         read.check_fits(architecture, batch)
         check_covers(past, architecture)

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, QuantizedCache, StaticCache, cache
 from transformers.cache_utils import DynamicIndexedLayer, QuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from latentmas_kernels import LatentCache, Segment, generate, latent_generate
+from latentmas_kernels import LatentCache, Segment, cache_from_hf, generate, latent_generate
 
 SHAPE = {"layers": 2, "kv_heads": 2, "head_dim": 4, "dtype": torch.float32}
 
@@ -461,6 +461,25 @@ def test_an_offloaded_cache_goes_back_to_its_device(model):
     ours = LatentCache.from_hf(offloaded)
     assert ours.buffer.device.type == "cuda"
     assert torch.equal(ours.buffer, LatentCache.from_hf(plain).buffer)
+
+
+def test_nothing_of_an_offloaded_cache_is_read_before_its_bytes_are_there(model, monkeypatch):
+    past, order = DynamicCache(), []
+    model(ragged([12, 12])[0], past_key_values=past, use_cache=True)
+    past.offloading = True
+    for layer in past.layers:
+        layer.device = torch.device("cuda")
+
+    def read(_):
+        order.append("read")
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(cache_from_hf, "real_columns", read)
+    for call in (LatentCache.from_hf, lambda cache: cache_from_hf.check_call_mask(cache, torch.ones(2, 12))):
+        with pytest.raises(InterruptedError):
+            call(past)
+    assert order == ["wait", "read"] * 2
 
 
 # ---- memory of the machine -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import feed_back, ragged, real, tiny_model
+from tokenizers_offline import character_tokenizer
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -19,9 +20,11 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from latentmas_kernels import UnsupportedModelError, accelerate, generate, latent_generate
+from latentmas_kernels import LatentCache, UnsupportedModelError, accelerate, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.hf import ModelWrapper
+from latentmas_kernels.hf.legacy_cache import LegacyCache
 
 IDS, MASK = ragged([12, 9])  # longer than the windows of 8
 STEPS, TOKENS = 2, 3
@@ -496,6 +499,104 @@ def test_a_memory_of_a_model_without_one_of_its_layers_goes_to_transformers_and_
     shorter.keep(torch.arange(8)[None] != 2)
     shorter.rebase(model)
     assert shorter.next_position.tolist() == [7]
+
+
+def pruned() -> Any:
+    """A model of three places, in the second of which no layer runs."""
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    without(1)(model)
+    model.config.num_hidden_layers = 2
+    return model
+
+
+def columns_of(cache: Any) -> list[int | None]:
+    return [layer.keys.shape[2] if layer.is_initialized else None for layer in cache.layers]
+
+
+def lines(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def test_a_ragged_memory_without_one_of_its_layers_keeps_its_padding_known():
+    model, new = pruned(), lines([5, 6, 7], [8, 9, 10])
+    memory = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity").past_key_values
+    want = generate(model, new, past_key_values=memory, max_new_tokens=TOKENS).sequences
+    theirs = memory.to_hf()
+    full = theirs.attention_mask(torch.ones_like(new))
+    model(new, past_key_values=theirs, attention_mask=full, position_ids=(full.cumsum(1) - 1)[:, -3:])
+    assert columns_of(theirs) == [17, None, 17]
+    assert torch.equal(theirs.attention_mask(), full)
+    with pytest.raises(ValueError, match="the others are padding"):
+        model(new, past_key_values=copy.deepcopy(theirs))
+    longer = LatentCache.from_hf(theirs)
+    assert longer.lengths.tolist() == [17, 14]
+    generate(model, new, past_key_values=theirs, max_new_tokens=TOKENS)
+    theirs.crop(-3)
+    assert torch.equal(generate(model, new, past_key_values=theirs, max_new_tokens=TOKENS).sequences, want)
+
+
+@torch.no_grad()
+def test_zeros_that_the_other_layers_have_outgrown_are_a_place_without_a_layer():
+    """As in tuples of (keys, values), which have to hold something there."""
+    model, new = pruned(), lines([5, 6, 7], [8, 9, 10])
+    wrapper = ModelWrapper(model, character_tokenizer(pad=False), aligner="identity", cache="legacy")
+    theirs = wrapper.generate_latent_batch(IDS, MASK, latent_steps=STEPS)
+    memory = LatentCache.from_hf(theirs)
+    theirs = LegacyCache.of(list(theirs))
+    assert columns_of(theirs) == [14, 14, 14]
+    full = theirs.attention_mask(torch.ones_like(new))
+    model(new, past_key_values=theirs, attention_mask=full, position_ids=(full.cumsum(1) - 1)[:, -3:])
+    assert columns_of(theirs) == [17, 14, 17]
+    assert torch.equal(theirs.attention_mask(), full)
+    said = wrapper.generate_text_batch(new, past_key_values=theirs, max_new_tokens=TOKENS, temperature=0)[0]
+    read = latent_generate(model, new, latent_steps=0, past_key_values=memory).past_key_values
+    assert said == wrapper.generate_text_batch(new, past_key_values=read, max_new_tokens=TOKENS, temperature=0)[0]
+
+
+@pytest.mark.parametrize("filled", [True, False], ids=["filled by the model", "empty"])
+@torch.no_grad()
+def test_a_pruned_models_cache_holds_what_plain_transformers_leaves_in_it(filled):
+    """Turn by turn, by generate() of the accelerated model and a plain forward in between."""
+    results = []
+    for fast in (False, True):
+        model, cache, ids = pruned(), DynamicCache(), real(IDS, MASK, 0)
+        options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "past_key_values": cache}
+        if filled:
+            model(ids[:, :5], past_key_values=cache)
+        if fast:
+            accelerate(model)
+        said, counts = ids, []
+        for _ in range(2):
+            said = model.generate(said, attention_mask=torch.ones_like(said), **options)
+            counts.append(columns_of(cache))
+            model(said[:, -1:], past_key_values=cache)
+            said = torch.cat([said, lines([5, 6])], 1)
+            counts.append(columns_of(cache))
+        results.append((said.tolist(), counts))
+    assert results[0] == results[1]
+
+
+@torch.no_grad()
+def test_places_without_a_layer_are_zeros_however_a_memory_is_copied(tmp_path, monkeypatch):
+    """Memory that was not set would travel on: here it is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **of: empty(*size, **of).fill_(float("nan")))
+    model = pruned()
+    memory = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity").past_key_values
+    memory.save(tmp_path / "memory.safetensors", model)
+    theirs = memory.to_hf()
+    for copied in (
+        memory, memory.fork(40), memory.select([1, 0]), memory.spread(2, capacity=40), memory.branch(), copy.deepcopy(memory),
+        LatentCache.load(tmp_path / "memory.safetensors", model), LatentCache.concat([memory], model),
+        LatentCache.from_hf(theirs, capacity=40), latent_generate(model, IDS, past_key_values=theirs).past_key_values,
+    ):  # fmt: skip
+        assert copied.gaps == (1,)
+        assert not copied.buffer[:, 1].any()
+        assert columns_of(copied.to_hf())[1] is None
+    with pytest.raises(ValueError, match=r"holds nothing in the places \[1\] of layers that LlamaForCausalLM runs"):
+        generate(tiny_model("llama"), IDS, past_key_values=theirs)
 
 
 @pytest.mark.parametrize("how", ["the same object", "a copy"])

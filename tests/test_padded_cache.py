@@ -11,6 +11,7 @@ from tokenizers_offline import character_tokenizer
 from transformers import DynamicCache, masking_utils
 
 from latentmas_kernels import LatentCache, accelerate, generate, latent_generate
+from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.hf import ModelWrapper
 from latentmas_kernels.padded_cache import PaddedCache, real_columns
 
@@ -91,6 +92,11 @@ def test_what_was_rebuilt_from_its_tensors_is_understood_too():
     theirs = memory.to_hf()
     plain = DynamicCache(ddp_cache_data=[(layer.keys.clone(), layer.values.clone()) for layer in theirs.layers])
     want = new_tokens(generate(model, new, new_mask, past_key_values=memory, max_new_tokens=NEW).sequences)
+    warn_once.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match=r"\[11, 13, 8\] columns in the rows \[0, 2, 3\] of a DynamicCache hold zeros"
+    ):
+        assert new_tokens(generate(model, new, new_mask, past_key_values=plain, max_new_tokens=NEW).sequences) == want
     assert new_tokens(generate(model, new, new_mask, past_key_values=plain, max_new_tokens=NEW).sequences) == want
     with pytest.raises(ValueError, match=CONTRADICTED):
         generate(model, new, ones_over_both(memory, new_mask), past_key_values=plain)
@@ -112,6 +118,108 @@ def test_nothing_but_zeros_and_layers_that_were_cut_apart_are_refused():
         layer.keys, layer.values = (torch.cat([s, s], 2)[:, :, :columns] for s in (layer.keys, layer.values))
         with pytest.raises(ValueError, match=f"layer 1 of this PaddedCache counts {columns} columns, layer 0 16"):
             LatentCache.from_hf(theirs)
+
+
+# ---- tokens whose embedding is zero ----------------------------------------------------------------------------------
+
+ZERO = 0  # the token
+
+
+def with_a_zero_token():
+    """As an embedding with a padding_idx: at the beginning of a row such a token leaves zeros in every layer."""
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ZERO] = 0
+    return model
+
+
+def cached(model, ids):
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    return cache
+
+
+BEGINNINGS = torch.tensor([[ZERO, 5, 6, 7, 8], [ZERO, 9, ZERO, 4, 3]])
+GOES_ON = torch.tensor([[9, 10], [11, 12]])
+
+
+def said_plainly(model, ids):
+    ones = torch.ones_like(ids)
+    return new_tokens(model.generate(ids, attention_mask=ones, **GREEDY))
+
+
+@torch.no_grad()
+def test_a_mask_tells_that_columns_of_zeros_are_first_tokens():
+    model = with_a_zero_token()
+    want = said_plainly(model, torch.cat([BEGINNINGS, GOES_ON], 1))
+    ones = torch.ones(2, 7, dtype=torch.int64)
+    theirs = cached(model, BEGINNINGS)
+    out = generate(model, GOES_ON, ones, past_key_values=theirs, max_new_tokens=NEW)
+    assert new_tokens(out.sequences) == want
+    assert out.past_key_values.lengths.tolist() == [5 + 2 + NEW - 1] * 2
+    memory = LatentCache.from_hf(theirs, ones[:, :5])
+    assert new_tokens(generate(model, GOES_ON, past_key_values=memory, max_new_tokens=NEW).sequences) == want
+    with accelerate(model):
+        whole = torch.cat([BEGINNINGS, GOES_ON], 1)
+        assert new_tokens(model.generate(whole, past_key_values=theirs, attention_mask=ones, **GREEDY)) == want
+
+
+@torch.no_grad()
+def test_without_a_mask_they_are_padding_with_one_warning():
+    model = with_a_zero_token()
+    warn_once.cache_clear()
+    theirs = cached(model, BEGINNINGS)
+    with pytest.warns(
+        RuntimeWarning, match=r"\[1, 1\] columns in the rows \[0, 1\] of a DynamicCache .* A mask over the past"
+    ):
+        assert LatentCache.from_hf(theirs).lengths.tolist() == [4, 4]
+    assert LatentCache.from_hf(theirs).lengths.tolist() == [4, 4], "and no second warning"
+
+
+@torch.no_grad()
+def test_where_a_mask_of_ones_could_be_wrong_the_conversion_takes_it():
+    """One row begins with zeros, the other does not: so does a padded batch."""
+    model = with_a_zero_token()
+    for first in ([[ZERO, 5, 6], [9, 5, 6]], [[ZERO, ZERO, 6], [ZERO, ZERO, 7]]):
+        ids = torch.tensor(first)
+        theirs, ones = cached(model, ids), torch.ones(2, 5, dtype=torch.int64)
+        with pytest.raises(
+            ValueError, match=r"pass LatentCache.from_hf\(cache, mask over the past\), which believes the mask"
+        ):
+            generate(model, GOES_ON, ones, past_key_values=theirs)
+        memory = LatentCache.from_hf(theirs, ones[:, :3])
+        assert new_tokens(
+            generate(model, GOES_ON, past_key_values=memory, max_new_tokens=NEW).sequences
+        ) == said_plainly(model, torch.cat([ids, GOES_ON], 1))
+
+
+@pytest.mark.parametrize("way", ["to_hf", "hf", "legacy", "forward", "forward, no mask", "converted"])
+@torch.no_grad()
+def test_a_padded_cache_tells_them_from_padding(way):
+    model = with_a_zero_token()
+    ids, mask = torch.tensor([[3, 3, ZERO, 4, 5], [ZERO, ZERO, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    if way in ("forward, no mask", "converted"):
+        ids, mask = BEGINNINGS, torch.ones_like(BEGINNINGS)
+    if way == "to_hf":
+        theirs = latent_generate(model, ids, mask, latent_steps=0).past_key_values.to_hf()
+    elif way in ("hf", "legacy"):
+        wrapper = ModelWrapper(model, character_tokenizer(pad=False), cache=way)
+        theirs = wrapper.generate_latent_batch(ids, mask, latent_steps=0)
+    elif way == "converted":  # by a call that goes on from a cache of transformers
+        wrapper = ModelWrapper(model, character_tokenizer(pad=False), cache="hf")
+        both = torch.ones(2, 7, dtype=torch.int64)
+        theirs = wrapper.generate_latent_batch(GOES_ON, both, latent_steps=0, past_key_values=cached(model, ids))
+        theirs.crop(-2)
+    else:
+        theirs = PaddedCache()
+        given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if way == "forward" else {}
+        model(ids, past_key_values=theirs, **given)
+    assert torch.equal(theirs.attention_mask(), mask)
+    got = new_tokens(generate(model, GOES_ON, past_key_values=theirs, max_new_tokens=NEW).sequences)
+    for row in range(2):
+        alone = torch.cat([real(ids, mask, row), GOES_ON[row : row + 1]], 1)
+        assert got[row] == said_plainly(model, alone)[0]
 
 
 # ---- plain transformers --------------------------------------------------------------------------------------------
@@ -360,6 +468,26 @@ def test_an_empty_one_learns_the_padding_of_its_first_prompt():
     assert torch.equal(cache.attention_mask()[:, :14], mask)
     want = generate(model, ids, mask, max_new_tokens=NEW)
     assert_same_memory(LatentCache.from_hf(cache), want.past_key_values)
+
+
+@torch.no_grad()
+def test_whether_new_columns_hold_padding_is_asked_once_per_forward(monkeypatch):
+    """And not in every layer, where a GPU would wait for the answer."""
+    model, memory = remembered()
+    new, new_mask = ragged(NEXT, seed=2)
+    full, theirs = memory.attention_mask(new_mask), memory.to_hf()
+    asked, whole = [], PaddedCache.update
+
+    def update(self, *args, **kwargs):
+        with monkeypatch.context() as inside:
+            inside.setattr(torch.Tensor, "__bool__", lambda tensor: asked.append(tensor) or bool(tensor.item()))
+            return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(PaddedCache, "update", update)
+    positions = (full.cumsum(1) - 1).clamp_min(0)[:, -5:]
+    model(new, past_key_values=theirs, attention_mask=full, position_ids=positions)
+    assert not asked
+    assert torch.equal(theirs.attention_mask(), full)
 
 
 @torch.no_grad()

@@ -1,9 +1,5 @@
-"""Warnings that say something once per process, however often it happens."""
+"""`warn_once`, as the engines and what lies above them import it."""
 
-import functools
-import warnings
+from latentmas_kernels.once import warn_once
 
-
-@functools.cache
-def warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+__all__ = ["warn_once"]

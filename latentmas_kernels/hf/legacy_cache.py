@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.once import warn_once
-from latentmas_kernels.padded_cache import PaddedCache
+from latentmas_kernels.padded_cache import PaddedCache, is_gap, keeps, real_columns
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, kv_heads, columns, head_dim] each."""
@@ -40,9 +41,16 @@ class LegacyCache(PaddedCache):
         return [values for _, values in self]
 
     def to_legacy_cache(self) -> tuple[Pair, ...]:
-        """Per layer (keys, values); the cache's own tensors, which nothing changes in place."""
+        """Per layer (keys, values); the cache's own tensors, which nothing changes in place. Zeros where the model runs no
+        layer."""
         layers: list[Any] = self.layers
-        return tuple((layer.keys, layer.values) for layer in layers)
+        like = next((layer for layer in layers if layer.is_initialized), None)
+        return tuple(
+            (layer.keys, layer.values)
+            if layer.is_initialized or like is None
+            else (torch.zeros_like(like.keys), torch.zeros_like(like.values))
+            for layer in layers
+        )
 
     @classmethod
     def from_legacy_cache(cls, past_key_values: Sequence[Sequence[Tensor]] | None = None) -> "LegacyCache":
@@ -117,14 +125,17 @@ def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCa
         return kind()
     if isinstance(past, LatentCache):
         past = past.to_hf()
-    length, layers = int(past.get_seq_length()), list[Any](past.layers)
-    if any(not isinstance(layer.keys, Tensor) or layer.keys.shape[-2] < length for layer in layers):
+    length, layers = int(past.get_seq_length()), dict[int, Any](enumerate(past.layers))
+    if past_mask is None:
+        past_mask = real_columns(past)
+    layers = {place: layer for place, layer in layers.items() if keeps(layer, length) or not is_gap(layer)}
+    if past_mask is None or not all(keeps(layer, length) for layer in layers.values()):
         raise ValueError(
             f"past_key_values is a {type(past).__name__} whose layers do not keep all of its {length} columns, which cache="
             "'hf' and cache='legacy' cannot give back; use cache='latent'"
         )
-    pairs = [(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers]
-    if past_mask is not None and not bool((past_mask != 0).all()):
-        padding = (past_mask == 0)[:, None, :, None].to(pairs[0][0].device)
-        pairs = [(keys.masked_fill(padding, 0), values.masked_fill(padding, 0)) for keys, values in pairs]
-    return kind(ddp_cache_data=pairs)
+    cache = kind()
+    cache.expect(past_mask != 0)
+    for place, layer in layers.items():
+        cache.update(layer.keys[:, :, :length], layer.values[:, :, :length], place)
+    return cache
