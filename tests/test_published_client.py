@@ -343,6 +343,8 @@ def test_cuts_by_hand_take_effect_and_warn_where_keys_stay_rotated(way, cut, war
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
     assert [("key_cache" in str(one.message)) for one in caught] == [True] * warned
+    if way != "key_cache":  # which sets through [:], one call further down
+        assert [one.filename for one in caught] == [__file__] * warned, "it names the line that cuts"
     held = got.get_seq_length()
     ids, mask = ragged([2, 5, 1, 3], seed=2)
     again = wrapped().generate_latent_batch(ids, mask, latent_steps=1, past_key_values=got)

@@ -16,6 +16,13 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, kv_heads, columns, head_dim] each."""
 
 
+CUT_BY_HAND = (
+    "from_legacy_cache, key_cache: what was cut out of a memory by hand is taken to have the positions 0, 1, 2, ..., as the "
+    "published LatentMAS code takes it, under keys that were rotated for others; latent_only= and sequential_info_only= of "
+    "ModelWrapper.generate_latent_batch keep the same tokens exactly"
+)
+
+
 class _PerLayer(list[Tensor]):
     """The keys or the values of all layers, as transformers 4 had them; one that is set is set in the cache."""
 
@@ -34,7 +41,7 @@ class _PerLayer(list[Tensor]):
         for layer, tensor in zip(self._layers, self, strict=True):
             if tensor is not getattr(layer, self._name):
                 if self._name == "keys" and not _begins_with(layer.keys, tensor):
-                    _warn_of_cuts()
+                    warn_once(CUT_BY_HAND)
                 setattr(layer, self._name, tensor)
 
     def _fixed(self, *arguments: Any, **options: Any) -> Any:
@@ -98,7 +105,7 @@ class LegacyCache(PaddedCache):
         if past_key_values is not None and len(past_key_values):
             known = [list[Any](cache.layers)[0].keys for cache in list(_handed_out) if cache.layers]
             if not any(_begins_with(keys, past_key_values[0][0]) for keys in known):
-                _warn_of_cuts()
+                warn_once(CUT_BY_HAND)
         return cls.of(past_key_values or ())
 
     @classmethod
@@ -122,14 +129,6 @@ def _begins_with(whole: Any, part: Any) -> bool:
         return False
     first = whole[:, :, : part.shape[2]]
     return first.shape == part.shape and first.device == part.device and torch.equal(first, part)
-
-
-def _warn_of_cuts() -> None:
-    warn_once(
-        "from_legacy_cache, key_cache: what was cut out of a memory by hand is taken to have the positions 0, 1, 2, ..., as "
-        "the published LatentMAS code takes it, under keys that were rotated for others; latent_only= and "
-        "sequential_info_only= of ModelWrapper.generate_latent_batch keep the same tokens exactly"
-    )
 
 
 CACHES: dict[str, type[PaddedCache]] = {"hf": PaddedCache, "legacy": LegacyCache}
