@@ -404,6 +404,14 @@ def check_finite_states(result: Tensor, where: str, states: Tensor | None = None
         )
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise ValueError for a temperature (0 is greedy) or a top_p with which no token can be drawn."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be more than 0 and at most 1 (off); got {top_p}")
+
+
 def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> list[int]:
     if eos_token_id == "auto":
         eos_token_id = model.generation_config.eos_token_id

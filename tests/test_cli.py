@@ -1,5 +1,6 @@
 """The command line, mostly in this process: what it prints, and how it ends where the user can mend something."""
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import latentmas.batches
 import latentmas.loading
 import pytest
 import torch
@@ -875,6 +877,71 @@ def test_keep_going_runs_the_others_and_ends_with_2(command, tiny, broken_lines,
     assert [line for line in err.splitlines() if line.startswith("warning: left out: line ")][1:] == [
         "warning: left out: line 4 has an empty question"
     ]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "with --output"])
+def test_where_all_are_left_out_no_model_is_loaded(command, tiny, tmp_path, monkeypatch, kept):
+    """Nor is vLLM started; the document still has all faults."""
+    monkeypatch.setattr("latentmas.backends.vllm_start.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "latentmas.backends.vllm", None)
+    file, output = tmp_path / "broken.jsonl", tmp_path / "results.jsonl"
+    file.write_text('{"question": \n{"question": ""}\n')
+    arguments = ["run", "--questions", str(file), *FAST, "--keep-going", *(["--output", str(output)] if kept else [])]
+    code, out, err = command(*arguments, "--decoder", "vllm")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "error: no question is left to run: all 2 were left out"
+    code, out, err = command(*arguments, "--json")
+    assert code == 2
+    document = json.loads(out)
+    assert document["answers"] == []
+    assert [fault[:6] for fault in document["left_out"]] == ["line 1", "line 2"]
+    assert [agent["agent"] for agent in document["agents"]] == AGENTS
+    assert tiny == []
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--questions", "-"], ["--questions", "-", "--keep-going"]])
+def test_a_table_that_is_piped_in_is_one_error(command, tiny, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"question,answer\nOne?,1\nTwo?,2\n")))
+    said = command("run", *arguments, *FAST)
+    assert_one_line(said, "standard input is neither JSON nor JSON lines", "supported are JSON lines", "CSV (in a file")
+    assert tiny == []
+
+
+def test_the_help_says_how_csv_is_known(command):
+    assert "name of its file, which must end in .csv" in " ".join(
+        re.sub("[│|]", " ", command("run", "--help")[1]).split()
+    )
+
+
+def test_a_pipe_that_breaks_in_a_run_is_no_success(command, tiny, monkeypatch, tmp_path):
+    """In a file of results, what was finished is; the exit code says that the rest is not."""
+    output, run_batches = tmp_path / "results.jsonl", latentmas.batches.run_batches
+
+    def breaks(*given, **named):
+        yield next(run_batches(*given, **named))
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("latentmas.batches.run_batches", breaks)
+    arguments = ["run", "--questions", SAMPLE, *FAST]
+    code, _, err = command(*arguments, "--output", str(output))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: [Errno 32] Broken pipe. 1 of 8 questions are answered and kept in")
+    assert numbers(output) == [1]
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "1 of 8 questions are answered; --output would keep them" in err
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "with --output"])
+def test_a_pipe_that_breaks_elsewhere_is_a_success_only_where_nothing_is_lost(command, monkeypatch, tmp_path, kept):
+    def load_model(*given, **named):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(latentmas.loading, "load_model", load_model)
+    code, _, err = command("run", QUESTION, *FAST, *(["--output", str(tmp_path / "results.jsonl")] if kept else []))
+    assert code == (2 if kept else 0)
+    assert ("error: the run did not come to its end ([Errno 32] Broken pipe); go on with --resume" in err) == kept
 
 
 def test_a_long_list_of_faults_is_cut_with_a_count(command, tiny, tmp_path):

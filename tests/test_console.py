@@ -8,7 +8,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentmas.characters import check_characters, decoded, visible
+from latentmas.characters import check_characters, decoded, visible, without_mark
 from latentmas.console import Terminal, print_json, print_whole, without_bars, working
 from latentmas.faults import shortened
 from rich.live import Live
@@ -59,7 +59,11 @@ def test_halves_of_characters_are_refused(text):
 
 
 def test_bytes_are_utf8_with_or_without_a_mark():
-    assert decoded(b"\xef\xbb\xbf\xc3\xa4", "it") == "ä"
+    assert without_mark(b"\xef\xbb\xbf\xc3\xa4", "it") == without_mark(b"\xc3\xa4", "it") == b"\xc3\xa4"
+    assert decoded(b"\xc3\xa4", "it") == "ä"
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        with pytest.raises(ValueError, match="^it is UTF-16 or UTF-32; save it as UTF-8$"):
+            without_mark("{}".encode(encoding), "it")
     with pytest.raises(ValueError, match=r"^it is not UTF-8 \(byte 0xe4 in line 2\); save it as UTF-8$"):
         decoded(b"first\nsp\xe4t\n", "it")
 
@@ -164,6 +168,7 @@ def test_bars_of_libraries_are_silent_while_ours_shows(capsys):
     with working(paper(), "loading"), without_bars():
         for bar in bars:
             assert list(bar(range(3), desc="Loading weights")) == [0, 1, 2]
+            assert list(bar(range(3), desc="Loading weights", disable=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     for bar in bars:
         list(bar(range(3), desc="Loading weights"))

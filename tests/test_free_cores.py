@@ -10,25 +10,31 @@ from latentmas.free_cores import OtherProcesses
 
 
 class Machine:
-    """Its clocks: seconds that passed, that all cores worked, and that this process and its children did."""
+    """Its clocks: seconds that passed, that the allowed cores worked, and that this process and its children did.
+
+    It has four cores more, all of them busy, which this process may not use: 0, 2, 4 and 6.
+    """
 
     def __init__(self, monkeypatch, cores, load):
         self.now, self.user, self.system, self.own, self.children = 100.0, 0.0, 0.0, 0.0, 0.0
         monkeypatch.setattr(free_cores.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(psutil, "cpu_times", self.times)
         monkeypatch.setattr(os, "times", lambda: (self.own, 0.0, self.children, 0.0, self.now))
-        monkeypatch.setattr(psutil, "cpu_count", lambda: cores)
+        self.allowed = [1, 3, 5, *range(7, cores + 4)][:cores]
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(self.allowed), raising=False)
+        monkeypatch.setattr(psutil, "cpu_count", lambda: cores + 7)
         monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
 
-    def times(self):
-        values = {
-            "user": self.user,
-            "system": self.system,
-            "idle": 7 * self.now,
-            "iowait": self.now,
-            "guest": self.user,
-        }
-        return SimpleNamespace(_asdict=lambda: values)
+    def times(self, percpu=False):
+        share = 1 / len(self.allowed)
+        idle = {"idle": 7 * self.now, "iowait": self.now, "guest": self.user}
+        ours = {"user": self.user * share, "system": self.system * share, **idle}
+        busy = {"user": self.now, "system": 0.0, **idle}
+        cores = [ours if core in self.allowed else busy for core in range(max(self.allowed) + 1)]
+        if percpu:
+            return [SimpleNamespace(_asdict=lambda core=core: core) for core in cores]
+        sums = {name: sum(core[name] for core in cores) for name in ours}
+        return SimpleNamespace(_asdict=lambda: sums)
 
     def work(self, seconds, *, others, own=1.0, children=0.0):
         """Let time pass in which so many cores work for others, for this process and for its children."""

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gc
 import sys
 import types
 import warnings
@@ -182,6 +183,15 @@ def test_arguments_that_do_not_go_together_are_refused(arguments):
         ModelWrapper(*given, **named)
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), 0])
+def test_a_device_beside_a_model_is_refused(device):
+    """It stands where the tokenizer belongs: found out at the first text, otherwise."""
+    with pytest.raises(
+        ValueError, match=r"where the tokenizer of LlamaForCausalLM belongs; .*ModelWrapper\(model\.to\("
+    ):
+        ModelWrapper(tiny_model("llama"), device)
+
+
 def test_other_kinds_of_caches_are_refused():
     with pytest.raises(ValueError, match="got cache='tuple'; supported are 'latent', 'hf', 'legacy'"):
         ModelWrapper(tiny_model(), character_tokenizer(), cache="tuple")
@@ -281,8 +291,7 @@ def test_old_code_reads_and_cuts_a_legacy_cache():
     assert [pair[0] is layer.keys for pair, layer in zip(past, past.layers, strict=True)] == [True] * 3
     assert past[:2][1][1] is past.value_cache[1] is past.layers[1].values
     assert past.get_seq_length() == _past_length(past) == ModelWrapper._past_length(past) == 17
-    with pytest.warns(RuntimeWarning, match="from_legacy_cache: .* latent_only="):
-        again = fresh_warnings(lambda: type(past).from_legacy_cache(past.to_legacy_cache()))
+    again = fresh_warnings(lambda: type(past).from_legacy_cache(past.to_legacy_cache()))
     assert torch.equal(again.attention_mask(), past.attention_mask())
     again.crop(12)
     assert torch.equal(again[1][0], past[1][0][:, :, :12])
@@ -292,6 +301,71 @@ def test_old_code_reads_and_cuts_a_legacy_cache():
     assert again.get_seq_length() == 10
     assert _past_length(None) == _past_length(()) == _past_length(LegacyCache.from_legacy_cache(None)) == 0
     assert _past_length(past.to_legacy_cache()) == 17
+
+
+@pytest.mark.parametrize(
+    ("cut", "warned"),
+    [
+        (lambda t: t, False),
+        (lambda t: t[..., -17:, :].contiguous(), False),
+        (lambda t: t[..., :5, :].clone(), False),
+        (lambda t: t[..., -5:, :], True),
+        (lambda t: torch.cat([t[..., :2, :], t[..., 4:, :]], -2), True),
+    ],
+    ids=["as they are", "all columns", "the first columns", "the last columns", "a hole"],
+)
+@pytest.mark.parametrize("way", ["from_legacy_cache", "key_cache[i]", "key_cache", "key_cache[:]"])
+@torch.no_grad()
+def test_cuts_by_hand_take_effect_and_warn_where_keys_stay_rotated(way, cut, warned):
+    past = wrapped().generate_latent_batch(*ragged([3, 14, 1, 6]), latent_steps=STEPS)
+    want = [(cut(keys), cut(values)) for keys, values in past.to_legacy_cache()]
+
+    def cut_by_hand():
+        if way == "from_legacy_cache":
+            return type(past).from_legacy_cache(want)
+        if way == "key_cache[i]":
+            for i in range(len(past)):
+                past.key_cache[i] = cut(past.key_cache[i])
+                past.value_cache[i] = cut(past.value_cache[i])
+        elif way == "key_cache":
+            past.key_cache = [cut(keys) for keys in past.key_cache]
+            past.value_cache = (cut(values) for values in past.value_cache)
+        else:
+            past.key_cache[:] = map(cut, past.key_cache)
+            past.value_cache[:] = map(cut, past.value_cache)
+        return past
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = fresh_warnings(cut_by_hand)
+    assert got.get_seq_length() == want[0][0].shape[-2]
+    for layer, (keys, values) in zip(got.layers, want, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+    assert [("key_cache" in str(one.message)) for one in caught] == [True] * warned
+    if way != "key_cache":  # which sets through [:], one call further down
+        assert [one.filename for one in caught] == [__file__] * warned, "it names the line that cuts"
+    held = got.get_seq_length()
+    ids, mask = ragged([2, 5, 1, 3], seed=2)
+    again = wrapped().generate_latent_batch(ids, mask, latent_steps=1, past_key_values=got)
+    assert again.get_seq_length() == held + ids.shape[1] + 1
+
+
+def test_layers_of_a_legacy_cache_are_neither_added_nor_removed():
+    """An error, where a list that is made at each reading would take it silently."""
+    past = wrapped().generate_latent_batch(*ragged([3, 5]), latent_steps=1)
+    keys = past.key_cache[0]
+
+    def remove():
+        del past.key_cache[0]
+
+    for change in (remove, lambda: past.key_cache.append(keys), lambda: past.value_cache.pop()):
+        with pytest.raises(TypeError, match=r"set one by one .*LegacyCache\.from_legacy_cache"):
+            change()
+    with pytest.raises(ValueError, match="got 1 tensors for the keys of a cache of 3 layers"):
+        past.key_cache = [keys]
+    assert len(past) == 3
+    assert past.layers[0].keys is keys
 
 
 def fresh_warnings(call):
@@ -491,13 +565,18 @@ def test_without_vllm_it_says_what_to_do(folder, monkeypatch):
         ModelWrapper(folder, "cpu").vllm_generate_text_batch(["Hi"])
 
 
-def test_vllm_gets_prompts_and_settings_and_gives_texts(folder, monkeypatch):
-    """Through our backend, which tests with a real vLLM hold to our own engine."""
-    started, sent = [], []
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for our backend, which tests with a real vLLM hold to our own engine: what it was started with, got, and how
+    often it was ended."""
+    started, sent, ended = [], [], []
 
     class Backend:
         def __init__(self, *given, **named):
             started.append((given, named))
+
+        def close(self):
+            ended.append(self)
 
         def write(self, memory, requests, on_tokens=None):
             assert memory is None
@@ -507,6 +586,46 @@ def test_vllm_gets_prompts_and_settings_and_gives_texts(folder, monkeypatch):
     module = types.SimpleNamespace(Vllm=Backend)
     monkeypatch.setattr("latentmas.backends.vllm_start.find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "latentmas.backends.vllm", module)
+    return types.SimpleNamespace(started=started, sent=sent, ended=ended)
+
+
+@pytest.mark.parametrize("way", ["close", "with", "an error in with", "no reference"])
+def test_the_vllm_that_was_started_ends_with_the_wrapper(folder, vllm, way):
+    wrapper = ModelWrapper(folder, "cpu", use_vllm=True)
+    assert len(vllm.started) == 1
+    assert vllm.ended == []
+    if way == "close":
+        wrapper.close()
+    elif way == "with":
+        with wrapper as same:
+            assert same is wrapper
+            assert vllm.ended == []
+    elif way == "an error in with":
+        with pytest.raises(KeyboardInterrupt), wrapper:
+            raise KeyboardInterrupt
+    else:
+        del wrapper
+        gc.collect()
+        assert len(vllm.ended) == 1
+        return
+    assert len(vllm.ended) == 1
+    assert (wrapper.use_vllm, wrapper.vllm_engine) == (False, None)
+    with pytest.raises(ValueError, match="has no vLLM"):
+        wrapper.vllm_generate_text_batch(["Hi"])
+    wrapper.close()
+    del wrapper
+    gc.collect()
+    assert len(vllm.ended) == 1, "once"
+
+
+def test_a_wrapper_without_vllm_can_be_closed(folder):
+    with ModelWrapper(folder, "cpu") as wrapper:
+        pass
+    assert wrapper.tokenize_text("Hi").shape[0] == 1
+
+
+def test_vllm_gets_prompts_and_settings_and_gives_texts(folder, vllm):
+    started, sent = vllm.started, vllm.sent
     args = argparse.Namespace(
         tensor_parallel_size=2, gpu_memory_utilization=0.5, device2="cpu", use_second_HF_model=True
     )

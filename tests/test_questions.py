@@ -9,7 +9,7 @@ import warnings
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentmas.questions import SAMPLE, Question, read_questions
+from latentmas.questions import SAMPLE, SUPPORTED, Question, read_questions
 
 
 def read(tmp_path, data, name="questions.jsonl"):
@@ -40,8 +40,15 @@ def test_a_question_has_the_number_of_its_line(tmp_path):
     assert read(tmp_path, data) == ([Question(1, "One?"), Question(4, "Four?", "4")], [])
 
 
-@pytest.mark.parametrize(("answer", "text"), [("9", "9"), (9, "9"), (2.5, "2.5"), (None, None), ("", None)])
-def test_answers_are_text_or_numbers(tmp_path, answer, text):
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("9", "9"), (9, "9"), (2.5, "2.5"), (None, None), ("", None), (float("nan"), None), ([], None),
+        (True, "true"), (False, "false"), (["Paris"], "Paris"), (["Paris", "Lutetia", "Paris"], "Paris or Lutetia"),
+        (["a", 1, True], "a or 1 or true"),
+    ],
+)  # fmt: skip
+def test_answers_are_text_numbers_truth_values_or_lists_of_these(tmp_path, answer, text):
     line = json.dumps({"question": "?", "answer": answer}).encode()
     assert read(tmp_path, line)[0] == [Question(1, "?", text)]
 
@@ -65,13 +72,11 @@ def test_files_of_other_systems(tmp_path, end):
         (b"{}", 'has no "question" (nor query, problem, prompt); it has nothing'),
         (b'{"question": null}', "has an empty question"),
         (b'{"question": "\\ud83d"}', "has a \"question\" that holds '\\ud83d' at character 1, half a surrogate pair"),
-        (b'{"question": "a", "answer": "\\udc00"}', "has an \"answer\" that holds '\\udc00' at character 1"),
         (b'{"question": ' + b"[" * 100_000 + b"}", "is not JSON that can be read (nested too deeply)"),
         (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", "is not JSON that can be read (Exceeds the limit"),
         (b'{"question": 3}', 'has a "question" that is int, not text'),
         (b'{"question": " \\n"}', "has an empty question"),
-        (b'{"question": "a", "answer": [1]}', 'has an "answer" that is list, neither text nor a number'),
-        (b'{"question": "a", "answer": true}', 'has an "answer" that is bool, neither text nor a number'),
+        (b'{"question": NaN}', "has an empty question"),
     ],
 )
 def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, line, fault):
@@ -90,6 +95,42 @@ def test_a_file_without_a_line_is_refused(tmp_path, data):
         match=r'questions\.jsonl holds no questions; supported are JSON lines, .* CSV .* Parquet, with "question"',
     ):
         read(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "question,answer\nOne?,1\nTwo?,2\n",
+        "question\tanswer\nOne?\t1\n",
+        "What is 2 + 2?\n\nAnd 3 + 3?\n",
+        '"a question"\n"another"\n',
+        "1\n2\n",
+        "[1] What is 2 + 2?\n",
+        "question: One?\nanswer: 1\n",
+    ],
+    ids=["csv", "tsv", "text", "strings", "numbers", "text in brackets", "yaml"],
+)
+def test_a_file_of_another_format_is_one_error_that_names_the_formats(tmp_path, monkeypatch, text):
+    with pytest.raises(ValueError, match=r"q\.tsv is (neither JSON nor JSON lines|not JSON)") as caught:
+        read(tmp_path, text.encode(), "q.tsv")
+    assert str(caught.value).endswith(SUPPORTED)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with pytest.raises(ValueError, match="^standard input is (neither JSON nor JSON lines|not JSON)") as caught:
+        read_questions("-")
+    assert str(caught.value).endswith(SUPPORTED)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["q.jsonl", "q.csv"])
+def test_a_file_in_utf16_says_so(tmp_path, monkeypatch, encoding, name):
+    """As some tools of Windows save it."""
+    data = '{"question": "One?"}\n'.encode(encoding)
+    with pytest.raises(ValueError, match=f"{name} is UTF-16 or UTF-32; save it as UTF-8$"):
+        read(tmp_path, data, name)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with pytest.raises(ValueError, match="^standard input is UTF-16 or UTF-32; save it as UTF-8$"):
+        read_questions("-")
 
 
 def test_standard_input(monkeypatch):
@@ -126,6 +167,26 @@ def test_usual_names_of_fields(tmp_path, question, answer):
         ({"label": 3, "answer": "4", "prompt": "2 + 2?"}, "2 + 2?", "4", ['"answer" is read, not "label"']),
         ({"question": "", "problem": "2 + 2?"}, "2 + 2?", None, []),
         ({"question": "2 + 2?", "prompt": "2 + 2?"}, "2 + 2?", None, []),
+        ({"question": "2 + 2?", "Question": "3 + 3?"}, "2 + 2?", None, ['"question" is read, not "Question"']),
+        ({"Question": "2 + 2?", "question": "2 + 2?"}, "2 + 2?", None, []),
+        (
+            {"question": "2 + 2?", "answer": "4", "Answer": 5, "ANSWER": float("nan")},
+            "2 + 2?",
+            "4",
+            ['"answer" is read, not "Answer"'],
+        ),
+        (
+            {"question": "2 + 2?", "options": ["three", "four", "five"], "choices": ["x", "y"]},
+            "2 + 2?\nA. three\nB. four\nC. five",
+            None,
+            ['"options" is read, not "choices"'],
+        ),
+        (
+            {"question": "2 + 2?", "options": ["three", "four", "five"], "label": -1},
+            "2 + 2?\nA. three\nB. four\nC. five",
+            None,
+            ['"label" is left out where it is none of the options'],
+        ),
         (
             {"question": LISTED + LISTED[6:], "options": OPTIONS, "query": LISTED + "\nChoose."},
             LISTED + "\nChoose.",
@@ -133,7 +194,18 @@ def test_usual_names_of_fields(tmp_path, question, answer):
             ['"query" is read, not "question"'],
         ),
     ],
-    ids=["two questions", "two answers", "an empty one", "the same", "the one that lists the options once"],
+    ids=[
+        "two questions",
+        "two answers",
+        "an empty one",
+        "the same",
+        "two spellings",
+        "two spellings of the same",
+        "two spellings of the answer",
+        "two lists of options",
+        "no label",
+        "the one that lists the options once",
+    ],
 )
 def test_of_several_fields_one_is_read_with_a_word(tmp_path, entry, text, answer, said):
     """Once for the file, with the first place where it is so."""
@@ -152,6 +224,31 @@ def test_a_final_answer_is_what_follows_the_mark(tmp_path):
     answers = ["2 + 2 = <<2+2=4>>4\n#### 4", "x\n#### 1,450\n", "#### -3", "a #### b", "#### 1\nnot yet", "###  4"]
     got = [read_one(tmp_path, {"question": "?", "answer": answer}).answer for answer in answers]
     assert got == ["4", "1,450", "-3", "a #### b", "#### 1\nnot yet", "###  4"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"answer": {"value": "Paris"}}, "is neither text, a number, true or false, nor a list of these"),
+        ({"answer": [["Paris"]]}, "is neither text, a number, true or false, nor a list of these"),
+        ({"answer": "\udc00"}, "holds half a surrogate pair or a byte that is not UTF-8"),
+        ({"options": ["yes", "no"], "answer": "six"}, "is none of the options"),
+        ({"options": ["yes", "no"], "answer": 3}, "is none of the options"),
+        ({"options": ["yes", "no"], "answer": True}, "is none of the options"),
+        ({"options": ["yes", "no"], "answer": ["yes", "no"]}, "is more than one of the options"),
+        ({"options": ["same", "same"], "answer": "same"}, "may be more than one of the options (give the letter)"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_does_not_cost_the_question(tmp_path, more, said):
+    """One warning for the file, whatever the values are."""
+    entries = [{"question": "a"}, {"question": "b", **more}, {"question": "c", **more}]
+    with pytest.warns(UserWarning, match="is left out where it") as caught:
+        questions, faults = read(tmp_path, json.dumps(entries).encode(), "q.json")
+    assert [str(one.message) for one in caught] == [
+        f'{tmp_path / "q.json"}: "answer" is left out where it {said} (first in entry 2)'
+    ]
+    assert [(question.number, question.answer) for question in questions] == [(1, None), (2, None), (3, None)]
+    assert faults == []
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -177,6 +274,14 @@ def test_options_are_listed_below_the_question_and_answers_are_letters(tmp_path,
         assert read_one(tmp_path, entry) == Question(1, LISTED, "B")
 
 
+def test_options_left_open_and_a_field_of_another_case(tmp_path):
+    assert (
+        read_one(tmp_path, {"question": "2 + 2?", "options": {"A": "three", "B": "four", "C": float("nan")}}).text
+        == (LISTED[: LISTED.index("\nC.")])
+    )
+    assert read_one(tmp_path, {"question": "2 + 2?", "a": 7, "A": "three", "B": "four", "C": "five"}).text == LISTED
+
+
 def test_options_in_columns_of_their_own(tmp_path):
     entry = {"Question": "2 + 2?", "A": "three", "B": "four", "C": "five", "Answer": "C"}
     assert read_one(tmp_path, entry) == Question(1, LISTED, "C")
@@ -193,9 +298,11 @@ def test_numbers_as_labels_and_as_options(tmp_path):
     # A number is a place, as in MMLU, where the options are texts of numbers.
     mmlu = {"question": "Order of 3?", "choices": ["8", "2", "24", "120"], "answer": 2}
     assert read_one(tmp_path, mmlu).answer == "C"
-    said = fault_of(tmp_path, mmlu | {"answer": "2"})
-    assert said == 'entry 2 has the "answer" "2", which may be any of B, C; give the letter'
-    assert fault_of(tmp_path, mmlu | {"choices": [8, 2, 24, 120]}).endswith("may be any of B, C; give the letter")
+    for unclear in ({"answer": "2"}, {"choices": [8, 2, 24, 120]}):
+        with pytest.warns(
+            UserWarning, match=r'"answer" is left out where it may be more than one of the options \(give the'
+        ):
+            assert read_one(tmp_path, mmlu | unclear).answer is None
     assert read_one(tmp_path, mmlu | {"choices": [8, 2, 24, 120], "answer": 24}).answer == "C"
 
 
@@ -210,14 +317,41 @@ def test_options_that_the_question_lists_are_not_listed_again(tmp_path):
     assert read_one(tmp_path, {"query": part, "options": options}).text == f'{part}\nA. one\nB. one two\n"'
 
 
+CELLS_WITHOUT_OPTIONS = [
+    "yes or no",
+    "['three' 'four']",
+    "['three'\n 'four', 'five']",
+    "['three', 'four' \"five\"]",
+    "{'A': 'three' 'four', 'B': 'five'}",
+    "[1 2 3]",
+    "array(['three', 'four'], dtype=object)",
+    '"yes"',
+    "'yes'",
+    '["yes"]',
+    '{"A": "yes"}',
+    '{"text": ["yes"], "label": ["A"]}',
+    "3",
+    "null",
+]
+
+
+def test_a_list_as_numpy_prints_it_is_named(tmp_path):
+    said = fault_of(tmp_path, {"question": "2 + 2?", "options": "['three' 'four']"})
+    assert said.endswith(
+        """with commas: ["three", "four"], not ['three' 'four'] as numpy prints an array (save .tolist())"""
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"options": OPTIONS, "answer": "six"}, 'the "answer" "six", which is none of its options; supported are "A", "B"'),
-        ({"options": OPTIONS, "answer": 3}, 'the "answer" "3", which is none of its options'),
-        ({"options": ["same", "same"], "answer": "same"}, 'the "answer" "same", which may be any of A, B'),
-        ({"options": "yes or no"}, '"options" that are no options; supported are lists of up to 26 texts or numbers'),
-        ({"choices": ["a", ["b"]]}, '"choices" that are no options'),
+        *(
+            ({"options": cell}, 'a cell "options" that holds no options; supported are lists of at least two in JSON')
+            for cell in CELLS_WITHOUT_OPTIONS
+        ),
+        ({"choices": ["a", ["b"]]}, '"choices" that are no options; supported are lists of up to 26 texts or numbers'),
+        ({"choices": '["a", ["b"]]'}, '"choices" that are no options'),
+        ({"choices": ["a", float("nan")]}, '"choices" that are no options'),
         ({"choices": ["a", None]}, '"choices" that are no options'),
         ({"choices": ["x"] * 27}, '"choices" that are no options'),
         ({"choices": 3}, '"choices" that are no options'),

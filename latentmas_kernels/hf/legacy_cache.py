@@ -1,6 +1,7 @@
 """LegacyCache: a transformers cache as code from before transformers 5 takes it, by layers of (keys, values)."""
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,43 @@ from latentmas_kernels.padded_cache import PaddedCache, is_gap, keeps, real_colu
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, kv_heads, columns, head_dim] each."""
+
+
+CUT_BY_HAND = (
+    "from_legacy_cache, key_cache: what was cut out of a memory by hand is taken to have the positions 0, 1, 2, ..., as the "
+    "published LatentMAS code takes it, under keys that were rotated for others; latent_only= and sequential_info_only= of "
+    "ModelWrapper.generate_latent_batch keep the same tokens exactly"
+)
+
+
+class _PerLayer(list[Tensor]):
+    """The keys or the values of all layers, as transformers 4 had them; one that is set is set in the cache."""
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        self._layers: list[Any] = cache.layers
+        self._name = name
+        super().__init__(getattr(layer, name) for layer in self._layers)
+
+    def __setitem__(self, index: Any, new: Any) -> None:
+        super().__setitem__(index, new)
+        if len(self) != len(self._layers):
+            raise ValueError(
+                f"got {len(self)} tensors for the {self._name} of a cache of {len(self._layers)} layers; set one per layer, or "
+                "make a cache of fewer with LegacyCache.from_legacy_cache"
+            )
+        for layer, tensor in zip(self._layers, self, strict=True):
+            if tensor is not getattr(layer, self._name):
+                if self._name == "keys" and not _begins_with(layer.keys, tensor):
+                    warn_once(CUT_BY_HAND)
+                setattr(layer, self._name, tensor)
+
+    def _fixed(self, *arguments: Any, **options: Any) -> Any:
+        raise TypeError(
+            "the layers of a cache can be set one by one (key_cache[0] = keys), and not added, removed or reordered here; "
+            "make another cache with LegacyCache.from_legacy_cache"
+        )
+
+    __delitem__ = __iadd__ = __imul__ = append = extend = insert = pop = remove = clear = reverse = sort = _fixed
 
 
 class LegacyCache(PaddedCache):
@@ -34,16 +72,27 @@ class LegacyCache(PaddedCache):
 
     @property
     def key_cache(self) -> list[Tensor]:
-        return [keys for keys, _ in self]
+        """Per layer the keys. `key_cache[i] = keys` and `key_cache = [...]` set those of the cache."""
+        return _PerLayer(self, "keys")
+
+    @key_cache.setter
+    def key_cache(self, keys: Iterable[Tensor]) -> None:
+        self.key_cache[:] = keys
 
     @property
     def value_cache(self) -> list[Tensor]:
-        return [values for _, values in self]
+        """Per layer the values; as `key_cache`."""
+        return _PerLayer(self, "values")
+
+    @value_cache.setter
+    def value_cache(self, values: Iterable[Tensor]) -> None:
+        self.value_cache[:] = values
 
     def to_legacy_cache(self) -> tuple[Pair, ...]:
         """Per layer (keys, values); the cache's own tensors, which nothing changes in place. Zeros where the model runs no
         layer."""
         layers: list[Any] = self.layers
+        _handed_out.add(self)
         like = next((layer for layer in layers if layer.is_initialized), None)
         return tuple(
             (layer.keys, layer.values)
@@ -57,14 +106,13 @@ class LegacyCache(PaddedCache):
         """A cache of such layers, as a rule some that were cut; an empty one from None.
 
         The columns of each row that are not zeros have the positions 0, 1, 2, ... from here on, as in transformers: where
-        others were cut off before them, their keys stay rotated for the positions that they had.
+        others were cut off before them, their keys stay rotated for the positions that they had. One warning says so, unless
+        these are the first columns, or all, of a LegacyCache that still exists: then nothing was cut off before them.
         """
-        if past_key_values is not None:
-            warn_once(
-                "from_legacy_cache: what was cut out of a memory by hand is taken to have the positions 0, 1, 2, ..., as the "
-                "published LatentMAS code takes it, under keys that were rotated for others; latent_only= and "
-                "sequential_info_only= of ModelWrapper.generate_latent_batch keep the same tokens exactly"
-            )
+        if past_key_values is not None and len(past_key_values):
+            known = [list[Any](cache.layers)[0].keys for cache in list(_handed_out) if cache.layers]
+            if not any(_begins_with(keys, past_key_values[0][0]) for keys in known):
+                warn_once(CUT_BY_HAND)
         return cls.of(past_key_values or ())
 
     @classmethod
@@ -76,6 +124,18 @@ class LegacyCache(PaddedCache):
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         super().crop(tokens_to_remove)
+
+
+_handed_out: weakref.WeakSet[LegacyCache] = weakref.WeakSet()
+"""Caches whose tensors somebody has got, and may have cut."""
+
+
+def _begins_with(whole: Any, part: Any) -> bool:
+    """Whether keys [B, kv_heads, columns, head_dim] are the first columns, or all, of others."""
+    if not (isinstance(whole, Tensor) and isinstance(part, Tensor)) or whole.ndim != 4 or part.ndim != 4:
+        return False
+    first = whole[:, :, : part.shape[2]]
+    return first.shape == part.shape and first.device == part.device and torch.equal(first, part)
 
 
 CACHES: dict[str, type[PaddedCache]] = {"hf": PaddedCache, "legacy": LegacyCache}

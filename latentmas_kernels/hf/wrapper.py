@@ -1,7 +1,8 @@
 """ModelWrapper: the interface that LatentMAS codebases carry along, on this package's calls."""
 
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.generation import LatentOutput, generate, latent_generate
+from latentmas_kernels.generation import LatentOutput, check_sampling, generate, latent_generate
 from latentmas_kernels.hf.chat import ids_behind, render, text_ends, without_end
 from latentmas_kernels.hf.continued import Continued
 from latentmas_kernels.hf.legacy_cache import CACHES, past_length
@@ -39,6 +40,8 @@ class ModelWrapper:
     with 0 for padding; None means no padding. No past is changed (a LatentCache that was `donate()`d is extended in place, as
     asked for).
 
+    A vLLM that it starts ends with `close()`, at the end of a `with` block, or when the wrapper is no longer used.
+
     Attributes:
         model, tokenizer: of transformers. HF_model is the model too.
         device: where prepared inputs go; the device of the input embeddings, until it is set.
@@ -60,6 +63,7 @@ class ModelWrapper:
     latent_space_realign: bool | None = False
     use_vllm = False
     vllm_engine: Any = None
+    _end_vllm: Callable[[], Any] | None = None
     _aligner: str | Aligner | None = None
     _engine = "auto"
 
@@ -98,6 +102,11 @@ class ModelWrapper:
             tokenizer, device = None, tokenizer
         if is_name(model) and model_name is None:
             model, model_name = None, model
+        if model is not None and model_name is None and is_device(tokenizer):
+            raise ValueError(
+                f"got {tokenizer!r} where the tokenizer of {type(model).__name__} belongs; a model runs on the device where it "
+                f"is: ModelWrapper(model.to({str(tokenizer)!r}), tokenizer), or give the model's name with a device"
+            )
         if (model is None) == (model_name is None) or (tokenizer is None) != (model is None):
             raise ValueError(
                 "ModelWrapper takes a model and its tokenizer, or a model's name and a device; got model="
@@ -123,6 +132,19 @@ class ModelWrapper:
             self.device = torch.device(device)
         if use_vllm:
             self.vllm_engine, self.use_vllm = start_vllm(self.model_name, self.model, args), True
+            self._end_vllm = weakref.finalize(self, self.vllm_engine.close)
+
+    def __enter__(self) -> "ModelWrapper":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the vLLM that use_vllm=True started; without one, and a second time, nothing happens. The rest still works."""
+        if self._end_vllm is not None:
+            self.vllm_engine, self.use_vllm = None, False
+            self._end_vllm()
 
     @Default
     def device(self) -> torch.device:
@@ -466,10 +488,7 @@ def _paragraphs(messages: Messages, add_generation_prompt: bool) -> str:
 def _sampling(temperature: float | None, top_p: float | None, do_sample: bool | None) -> tuple[float, float]:
     """Temperature, 0 for greedy, and top_p."""
     temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be more than 0 and at most 1 (off); got {top_p}")
+    check_sampling(temperature, top_p)
     if do_sample and temperature == 0:
         raise ValueError("got do_sample=True with temperature=0, which is greedy; leave one of them out")
     return (0.0 if do_sample is False else temperature), top_p

@@ -21,6 +21,7 @@ from latentmas.seats import Seat, tokens_differ
 from latentmas.stages import Stage, Stretch, stretches_of
 from latentmas_kernels import Aligner, LatentCache, build_aligner
 from latentmas_kernels.cache import check_room
+from latentmas_kernels.generation import check_sampling
 from latentmas_kernels.rotation import Rotation
 
 SHARE_FROM = 64
@@ -71,10 +72,7 @@ def check_request(questions: Sequence[str], temperature: float, top_p: float) ->
         raise ValueError("every question needs some text; got an empty one")
     for number, question in enumerate(questions, start=1):
         check_characters(question, "the question" if len(questions) == 1 else f"question {number}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be more than 0 and at most 1 (off); got {top_p}")
+    check_sampling(temperature, top_p)
 
 
 class Chain:

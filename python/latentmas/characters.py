@@ -1,4 +1,4 @@
-"""What text may hold that is no text: halves of characters, and codes that steer a terminal."""
+"""Checks and conversions of text: UTF-8, surrogates without their other half, and control characters."""
 
 import re
 
@@ -22,9 +22,15 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
+def without_mark(data: bytes, owner: str) -> bytes:
+    """UTF-8 without its byte-order mark; ValueError, which begins with `owner`, for UTF-16 and UTF-32."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:2].count(0) == 1:
+        raise ValueError(f"{owner} is UTF-16 or UTF-32; save it as UTF-8")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
 def decoded(data: bytes, owner: str) -> str:
-    """UTF-8 without its byte-order mark; ValueError, which begins with `owner`, for other bytes."""
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    """UTF-8 as text; ValueError, which begins with `owner`, for other bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -45,7 +45,8 @@ def run(
         str | None,
         typer.Option(
             help='File (JSON lines, a JSON array, CSV or Parquet) with "question" and, optionally, "answer" and "options"; '
-            "- for standard input, or: sample."
+            "- for standard input, or: sample. CSV is known by the name of its file, which must end in .csv, so it cannot come "
+            "from standard input."
         ),
     ] = None,
     model: ModelOption = None,
@@ -169,7 +170,10 @@ def run(
         asked = [entry for entry in asked if entry.number not in done]
         if done:
             err.print(f"{len(done)} results are in {output}, {len(asked)} questions are left", soft_wrap=True)
-        if done and not asked and not as_json:
+        if not asked and not done:
+            Report(out, serial(arranged.agents), (), as_json=as_json).close(settings, 0.0, None, left_out)
+            raise ValueError(f"no question is left to run: all {len(left_out):,} were left out")
+        if not asked and not as_json:
             raise typer.Exit(2 if left_out else 0)
         began, others = time.perf_counter(), OtherProcesses()
         with working(err, "loading the model (the default one is fetched and converted the first time)"):
@@ -219,7 +223,8 @@ def run(
         except KeyboardInterrupt:
             err.print(f"stopped: {_state(report.finished, len(asked), output)}", soft_wrap=True)
             raise typer.Exit(130) from None
-        except (ValueError, EngineError) as error:
+        # Our own consoles deal with pipes that their readers close; another broken pipe is a fault.
+        except (ValueError, EngineError, BrokenPipeError) as error:
             raise ValueError(f"{error}. {_state(report.finished, len(asked), output)}") from error
         report.close(settings, setup, run_by.aligner, left_out)
     if left_out:
@@ -315,11 +320,19 @@ def main() -> None:
     try:
         app()
     except SystemExit as ended:
-        # Libraries end with 1 where nobody reads their help any more.
-        sys.exit(0 if isinstance(ended.__context__, BrokenPipeError) else ended.code)
+        # click ends with 1 on a broken pipe, and says nothing. That is no error where nobody reads the help any more.
+        if not ended.code or not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        if out.needed:
+            sys.exit(0)
+        _fail(f"the run did not come to its end ({ended.__context__}); go on with --resume where there is an --output")
     except (ValueError, OSError) as error:
-        err.print(Text("error: ", "bold red").append(visible(str(error)), "not bold default"), soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(Text("error: ", "bold red").append(visible(message), "not bold default"), soft_wrap=True)
+    sys.exit(2)
 
 
 def _quiet() -> None:

@@ -18,7 +18,8 @@ class Terminal(Console):
     """A console whose texts are no markup, and whose control characters are shown and not sent.
 
     Attributes:
-        needed: whether the run is over once nobody reads what is printed here: the reader has what it wanted (`| head -1`).
+        needed: whether what is printed here is the only result of the run. When its reader closes the pipe (`| head -1`),
+            the process then ends with exit code 0; otherwise the run goes on and prints nothing more.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -34,7 +35,10 @@ class Terminal(Console):
             yield Segment(text if control else visible(text), style, control)
 
     def on_broken_pipe(self) -> None:
-        """Print nowhere from now on; end the process with 0 where that leaves nothing to do."""
+        """Discard what is printed from now on; end the process with exit code 0 if the output is `needed`.
+
+        Called by rich, from 13.8 on.
+        """
         self.quiet = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
@@ -67,7 +71,12 @@ def without_bars() -> Iterator[None]:
     from tqdm.std import tqdm
 
     before = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(before, disable=True)
+
+    @functools.wraps(before)
+    def silent(bar: tqdm, *arguments: Any, **options: Any) -> None:
+        before(bar, *arguments, **{**options, "disable": True})  # also where the caller says disable=False
+
+    tqdm.__init__ = silent
     try:
         yield
     finally:

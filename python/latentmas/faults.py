@@ -1,9 +1,9 @@
-"""Lists of what is wrong, short enough to be read."""
+"""Cut long lists of error messages."""
 
 from collections.abc import Sequence
 
 
 def shortened(faults: Sequence[str], most: int, more: str = "more") -> list[str]:
-    """The first ones, and behind them how many there are beside these."""
+    """Return the first `most` faults; where there are others, "and 12 more" follows, with `more` as the last words."""
     left = len(faults) - most
     return [*faults[:most], *([f"and {left:,} {more}"] if left > 0 else [])]

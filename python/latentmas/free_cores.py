@@ -6,13 +6,15 @@ import time
 import psutil
 
 SECONDS = 1.0
-"""Shorter looks see the ticks of the clock that processor time is counted in."""
+"""Shortest time to measure over: the system counts processor time in ticks of 10 ms or so, too coarse for less."""
 
 
 class OtherProcesses:
-    """What the other processes of this machine took of its cores, from when this is made on."""
+    """What other processes have used, since this object was made, of the cores that this process may run on."""
 
     def __init__(self) -> None:
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(psutil.cpu_count() or 1)
+        self._allowed = sorted(allowed)
         self._began = self._clocks()
 
     def cores(self) -> float:
@@ -27,7 +29,7 @@ class OtherProcesses:
 
     def warning(self, threads: int) -> str | None:
         """One line where a run on so many threads has to share cores; None where there are enough."""
-        cores = psutil.cpu_count() or 1
+        cores = len(self._allowed)
         others = self.cores()
         free = cores - others
         if threads <= 1 or threads <= free + 0.5:
@@ -39,7 +41,11 @@ class OtherProcesses:
         )
 
     def _clocks(self) -> tuple[float, float, float]:
-        """Seconds: of the wall clock, of all cores at work, and of this process and its children at work."""
-        times = psutil.cpu_times()._asdict()
+        """Seconds: of the wall clock, of the allowed cores at work, and of this process and its children at work."""
         idle = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice already
-        return time.monotonic(), sum(times.values()) - sum(times.get(name, 0.0) for name in idle), sum(os.times()[:4])
+        cores = [times._asdict() for times in psutil.cpu_times(percpu=True)]
+        busy = sum(
+            seconds for core in self._allowed if core < len(cores)
+            for name, seconds in cores[core].items() if name not in idle
+        )  # fmt: skip
+        return time.monotonic(), busy, sum(os.times()[:4])

@@ -1,13 +1,17 @@
 """One entry of a question file, in the fields that public data sets use, as a question."""
 
 import ast
+import io
 import json
+import math
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from latentmas.characters import check_characters
+from latentmas.characters import SURROGATE, check_characters
 
 QUESTION = ("question", "query", "problem", "prompt")
 ANSWER = ("answer", "gold", "label", "answerkey")
@@ -22,8 +26,10 @@ class Entry:
 
     Attributes:
         text: the question, its options below it.
-        answer: the expected one: the letter of an option, what follows "####", or all of it; None where there is none.
-        passed_over: of fields that could have been the question or the answer, which one was read and which were not.
+        answer: the expected one: the letter of an option, what follows "####", or all of it; several right ones are joined
+            by "or". None where there is none that can be used.
+        passed_over: fields that were not read, and why: another one was, or an answer cannot be used. Says the same for
+            all entries of a file that have the same trouble.
     """
 
     text: str
@@ -50,15 +56,16 @@ def read_entry(entry: Any) -> Entry:
 
     Of several fields that may hold the question, one that lists each option once is taken, else the first of QUESTION.
     An answer among options may be a label, the text of an option or, as a number, its place from 0. The final answer of
-    GSM8K's solutions is what follows "####" in their last line.
+    GSM8K's solutions is what follows "####" in their last line. An answer that cannot be used is None, with a word in
+    `passed_over`: the question can be asked without it.
 
     Raises:
-        ValueError: says what is wrong, to go on from "line 3 ".
+        ValueError: says what is wrong with the question or its options, to go on from "line 3 ".
     """
     if not isinstance(entry, dict):
         raise ValueError(f'is {_kind(entry)}, not an object with "question"')
     fields = {str(name).strip().lower(): (str(name), value) for name, value in reversed(entry.items()) if _given(value)}
-    options = _options(fields)
+    options = _options(entry, fields)
     lines = [str(option) for option in options]
 
     names = [name for name in QUESTION if name in fields]
@@ -73,50 +80,58 @@ def read_entry(entry: Any) -> Entry:
     check_characters(text, f'has a "{written}" that')
     if not all(_times(line, text) for line in lines):
         text = "\n".join([text.rstrip(), *lines])
-    passed_over = _passed_over(fields, name, names)
+    passed_over = _passed_over(entry, QUESTION, written, fields[name][1]) + _options_passed_over(entry, fields)
 
     answers = [name for name in ANSWER if name in fields]
     if not answers:
         return Entry(text, None, passed_over)
     written, value = fields[answers[0]]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f'has an "{written}" that is {_kind(value)}, neither text nor a number')
-    check_characters(str(value), f'has an "{written}" that')
-    answer = _label(value, options, written) if options else _final(str(value))
-    return Entry(text, answer, passed_over + _passed_over(fields, answers[0], answers))
+    passed_over += _passed_over(entry, ANSWER, written, value)
+    try:
+        return Entry(text, _answer(value, options), passed_over)
+    except ValueError as error:
+        return Entry(text, None, (*passed_over, f"{_quoted(written)} is left out where it {error}"))
 
 
 def _given(value: Any) -> bool:
-    return not (value is None or (isinstance(value, str) and not value.strip()))
+    """Whether a field holds something: not null, NaN, blank text or an empty list."""
+    missing = value is None or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
+    return not (missing or (isinstance(value, str) and not value.strip()))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def _options(fields: _Fields) -> list[_Option]:
-    """None where the entry has no list, and no fields A, B ..."""
-    name = next((name for name in OPTIONS if name in fields and fields[name][1] not in ([], {})), None)
+def _options(entry: dict[Any, Any], fields: _Fields) -> list[_Option]:
+    """Empty where the entry has no list of options, and no fields A, B ..."""
+    name = next((name for name in OPTIONS if name in fields), None)
     if name is not None:
         written, texts = fields[name]
     else:
-        letters = "".join(letter for letter in LETTERS if fields.get(letter.lower(), ("",))[0] == letter)
+        letters = "".join(letter for letter in LETTERS if _given(entry.get(letter)))
         if not letters.startswith("AB"):  # one letter alone is somebody's own field
             return []
-        written, texts = ", ".join(letters), [fields[letter.lower()][1] for letter in letters]
+        written, texts = ", ".join(letters), [entry[letter] for letter in letters]
         if not LETTERS.startswith(letters):
             raise ValueError(f"has the options {written}, with a gap between them")
-    if isinstance(texts, str):
+    in_a_cell = isinstance(texts, str)
+    if in_a_cell:
         texts = _cell(texts)
     if isinstance(texts, Mapping) and {"text", "label"} <= set(texts):  # ARC, CommonsenseQA
         labels, texts = texts["label"], texts["text"]
     elif isinstance(texts, Mapping):
-        given = {label: text for label, text in texts.items() if text is not None}
+        given = {label: text for label, text in texts.items() if isinstance(text, str) or _given(text)}
         labels, texts = list(given), list(given.values())
     elif isinstance(texts, Sequence):
         labels, texts = list(LETTERS[: len(texts)]), _without_letters(texts)
     else:
         labels = None
     lists = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 0
+    if in_a_cell and not (lists and len(texts) > 1):
+        raise ValueError(
+            f'has a cell "{written}" that holds no options; supported are lists of at least two in JSON or as Python writes '
+            """them, with commas: ["three", "four"], not ['three' 'four'] as numpy prints an array (save .tolist())"""
+        )
     if not lists or not all(_is_text(part) for part in [*texts, *labels]):
         raise ValueError(
             f'has "{written}" that are no options; supported are lists of up to {len(LETTERS)} texts or numbers, and texts '
@@ -131,14 +146,26 @@ def _options(fields: _Fields) -> list[_Option]:
     return options
 
 
-def _cell(text: str) -> Any:
-    """A list in a cell of a table, as JSON or as Python writes it; None where it is neither."""
-    for read in (json.loads, ast.literal_eval):
+def _cell(text: str) -> list[Any] | dict[Any, Any] | None:
+    """A list or mapping in a cell of a table, as JSON or as Python writes it; None where it is neither."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         try:
-            return read(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return None
+            return None
+        if _joins_texts(text):
+            return None
+    value = list(value) if isinstance(value, tuple) else value
+    return value if isinstance(value, list | dict) else None
+
+
+def _joins_texts(literal: str) -> bool:
+    """Whether texts follow each other without a comma, which Python reads as one: numpy prints arrays so."""
+    tokens = tokenize.generate_tokens(io.StringIO(literal.strip()).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return any(first == second == tokenize.STRING for first, second in pairwise(kinds))
 
 
 def _is_text(value: Any) -> bool:
@@ -162,7 +189,24 @@ def _times(line: str, text: Any) -> int:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _label(answer: str | int | float, options: list[_Option], written: str) -> str:
+def _answer(value: Any, options: list[_Option]) -> str:
+    """The expected answer; ValueError says why there is none, in the same words for all values."""
+    right = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, bool):
+            part = str(part).lower()
+        if not isinstance(part, str | int | float) or not _given(part):
+            raise ValueError("is neither text, a number, true or false, nor a list of these")
+        if SURROGATE.search(str(part)):
+            raise ValueError("holds half a surrogate pair or a byte that is not UTF-8")
+        right.append(_label(part, options) if options else _final(str(part)))
+    right = list(dict.fromkeys(right))
+    if options and len(right) > 1:
+        raise ValueError("is more than one of the options")
+    return " or ".join(right)
+
+
+def _label(answer: str | int | float, options: list[_Option]) -> str:
     """The label of the option that is meant."""
     said = " ".join(str(answer).split()).casefold()
     for option in options:
@@ -178,12 +222,7 @@ def _label(answer: str | int | float, options: list[_Option], written: str) -> s
         meant.add(options[int(said)].label)
     if len(meant) == 1:
         return meant.pop()
-    found = f'has the "{written}" {_quoted(str(answer))}, which'
-    if meant:
-        raise ValueError(f"{found} may be any of {', '.join(sorted(meant))}; give the letter")
-    raise ValueError(
-        f"{found} is none of its options; supported are {listed([o.label for o in options])} and their texts"
-    )
+    raise ValueError("may be more than one of the options (give the letter)" if meant else "is none of the options")
 
 
 def _final(answer: str) -> str:
@@ -201,9 +240,18 @@ def listed(names: Any, most: int = 8) -> str:
     return ", ".join(map(_quoted, names[:most])) + more or "nothing"
 
 
-def _passed_over(fields: _Fields, name: str, names: list[str]) -> tuple[str, ...]:
-    others = [fields[other][0] for other in names if fields[other][1] != fields[name][1]]
-    return (f"{_quoted(fields[name][0])} is read, not {listed(others)}",) if others else ()
+def _passed_over(entry: dict[Any, Any], names: Sequence[str], written: str, value: Any) -> tuple[str, ...]:
+    """Fields of those names, in any case, that hold something else than the one that was read."""
+    others = [
+        name for name, other in entry.items()
+        if str(name).strip().lower() in names and _given(other) and other != value
+    ]  # fmt: skip
+    return (f"{_quoted(written)} is read, not {listed(others)}",) if others else ()
+
+
+def _options_passed_over(entry: dict[Any, Any], fields: _Fields) -> tuple[str, ...]:
+    name = next((name for name in OPTIONS if name in fields), None)
+    return () if name is None else _passed_over(entry, OPTIONS, *fields[name])
 
 
 def _either(names: Sequence[str]) -> str:

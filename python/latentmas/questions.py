@@ -11,15 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from latentmas.characters import decoded
+from latentmas.characters import decoded, without_mark
 from latentmas.question_fields import ANSWER, LETTERS, OPTIONS, QUESTION, listed, read_entry
 
 SAMPLE = "sample"
 SUPPORTED = (
-    'supported are JSON lines, a JSON array, CSV (.csv) and Parquet, with "question" and, optionally, "answer" and "options" '
-    "(docs/questions.md)"
+    "supported are JSON lines, a JSON array, CSV (in a file whose name ends in .csv) and Parquet, "
+    'with "question" and, optionally, "answer" and "options" (docs/questions.md)'
 )
-MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,11 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
         ValueError: where there is not a single entry, or the file as a whole cannot be read.
         OSError: where the file cannot be opened.
     """
+    name = "standard input" if source == "-" else source
     if source == SAMPLE:
         data = files("latentmas").joinpath("sample.jsonl").read_bytes()
     else:
-        data = standard_input() if source == "-" else Path(source).read_bytes()
-    name = "standard input" if source == "-" else source
+        data = standard_input() if source == "-" else without_mark(Path(source).read_bytes(), source)
     questions, faults, passed_over = [], [], dict[str, str]()
     for number, place, entry in _entries(name, data):
         try:
@@ -80,10 +79,10 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
 
 
 def standard_input() -> bytes:
-    """All of it. ValueError where it is closed."""
+    """All of it, without a byte-order mark. ValueError where it is closed, or in another encoding than UTF-8."""
     if sys.stdin is None:
         raise ValueError("standard input is closed; give a question, or a file with --questions")
-    return sys.stdin.buffer.read()
+    return without_mark(sys.stdin.buffer.read(), "standard input")
 
 
 def _entries(name: str, data: bytes) -> Iterator[_Placed]:
@@ -91,13 +90,15 @@ def _entries(name: str, data: bytes) -> Iterator[_Placed]:
         return _parquet(name, data)
     if name.lower().endswith(".csv"):
         return _csv(name, data)
-    if data.removeprefix(MARK).lstrip().startswith(b"["):
+    if data.lstrip().startswith(b"["):
         return _array(name, data)
     return _lines(name, data)
 
 
 def _lines(name: str, data: bytes) -> Iterator[_Placed]:
-    lines = data.removeprefix(MARK).split(b"\n")
+    lines = data.split(b"\n")
+    if data.strip() and not any(line.lstrip().startswith(b"{") for line in lines):
+        raise ValueError(f"{name} is neither JSON nor JSON lines: not one line begins with {{; {SUPPORTED}")
     if lines[0].strip() == b"{":  # an object over several lines
         yield 1, f"the object in {name}", _json(decoded(data, name), name)
         return
@@ -112,7 +113,11 @@ def _lines(name: str, data: bytes) -> Iterator[_Placed]:
 
 
 def _array(name: str, data: bytes) -> Iterator[_Placed]:
-    for number, entry in enumerate(_json(decoded(data, name), name), start=1):
+    try:
+        entries = _json(decoded(data, name), name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {SUPPORTED}") from error
+    for number, entry in enumerate(entries, start=1):
         yield number, f"entry {number}", entry
 
 
@@ -132,7 +137,7 @@ def _json(text: str, name: str = "") -> Any:
 
 def _csv(name: str, data: bytes) -> Iterator[_Placed]:
     # A byte that is not UTF-8 becomes half a surrogate pair, which is a fault of its row alone.
-    text = data.removeprefix(MARK).decode(errors="surrogateescape")
+    text = data.decode(errors="surrogateescape")
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
     number = 0
