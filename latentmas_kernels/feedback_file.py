@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from latentmas_kernels.cache_file import model_fingerprint
-from latentmas_kernels.packable import GLOBAL_HOOKS, PASSIVE_HOOKS
+from latentmas_kernels.settings import GLOBAL_HOOKS, PASSIVE_HOOKS
 from latentmas_kernels.storage import cache_folder, whole_file
 
 FORMAT = "latentmas-feedback-1"

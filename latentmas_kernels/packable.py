@@ -15,19 +15,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.settings import FUNCTIONS, GLOBAL_HOOKS, PASSIVE_HOOKS
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
 DTYPES = (torch.float32, torch.bfloat16)
-# transformers puts hooks of its own on every layer, once output_hidden_states was asked for; they only look.
-PASSIVE_HOOKS = "transformers.utils.output_capturing"
 # What a plain model is built from, besides linear layers and embeddings. An adapter or a quantised layer is something else.
 OWN_MODULES = ("transformers.models.", "transformers.activations")
 PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
-GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
-# Functions beside the classes that their forwards call, which some libraries put others in the place of.
-FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward")
 
 
 class NotPackable(Exception):

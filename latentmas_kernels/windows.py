@@ -4,11 +4,13 @@ A configuration with a sliding window does not mean that a layer has one: Llama'
 layers whatever their types say. So the model's own forward is asked. It runs once, over two tokens, on a twin of its modules
 that shares the weights, with an attention and a mask function of our own in the places that transformers has for such
 (`AttentionInterface`, `AttentionMaskInterface`): they record the masks that the model's code makes and which layer gets which.
+A mask has its origin written on it, which stays where it is copied, cut or moved to another device, and holds on "meta" too.
 A second run shows that explicit masks arrive at the layers that they are meant for.
 """
 
 import copy
 import functools
+import re
 import types
 import weakref
 from collections.abc import Callable
@@ -27,10 +29,22 @@ TOKENS = 2
 PLACES = (2**20, 2**20 + 777)
 """Positions of queries, far behind any window. Two, since a window goes along with the query and a chunk does not."""
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Functions and methods of tensors whose result is the same mask at another place, of another dtype or cut to a part.
+COPYING = frozenset(
+    ["__getitem__", "bfloat16", "bool", "clone", "contiguous", "cpu", "cuda", "detach", "expand", "expand_as", "float", "half",
+     "narrow", "reshape", "squeeze", "to", "type", "type_as", "unsqueeze", "view"]
+)  # fmt: skip
+
+IN_PLACE = re.compile(r"__setitem__|__i[a-z]+__|[a-z]\w*[^_]_")
+UNKNOWN = object()
 
 
 class NoLayoutError(Exception):
     """The model attends in a way that cannot be followed; the message says how, in a clause."""
+
+
+class _ForwardFailedError(NoLayoutError):
+    """The trial could not be run to its end."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +62,15 @@ class Layout:
     shapes: tuple[tuple[int, int], ...]
 
 
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Layout]]" = weakref.WeakKeyDictionary()
+# The key, and the layout or the words of its refusal; an error itself would keep the modules of the trial alive.
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Layout | str]]" = weakref.WeakKeyDictionary()
 
 
 def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str) -> Layout:
-    """The layout of a decoder, tried once per state of its settings (see settings.py).
+    """The layout of a decoder, tried once per state of its settings (see settings.py); a refusal is kept as well.
+
+    Hooks of single modules are no part of that state, since the twin has none. Not kept is the refusal of a forward that
+    failed: memory, a file or a function of other code may have been the cause, and be there the next time.
 
     Args:
         cache_argument: the name under which its forward takes a cache.
@@ -62,8 +80,16 @@ def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.devi
     """
     key = settings_of(decoder, leaves=False), device
     known = _known.get(decoder)
-    if known is None or known[0] != key:  # a refusal is not kept: what caused it may be gone the next time
-        known = _known[decoder] = key, _find(decoder, config, device, cache_argument)
+    if known is None or known[0] != key:
+        try:
+            found: Layout | str = _find(decoder, config, device, cache_argument)
+        except _ForwardFailedError:
+            raise
+        except NoLayoutError as refusal:
+            found = str(refusal)
+        known = _known[decoder] = key, found
+    if isinstance(known[1], str):
+        raise NoLayoutError(known[1])
     return known[1]
 
 
@@ -71,10 +97,20 @@ def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.devi
 def _find(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str) -> Layout:
     own = _try(decoder, config, device, cache_argument, None)
     layout = own.layout()
+    widths = sorted({window for window in layout.windows if window is not None})
+    if len(widths) > 1:  # engines make one mask per kind of layer, as transformers' masks by the name of a kind
+        raise NoLayoutError(
+            f"its layers have windows of different widths ({', '.join(map(str, widths))}); one width for all of them is covered"
+        )
     names = [FULL if window is None else SLIDING for window in layout.windows]
-    given = {name: own.new_mask() for name in names}
+    given = {name: own.new_mask(name) for name in names}
     arrived = _try(decoder, config, device, cache_argument, given if len(given) > 1 else next(iter(given.values())))
-    if any(not _same(given[names[layer]], mask) for layer, mask in arrived.attended):
+    if not own.made and not own.attended:
+        raise NoLayoutError(
+            "a forward in the place of its own calls modules by another way than its attributes (a wrapped bound method does), "
+            "or neither its masks nor its attention are those of transformers"
+        )
+    if any(origin != names[layer] for layer, origin in arrived.attended):
         raise NoLayoutError("explicit masks do not arrive at the layers that they are meant for")
     return layout
 
@@ -101,12 +137,36 @@ def _try(
         raise
     except Exception as error:  # whatever the code of some model raises; it would raise the same in a call
         first = str(error).partition("\n")[0]
-        raise NoLayoutError(
+        raise _ForwardFailedError(
             f"its forward does not run over {TOKENS} tokens ({type(error).__name__}: {first})"
         ) from error
     finally:
         _trial.reset(token)
     return trial
+
+
+class _Mask(Tensor):
+    """A mask that tells what it was made from; so do its copies and parts, and nothing else that is computed with it.
+
+    Attributes:
+        origin: the mask function of transformers (None: its default, which is causal), or the name of an explicit mask.
+            UNKNOWN where it was changed in place.
+    """
+
+    origin: Any
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            name = getattr(function, "__name__", "")
+            if args and isinstance(args[0], cls):
+                if name in COPYING and type(result) is Tensor:
+                    result = result.as_subclass(cls)
+                    result.origin = args[0].origin
+                elif IN_PLACE.fullmatch(name):
+                    args[0].origin = UNKNOWN
+        return result
 
 
 @dataclass
@@ -115,18 +175,21 @@ class _Trial:
 
     implementation: str
     device: torch.device
-    made: list[tuple[Tensor, Callable[..., Any] | None]] = field(default_factory=list)
+    made: list[Callable[..., Any] | None] = field(default_factory=list)
     stored: list[tuple[int, int, int]] = field(default_factory=list)
-    # The number of the stored layer that attends, and its mask.
-    attended: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    # The number of the stored layer that attends, and the origin of its mask.
+    attended: list[tuple[int, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cache = _RecordingCache(self)
 
-    def new_mask(self) -> Tensor:
+    def new_mask(self, origin: Any) -> _Mask:
         """Causal [1, 1, T, T], in the form that the model's attention takes."""
         seen = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=self.device).tril()
-        return seen if self.implementation == "sdpa" else torch.zeros(seen.shape, device=self.device)
+        form = seen if self.implementation == "sdpa" else torch.zeros(seen.shape, device=self.device)
+        mask = form.as_subclass(_Mask)
+        mask.origin = origin
+        return mask
 
     def layout(self) -> Layout:
         slots = tuple(slot for slot, _, _ in self.stored)
@@ -142,17 +205,16 @@ class _Trial:
         window_of = functools.cache(_window)
         if self.attended:
             found: list[set[int | None]] = [set() for _ in slots]
-            for layer, mask in self.attended:
+            for layer, origin in self.attended:
                 # Masks that no layer gets are not looked at: Qwen2 MoE makes one of a window that is None.
-                kinds = {window_of(function) for made, function in self.made if _same(made, mask)}
-                if len(kinds) != 1:
+                if origin is UNKNOWN:
                     raise NoLayoutError("its layers attend with other masks than transformers' mask functions make")
-                found[layer] |= kinds
+                found[layer].add(window_of(origin))
             if any(len(kinds) != 1 for kinds in found):  # DiffLlama's attend twice, with the same mask
                 raise NoLayoutError("not each of its layers attends in one way to the keys that it keeps")
             each = [kinds.pop() for kinds in found]
         else:  # attention written out in the layers: they take the mask that there is
-            kinds = {window_of(function) for _, function in self.made} or {None}
+            kinds = {window_of(function) for function in self.made} or {None}
             if len(kinds) > 1:
                 raise NoLayoutError("its layers attend in different ways, by code of their own")
             each = [kinds.pop()] * len(slots)
@@ -202,7 +264,8 @@ def _attention(
             f"one of its layers has {query.shape[1]} heads for queries and {key.shape[1]} for keys, and num_key_value_groups "
             f"says {groups}"
         )
-    trial.attended.append((len(trial.stored) - 1, attention_mask))
+    origin = attention_mask.origin if isinstance(attention_mask, _Mask) else UNKNOWN
+    trial.attended.append((len(trial.stored) - 1, origin))
     batch, heads, tokens, _ = query.shape
     return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
@@ -210,18 +273,12 @@ def _attention(
 def _mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> Tensor:
     trial = _trial.get()
     assert trial is not None, f"{NAME} is for trials only"
-    mask = trial.new_mask()
-    trial.made.append((mask, mask_function))
-    return mask
+    trial.made.append(mask_function)
+    return trial.new_mask(mask_function)
 
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    """Also where it was sliced on the way."""
-    return other is not None and one.data_ptr() == other.data_ptr()
 
 
 def _window(function: Callable[..., Any] | None) -> int | None:
@@ -249,7 +306,7 @@ def _width(function: Callable[..., Any], place: int) -> int | None:
 
 
 def _sees(function: Callable[..., Any], place: int, offset: int) -> bool:
-    zero = torch.zeros((), dtype=torch.int64)
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
     return bool(function(zero, zero, zero + place, zero + place + offset))
 
 
@@ -266,6 +323,7 @@ def _twin(module: nn.Module, twins: dict[int, Any], kinds: set[Any]) -> Any:
         return known
     twin = twins[id(module)] = module.__class__.__new__(module.__class__)
     state = dict(vars(module))
+    state.pop("_compiled_call_impl", None)  # bound to the module that was compiled; it computes what the forward does
     for name, value in state.items():
         if name in _HOOKS:
             state[name] = type(value)()

@@ -5,6 +5,8 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import FAMILIES, OTHERS, ragged, tiny_model
+from transformers import GenerationConfig
+from transformers.models.gemma2 import modeling_gemma2
 
 from latentmas_kernels import build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
@@ -325,7 +327,12 @@ def another_activation(model):
     model.model.layers[0].mlp.act_fn = torch.nn.functional.relu
 
 
-@pytest.mark.parametrize("edit", [wider, narrower, another_activation])
+def steered(model):
+    """By a hook, which the graph of before does not have in it."""
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("edit", [wider, narrower, another_activation, steered])
 @torch.no_grad()
 def test_a_step_is_captured_again_where_the_model_was_edited(edit):
     """A graph has the numbers in it that the host read while it was captured."""
@@ -349,6 +356,56 @@ def test_a_step_is_captured_again_where_the_model_was_edited(edit):
     assert edited is not state
     assert not torch.allclose(other, latents, atol=1e-3)
     assert thoughts()[0] is edited
+
+
+def steered_below(model, monkeypatch):
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def of_another_function(model, monkeypatch):
+    right = modeling_gemma2.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_gemma2, "apply_rotary_pos_emb", lambda q, k, cos, sin: right(q, k, cos, -sin * 0.5))
+
+
+def of_another_forward(model, monkeypatch):
+    right = modeling_gemma2.Gemma2MLP.forward
+    monkeypatch.setattr(modeling_gemma2.Gemma2MLP, "forward", lambda self, x: right(self, x) * 2)
+
+
+def state_of(model):
+    return both(model)[0].state
+
+
+@pytest.mark.parametrize("edit", [steered_below, of_another_function, of_another_forward])
+def test_a_graph_ends_with_hooks_and_functions_that_are_put_in(edit, monkeypatch):
+    model = tiny_model("gemma2")
+    state = state_of(model)
+    edit(model, monkeypatch)
+    assert state_of(model) is not state
+    assert state_of(model) is state_of(model)
+
+
+def test_a_graph_ends_with_a_hook_on_all_modules():
+    model = tiny_model("gemma2")
+    state = state_of(model)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert state_of(model) is not state
+    finally:
+        hook.remove()
+
+
+def test_a_graph_stays_with_what_no_forward_reads():
+    """What generate() goes by, and the hooks of transformers that only look."""
+    model = tiny_model("gemma2")
+    state = state_of(model)
+    model.generation_config = GenerationConfig(max_length=77)
+    model.config.use_cache = not model.config.use_cache
+    model.config.pad_token_id, model.config.eos_token_id, model.config.bos_token_id = 3, 4, 5
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert state_of(model) is state
 
 
 def test_what_is_no_candidate_says_why():

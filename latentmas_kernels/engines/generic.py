@@ -297,7 +297,10 @@ class GenericEngine:
         try:
             window = state.windows.get(size)
             if window is None:
-                window = state.windows[size] = Window(self.eager, *size)
+                # Not self.eager: what is kept of a model must not keep the model.
+                eager = EagerEngine(weakref.proxy(self.eager.model), self.architecture)
+                eager.decoder = weakref.proxy(eager.decoder)
+                window = state.windows[size] = Window(eager, *size)
             a, rows = self.architecture, self.eager.model.get_output_embeddings().weight.shape[0]
             width = min(rows, a.vocab_size) if logits else a.hidden_size
             seed = window.seeds.setdefault(width, window.embedding.new_zeros(cache.batch_size, width))
