@@ -149,9 +149,10 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
         kind = "ridge" if kind == "auto" else kind
     unembedding, embedding = model.get_output_embeddings(), target.get_input_embeddings()
     memory = _built.setdefault(model, weakref.WeakKeyDictionary()).setdefault(embedding, {})
-    state, known = (_state(unembedding), _state(embedding)), memory.get((kind, ridge))
+    state: tuple = (_state(unembedding), _state(embedding))
     if kind == "auto":  # measured on the whole model
         state += (settings_of(model, leaves=True), *_addresses([*model.parameters(), *model.buffers()]))
+    known = memory.get((kind, ridge))
     if known is None or known[0] != state:
         known = state, _build(model, architecture, kind, ridge, unembedding, embedding, own=target is model)
         memory[kind, ridge] = known

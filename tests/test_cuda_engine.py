@@ -14,7 +14,7 @@ from latentmas_kernels import LatentCache, accelerate, build_aligner, generate, 
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines import Decoding, EagerEngine, Thinking, cuda, open_engine
 from latentmas_kernels.engines.cuda import CudaEngine, memory_report
-from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.weights import unmerge
 

@@ -22,9 +22,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from latentmas_kernels import LatentCache, UnsupportedModelError, accelerate, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.hf import ModelWrapper
 from latentmas_kernels.hf.legacy_cache import LegacyCache
+from latentmas_kernels.once import warn_once
 
 IDS, MASK = ragged([12, 9])  # longer than the windows of 8
 STEPS, TOKENS = 2, 3

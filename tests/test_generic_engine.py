@@ -12,7 +12,7 @@ from latentmas_kernels import build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking, generic
 from latentmas_kernels.engines.graphs import PlainCalls
-from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.prompt import Prompt
 
 

@@ -18,7 +18,7 @@ from latentmas_kernels import LatentCache, build_aligner, generate, latent_gener
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines import Decoding, EagerEngine, NativeEngine, Thinking, open_engine
 from latentmas_kernels.engines.native import memory_report, quantize_rows
-from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.ops.sample import sample_reference
 from latentmas_kernels.prompt import Prompt
 

@@ -11,8 +11,8 @@ from tokenizers_offline import character_tokenizer
 from transformers import DynamicCache, masking_utils
 
 from latentmas_kernels import LatentCache, accelerate, generate, latent_generate
-from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.hf import ModelWrapper
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.padded_cache import PaddedCache, real_columns
 
 LENGTHS, NEXT = [3, 14, 1, 6], [2, 5, 1, 3]

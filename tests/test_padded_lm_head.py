@@ -8,7 +8,7 @@ from torch import nn
 from latentmas_kernels import accelerate, build_aligner, generate, latent_generate
 from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking
-from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.trace import trace_of
 

@@ -369,7 +369,7 @@ def test_layers_of_a_legacy_cache_are_neither_added_nor_removed():
 
 
 def fresh_warnings(call):
-    from latentmas_kernels.engines.once import warn_once
+    from latentmas_kernels.once import warn_once
 
     warn_once.cache_clear()
     return call()

@@ -14,8 +14,8 @@ from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.generic import GenericEngine
 from latentmas_kernels.engines.native import NativeEngine
-from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.prompt import Prompt
 
 ENGINES = ("auto", "eager", "native", "cuda")

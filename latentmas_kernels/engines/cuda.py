@@ -20,9 +20,9 @@ from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
-from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.step import Step
 from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.ops.triton.rows import ACTIVE
 from latentmas_kernels.ops.triton.sample import END_TOKENS
 from latentmas_kernels.ops.triton.target import Target, interpreted, target_of

@@ -22,8 +22,8 @@ from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.cache import LatentCache
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
-from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.thinking import Thinking, Thought, cosine
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.prompt import Prompt
 from latentmas_kernels.settings import settings_of
 

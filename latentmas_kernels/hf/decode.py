@@ -20,7 +20,6 @@ from latentmas_kernels.architecture import Architecture, UnsupportedModelError, 
 from latentmas_kernels.cache import LatentCache, NoRoomError
 from latentmas_kernels.cache_from_hf import append_columns
 from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, check_engine_options, fast_engine
-from latentmas_kernels.engines.once import warn_once
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
 from latentmas_kernels.generation import check_finite_states
 from latentmas_kernels.hf.coverage import (
@@ -33,6 +32,7 @@ from latentmas_kernels.hf.coverage import (
     what_its_cache_drops,
     why_not,
 )
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.prompt import Prompt, read_prompt
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines.once import warn_once
+from latentmas_kernels.once import warn_once
 from latentmas_kernels.padded_cache import PaddedCache, is_gap, keeps, real_columns
 
 Pair = tuple[Tensor, Tensor]
