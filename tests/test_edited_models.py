@@ -533,7 +533,9 @@ def test_a_ragged_memory_without_one_of_its_layers_keeps_its_padding_known():
     longer = LatentCache.from_hf(theirs)
     assert longer.lengths.tolist() == [17, 14]
     generate(model, new, past_key_values=theirs, max_new_tokens=TOKENS)
-    theirs.crop(-3)
+    for layer in theirs.layers:
+        if layer.is_initialized:  # transformers 5.17 does not look
+            layer.crop(-3)
     assert torch.equal(generate(model, new, past_key_values=theirs, max_new_tokens=TOKENS).sequences, want)
 
 
