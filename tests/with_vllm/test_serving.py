@@ -317,7 +317,7 @@ def test_embeddings_are_what_the_memory_was_fed(model: Any, tmp_path: Path) -> N
         torch.testing.assert_close(embeds[: len(read)], table[read], rtol=0, atol=0)
         torch.testing.assert_close(embeds[-len(last) :], table[last], rtol=0, atol=0)
         assert house.ask(model="alone").status_code == 200
-        assert house.fake.seen[-1]["prompt"] == house.tokenizer("Answer.\n\n").input_ids
+        assert house.fake.seen[-1]["prompt"] == house.tokenizer("Why? Answer.\n\n").input_ids
 
 
 def test_models_and_health(house: House) -> None:
