@@ -25,9 +25,9 @@ from latentmas_kernels.storage import cache_folder, whole_file
 
 FORMAT = "latentmas-feedback-1"
 LIMIT = 2**16  # bytes of a file; ours are a hundred
-# Attributes of modules that say where a model came from, or how it is trained.
 PLAIN = (Tensor, nn.Parameter)
-ELSEWHERE = {"name_or_path", "training", "gradient_checkpointing", "loss_type"}
+# Attributes of modules that say where a model came from, or how it is trained.
+IGNORED_ATTRIBUTES = {"name_or_path", "training", "gradient_checkpointing", "loss_type"}
 
 
 def stored_or_measured(
@@ -111,7 +111,7 @@ def measurement_key(model: Any, settings: Mapping[str, Any]) -> str | None:
         # The class's name alone: accelerate() sets a subclass of the same name.
         take(path, type(module).__name__, forward.__module__, forward.__qualname__)
         for name, value in sorted(vars(module).items()):
-            if not (name.startswith("_") or name in ELSEWHERE or isinstance(value, nn.Module)):
+            if not (name.startswith("_") or name in IGNORED_ATTRIBUTES or isinstance(value, nn.Module)):
                 take(name, _plain(value))
     for path, tensor in tensors:
         take(path, str(tensor.dtype), list(tensor.shape), tensor.device.type, _checksum(tensor))
