@@ -5,12 +5,10 @@ BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
 # What transformers' versions decide: generation, caches, the drop-in.
-MATRIX := $(wildcard tests/test_accelerate*.py tests/test_cache*.py) tests/test_after_accelerate.py tests/test_architecture.py \
-  tests/test_edited_models.py tests/test_every_family.py tests/test_examples.py tests/test_generation.py \
-  tests/test_model_wrapper.py tests/test_native_engine.py tests/test_padded_cache.py tests/test_padded_lm_head.py \
-  tests/test_published_client.py tests/test_rotation.py tests/test_spread.py tests/test_trace.py
-# What the instruction set decides; tests/test_native_engine.py and test_realign.py try each that there is by themselves.
-ISA_TESTS := $(wildcard tests/test_accelerate_*.py) tests/test_generation.py tests/test_rotation.py tests/test_thinking.py \
+MATRIX := tests/cache tests/hf tests/models tests/engines/test_native_engine.py tests/test_examples.py tests/test_generation.py \
+  tests/test_trace.py
+# What the instruction set decides; tests/engines/test_native_engine.py and tests/ops/test_realign.py try each that there is by themselves.
+ISA_TESTS := $(wildcard tests/hf/test_accelerate_*.py) tests/models/test_rope.py tests/test_generation.py tests/test_latent_params.py \
   tests/test_trace.py
 # torch, too, computes as on a processor that has no more.
 TORCH_portable := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
@@ -38,7 +36,7 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	.venv-oldest/bin/python -m pytest $(MATRIX)
 
-# What a plain `pip install -e .` gives on the day, without constraints.txt. Some of them: make test-newest NEWEST_TESTS=tests/test_cache.py
+# What a plain `pip install -e .` gives on the day, without constraints.txt. Some of them: make test-newest NEWEST_TESTS=tests/cache/test_cache.py
 test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]"

@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from latentmas_kernels.ops.decode_attention import decode_attention_reference
 from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, splits_for
-from latentmas_kernels.ops.triton.memory import memory_of
-from latentmas_kernels.ops.triton.target import target_of
+from latentmas_kernels.ops.triton.kv_table import memory_of
+from latentmas_kernels.ops.triton.launch import target_of
 
 
 def test_decode_attention(race: Race, device: str, shape: str, batch: int, kv: int, dtype: torch.dtype) -> None:

@@ -37,9 +37,9 @@ from shapes import SHAPES, build_model, parameter_bytes, sizes_of
 
 from latentmas_kernels import build_aligner
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.engines.graphs import CudaGraphs
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.target import target_of
+from latentmas_kernels.engines.cuda_graphs import CudaGraphs
+from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 PHASES = ("latent", "token")
 STEPS, ROUNDS = 20, 7

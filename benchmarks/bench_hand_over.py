@@ -20,9 +20,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import torch
 from bandwidth import conditions, read_bandwidth
 from latentmas import load_model
-from latentmas.backends.parcel import Parcel
-from latentmas.backends.vllm import Vllm
-from latentmas.backends.writing import TextRequest
+from latentmas.backends.base import TextRequest
+from latentmas.backends.kv_file import Parcel
+from latentmas.backends.vllm.engine import Vllm
 from latentmas.default_model import default_model_folder
 from rich.progress import track
 

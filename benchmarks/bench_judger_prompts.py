@@ -18,7 +18,7 @@ from pathlib import Path
 
 import latentmas
 
-SHIPPED = (Path(latentmas.__file__).parent / "chains" / "sequential.yaml").read_text()
+SHIPPED = (Path(latentmas.__file__).parent / "chain_files" / "sequential.yaml").read_text()
 JUDGER = "The notes so far may not help. Give the complete answer in your own words."
 # A line of the file, and the indented one behind it.
 LATENT = (
@@ -62,7 +62,7 @@ def run(chain: str, questions: Path, model: list[str], folder: Path) -> list[dic
     output = folder / "answers.jsonl"
     command = ["run", "--questions", str(questions), "--chain", str(folder / "chain.yaml"), *model]
     command += ["--batch-size", "8", "--output", str(output), "--overwrite"]
-    code = "from latentmas.cli import main; main()"
+    code = "from latentmas.cli.app import main; main()"
     subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in output.read_text().splitlines()]
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from bandwidth import conditions, median_ms, merge_json, read_bandwidth
 from bench_steps import weight_bytes
+from latentmas.chain_files.methods import latent_agents, single_agent
 from latentmas.default_model import default_model_folder
-from latentmas.methods import latent_agents, single_agent
 from peers import Published
 from rich.console import Console
 from rich.table import Table
@@ -37,11 +37,12 @@ from shapes import SHAPES, build_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate, native
-from latentmas_kernels.architecture import Architecture
+from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
+from latentmas_kernels import extension as native
 from latentmas_kernels.engines import Decoding, NativeEngine, Thinking
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.ops.realign import realign_reference
-from latentmas_kernels.prompt import Prompt
 
 PHASES = ("prefill", "latent", "token")
 LARGE = 16384

@@ -12,7 +12,7 @@ import torch
 from sweeps import MOST_CALLS, Race, cold, require_correct
 from torch import Tensor
 
-from latentmas_kernels import native
+from latentmas_kernels import extension as native
 from latentmas_kernels.ops.realign import realign, realign_reference
 
 TARGET_NORM = 2.5

@@ -7,8 +7,8 @@ from shapes import sizes_of
 from sweeps import Race, cold, require_correct
 from torch.nn.functional import rms_norm
 
+from latentmas_kernels.ops.triton.launch import target_of
 from latentmas_kernels.ops.triton.rmsnorm import rmsnorm
-from latentmas_kernels.ops.triton.target import target_of
 
 EPS = 1e-6
 

@@ -8,8 +8,8 @@ from shapes import sizes_of
 from sweeps import Race, cold, require_correct
 
 from latentmas_kernels.ops.rmsnorm_linear import rmsnorm_linear_reference
-from latentmas_kernels.ops.triton.product import Scratch, product
-from latentmas_kernels.ops.triton.target import target_of, tile_for
+from latentmas_kernels.ops.triton.launch import target_of, tile_for
+from latentmas_kernels.ops.triton.skinny_gemm import Scratch, product
 
 EPS = 1e-6
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from latentmas_kernels.ops.rope_append import rotate
-from latentmas_kernels.ops.triton.memory import memory_of
+from latentmas_kernels.ops.triton.kv_table import memory_of
+from latentmas_kernels.ops.triton.launch import target_of
 from latentmas_kernels.ops.triton.rope_append import rope_append
-from latentmas_kernels.ops.triton.target import target_of
 
 EPS = 1e-6
 

@@ -12,10 +12,10 @@ from sweeps import Race, cold
 from torch import Tensor
 
 from latentmas_kernels.ops.sample import sample_reference
-from latentmas_kernels.ops.triton.memory import memory_of
-from latentmas_kernels.ops.triton.rows import ACTIVE
+from latentmas_kernels.ops.triton.kv_table import memory_of
+from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.row_state import ACTIVE
 from latentmas_kernels.ops.triton.sample import Candidates, Settings, sample
-from latentmas_kernels.ops.triton.target import target_of
 
 SETTINGS = {"greedy": None, "top_k": (0.7, 50, 1.0), "top_p": (0.7, 0, 0.95)}
 

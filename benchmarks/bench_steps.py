@@ -26,9 +26,9 @@ from shapes import SHAPES, build_model
 from torch import Tensor
 
 from latentmas_kernels import LatentCache, build_aligner
-from latentmas_kernels.architecture import Architecture, decoder_of
 from latentmas_kernels.engines import ENGINES, Thinking, open_engine
-from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture, decoder_of
 
 PHASES = ("prefill", "latent", "token")
 

@@ -9,7 +9,7 @@ from bandwidth import conditions, merge_json, read_bandwidth
 from shapes import SHAPES
 from sweeps import Race
 
-from latentmas_kernels.ops.triton.target import interpreted
+from latentmas_kernels.ops.triton.launch import interpreted
 
 STEP_OPTIONS = ("shape", "batch", "kv", "dtype")
 

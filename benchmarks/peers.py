@@ -14,10 +14,10 @@ from transformers import DynamicCache, StaticCache
 
 from latentmas_kernels import LatentCache
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.architecture import Architecture, decoder_of
 from latentmas_kernels.engines import Decoding, Thinking
 from latentmas_kernels.engines.cuda import BUCKETS, CudaEngine
-from latentmas_kernels.engines.graphs import CudaGraphs, PlainCalls
+from latentmas_kernels.engines.cuda_graphs import CudaGraphs, PlainCalls
+from latentmas_kernels.models.architecture import Architecture, decoder_of
 from latentmas_kernels.ops.realign import realign_reference
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latentmas_kernels.architecture import decoder_of
+from latentmas_kernels.models.architecture import decoder_of
 from latentmas_kernels.ops.realign import realign_reference
 
 LATENT_STEPS = 2  # the second attends to what the first wrote

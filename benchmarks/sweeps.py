@@ -15,8 +15,8 @@ import torch
 from bandwidth import median_ms, synchronize
 from torch import Tensor
 
-from latentmas_kernels.engines.graphs import CudaGraphs
-from latentmas_kernels.ops.triton.target import interpreted
+from latentmas_kernels.engines.cuda_graphs import CudaGraphs
+from latentmas_kernels.ops.triton.launch import interpreted
 
 BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 MOST_CALLS = 2 if interpreted() else 512  # in a sweep; a program takes milliseconds in the interpreter

@@ -36,12 +36,12 @@ from torch import Tensor
 
 import latentmas_kernels
 from latentmas_kernels.engines.cuda import BUCKETS
-from latentmas_kernels.engines.graphs import CudaGraphs
+from latentmas_kernels.engines.cuda_graphs import CudaGraphs
 from latentmas_kernels.ops.gate_up_swiglu import gate_up_swiglu_reference
 from latentmas_kernels.ops.linear_residual import linear_residual_reference
 from latentmas_kernels.ops.rmsnorm_linear import rmsnorm_linear_reference
-from latentmas_kernels.ops.triton.product import Scratch, product
-from latentmas_kernels.ops.triton.target import TENSOR_CORE_ROWS, Target, Tile, default_tile, slug, target_of, tile_key
+from latentmas_kernels.ops.triton.launch import TENSOR_CORE_ROWS, Target, Tile, default_tile, slug, target_of, tile_key
+from latentmas_kernels.ops.triton.skinny_gemm import Scratch, product
 
 TUNED = Path(latentmas_kernels.__file__).parent / "ops" / "triton" / "tuned"
 REAL = [name for name in SHAPES if name != "tiny"]

@@ -6,7 +6,7 @@ Prints the segments of the memory, what the scientist's thoughts say, and both a
 
 import torch
 from latentmas import Agent, Chain, load_model
-from latentmas.tracing import trace_table
+from latentmas.cli.trace_view import trace_table
 
 from latentmas_kernels import generate
 

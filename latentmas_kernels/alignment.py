@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from latentmas_kernels.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
 from latentmas_kernels.feedback_file import stored_or_measured
+from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
+from latentmas_kernels.models.settings import settings_of
 from latentmas_kernels.ops import realign
-from latentmas_kernels.settings import settings_of
 from latentmas_kernels.storage import cache_folder, whole_file
 
 KINDS = ("auto", "ridge", "identity", "soft")

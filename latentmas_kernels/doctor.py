@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from latentmas_kernels import native
-from latentmas_kernels.architecture import Architecture, UnsupportedModelError, in_short
-from latentmas_kernels.engines import cuda, generic
+from latentmas_kernels import extension as native
+from latentmas_kernels.engines import cuda
+from latentmas_kernels.engines import hf_graph as generic
 from latentmas_kernels.engines import native as native_engine
-from latentmas_kernels.packable import FAMILIES
+from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, in_short
+from latentmas_kernels.models.packable import FAMILIES
 
 DISTRIBUTION = "latentmas-kernels"
 PACKAGES = ("torch", "transformers", "triton")

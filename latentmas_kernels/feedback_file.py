@@ -19,8 +19,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from latentmas_kernels.cache_file import model_fingerprint
-from latentmas_kernels.settings import GLOBAL_HOOKS, PASSIVE_HOOKS
+from latentmas_kernels.cache.file import model_fingerprint
+from latentmas_kernels.models.settings import GLOBAL_HOOKS, PASSIVE_HOOKS
 from latentmas_kernels.storage import cache_folder, whole_file
 
 FORMAT = "latentmas-feedback-1"

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from latentmas_kernels.alignment import Aligner, build_aligner
-from latentmas_kernels.architecture import Architecture, check_finite_weights, logits_of
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import Decoding, Speaker, Thinking, Thought, open_engine
 from latentmas_kernels.engines.stepwise import speak_stepwise
-from latentmas_kernels.prompt import Prompt, read_prompt
+from latentmas_kernels.inputs import Prompt, read_prompt
+from latentmas_kernels.models.architecture import Architecture, check_finite_weights, logits_of
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentmas_kernels.architecture import Architecture, logits_of
 from latentmas_kernels.engines.thinking import cosine as cosine_of
 from latentmas_kernels.generation import LatentOutput
+from latentmas_kernels.models.architecture import Architecture, logits_of
 
 STEPS = 32  # steps whose logits are there at a time: 20 MB of float32 for 150k tokens
 VOCABULARY_ROWS = 2048  # embeddings converted at a time: 32 MB of float32 at a width of 4096

@@ -119,10 +119,10 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     from latentmas_kernels.alignment import Aligner
-    from latentmas_kernels.architecture import Architecture
-    from latentmas_kernels.engines.step import Step
-    from latentmas_kernels.ops.triton.target import Target
-    from latentmas_kernels.weights import read_weights
+    from latentmas_kernels.engines.cuda_step import Step
+    from latentmas_kernels.models.architecture import Architecture
+    from latentmas_kernels.models.packed_weights import read_weights
+    from latentmas_kernels.ops.triton.launch import Target
 
     config = CONFIG_MAPPING[family](
         **SHAPES[family], num_hidden_layers=1, tie_word_embeddings=True, max_position_embeddings=32768
@@ -151,8 +151,8 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
 
 def realign_launches(capability: int) -> dict:
     """`realign` as a call of its own, with and without W_a."""
+    from latentmas_kernels.ops.triton.launch import Target
     from latentmas_kernels.ops.triton.realign import realign
-    from latentmas_kernels.ops.triton.target import Target
 
     hidden, out = torch.empty(2, 3, 896, dtype=torch.bfloat16, device="meta")
     target = Target("a GPU", 132, overlap=capability >= 90)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentmas_kernels.ops.triton.target import Tile, target_of
+from latentmas_kernels.ops.triton.launch import Tile, target_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGET = target_of(DEVICE)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, feed_back, tiny_model
 from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB, feed_back, tiny_model
 from torch import nn
 
 from latentmas_kernels import alignment, build_aligner

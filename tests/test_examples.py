@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PlainLoop, feed_back
 from latentmas import Chain
+from tiny_models import PlainLoop, feed_back
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from latentmas_kernels import accelerate, alignment, build_aligner, feedback_file
@@ -72,7 +72,7 @@ def test_another_process_finds_it(tmp_path, measured):
     code = f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, *{sys.path!r}]
-from conftest import tiny_model
+from tiny_models import tiny_model
 from latentmas_kernels.feedback_file import measurement_key
 print(measurement_key(tiny_model(), {{"rows": 4}}))
 """
@@ -89,8 +89,8 @@ def test_the_same_model_has_the_same_key(tmp_path, where):
         model.save_pretrained(tmp_path / "model")
         model = type(model).from_pretrained(tmp_path / "model").eval()
     elif where == "packed":
-        from latentmas_kernels.architecture import Architecture
         from latentmas_kernels.engines import open_engine
+        from latentmas_kernels.models.architecture import Architecture
 
         open_engine("auto", model, Architecture.of(model))
     elif where == "accelerated":

@@ -7,14 +7,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import OTHERS, VOCAB, PlainLoop, feed_back, is_tied, ragged, real, tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numerics import summed_in_halves
+from tiny_models import OTHERS, VOCAB, PlainLoop, feed_back, is_tied, ragged, real, tiny_model
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
-from latentmas_kernels.architecture import Architecture
+from latentmas_kernels.models.architecture import Architecture
 
 LATENT_TOLERANCE = 5e-5
 LENGTHS = [3, 19, 1, 11, 7]  # rows shorter and longer than a window of 8

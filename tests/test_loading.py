@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from latentmas.loading import check_placement, load_model, load_skeleton
+from tiny_models import tiny_config, tiny_model
 from tokenizers_offline import character_tokenizer
 from transformers import BertConfig, BertLMHeadModel
 
-from latentmas_kernels.architecture import UnsupportedModelError
+from latentmas_kernels.models.architecture import UnsupportedModelError
 
 no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, OTHERS, VOCAB, PlainLoop, feed_back, ragged, tiny_model
+from tiny_models import FAMILIES, OTHERS, VOCAB, PlainLoop, feed_back, ragged, tiny_model
 from torch import Tensor
 
 from latentmas_kernels import LatentOutput, latent_generate, trace
-from latentmas_kernels.architecture import Architecture, decoder_of, logits_of
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.thinking import cosine
 from latentmas_kernels.generation import Metrics
+from latentmas_kernels.models.architecture import Architecture, decoder_of, logits_of
 from latentmas_kernels.trace import LatentTrace, trace_of
 
 EAGER = {"engine": "eager", "aligner": "identity"}

@@ -1,6 +1,6 @@
 // Runs the CPU steps on small odd sizes with every instruction set and number of threads, against the portable kernels on one
 // thread. All memory is as long as it must be and not an element longer, so that the address sanitizer sees what is read or
-// written too far. Built by tests/test_sanitizers.py; exit status 0 means that all agree.
+// written too far. Built by tests/engines/test_sanitizers.py; exit status 0 means that all agree.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -6,17 +6,18 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.architecture import Architecture, in_short
-from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.engines import cuda, generic, native
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.engines import cuda, native
+from latentmas_kernels.engines import hf_graph as generic
 from latentmas_kernels.engines.cuda import CudaEngine
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.generic import GenericEngine
+from latentmas_kernels.engines.hf_graph import GenericEngine
 from latentmas_kernels.engines.native import NativeEngine
 from latentmas_kernels.engines.thinking import Thinking, Thought
-from latentmas_kernels.once import warn_once
-from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture, in_short
+from latentmas_kernels.warn_once import warn_once
 
 ENGINES = ("auto", "eager", "native", "cuda")
 WEIGHTS = ("model", "int8")

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.engines.cuda_graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.cuda_step import Step
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
-from latentmas_kernels.engines.step import Step
 from latentmas_kernels.engines.thinking import Thinking, Thought
-from latentmas_kernels.once import warn_once
-from latentmas_kernels.ops.triton.rows import ACTIVE
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.packed_weights import Weights, read_weights
+from latentmas_kernels.models.packed_weights import why_not as why_not_packable
+from latentmas_kernels.ops.triton.launch import Target, interpreted, target_of
+from latentmas_kernels.ops.triton.row_state import ACTIVE
 from latentmas_kernels.ops.triton.sample import END_TOKENS
-from latentmas_kernels.ops.triton.target import Target, interpreted, target_of
-from latentmas_kernels.prompt import Prompt
-from latentmas_kernels.weights import Weights, read_weights
-from latentmas_kernels.weights import why_not as why_not_packable
+from latentmas_kernels.warn_once import warn_once
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 NO_ROOM = "out of memory for the graph of even one row: this call runs on the eager engine"

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.architecture import Architecture, cache_argument, decoder_of
-from latentmas_kernels.cache import LatentCache, Slots
+from latentmas_kernels.cache.latent_cache import LatentCache, Slots
 from latentmas_kernels.engines.stepwise import think_stepwise
 from latentmas_kernels.engines.thinking import Thinking, Thought
-from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture, cache_argument, decoder_of
 
 
 class EagerEngine:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmas_kernels import native
+from latentmas_kernels import extension as native
 from latentmas_kernels.alignment import TOP_K, Aligner
-from latentmas_kernels.architecture import Architecture
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.decoding import Decoding
 from latentmas_kernels.engines.stepwise import think_stepwise
 from latentmas_kernels.engines.thinking import Thinking, Thought
-from latentmas_kernels.prompt import Prompt
-from latentmas_kernels.weights import Layer, Weights, read_weights
-from latentmas_kernels.weights import why_not as why_not_packable
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.packed_weights import Layer, Weights, read_weights
+from latentmas_kernels.models.packed_weights import why_not as why_not_packable
 
 PRODUCTS = ("qkv", "output", "gate_up", "down")
 NUMBERS = ("window", "slot")

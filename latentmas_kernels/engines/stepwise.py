@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.thinking import Thinking, Thought, settled
 from latentmas_kernels.engines.torch_threads import one_torch_thread
-from latentmas_kernels.prompt import Prompt
+from latentmas_kernels.inputs import Prompt
 
 
 def think_stepwise(

@@ -16,12 +16,12 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.cache import LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import check_engine_options
 from latentmas_kernels.hf.coverage import CACHE
 from latentmas_kernels.hf.decode import decode, steps_of
-from latentmas_kernels.once import warn_once
-from latentmas_kernels.weights import unmerge
+from latentmas_kernels.models.packed_weights import unmerge
+from latentmas_kernels.warn_once import warn_once
 
 _swapping = threading.Lock()
 

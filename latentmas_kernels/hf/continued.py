@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.cache_from_hf import append_columns
+from latentmas_kernels.cache.from_hf import append_columns
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.cache.padded_cache import PaddedCache
 from latentmas_kernels.hf.legacy_cache import as_cache, in_columns, past_length
-from latentmas_kernels.padded_cache import PaddedCache
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from latentmas_kernels.architecture import Architecture, cache_argument
-from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.cache_from_hf import PLAIN_LAYERS
+from latentmas_kernels.cache.from_hf import PLAIN_LAYERS
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.cache.padded_cache import PaddedCache, real_columns
 from latentmas_kernels.engines import Decoding
-from latentmas_kernels.padded_cache import PaddedCache, real_columns
+from latentmas_kernels.models.architecture import Architecture, cache_argument
 
 # What generate() and its loops call the cache.
 CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)

@@ -16,9 +16,8 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from latentmas_kernels.alignment import Aligner, build_aligner
-from latentmas_kernels.architecture import Architecture, UnsupportedModelError, check_finite_weights, in_short
-from latentmas_kernels.cache import LatentCache, NoRoomError
-from latentmas_kernels.cache_from_hf import append_columns
+from latentmas_kernels.cache.from_hf import append_columns
+from latentmas_kernels.cache.latent_cache import LatentCache, NoRoomError
 from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, check_engine_options, fast_engine
 from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
 from latentmas_kernels.generation import check_finite_states
@@ -32,8 +31,9 @@ from latentmas_kernels.hf.coverage import (
     what_its_cache_drops,
     why_not,
 )
-from latentmas_kernels.once import warn_once
-from latentmas_kernels.prompt import Prompt, read_prompt
+from latentmas_kernels.inputs import Prompt, read_prompt
+from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, check_finite_weights, in_short
+from latentmas_kernels.warn_once import warn_once
 
 
 @torch.no_grad()

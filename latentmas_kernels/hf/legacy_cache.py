@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from latentmas_kernels.cache import LatentCache
-from latentmas_kernels.once import warn_once
-from latentmas_kernels.padded_cache import PaddedCache, is_gap, keeps, real_columns
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.cache.padded_cache import PaddedCache, is_gap, keeps, real_columns
+from latentmas_kernels.warn_once import warn_once
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, kv_heads, columns, head_dim] each."""

@@ -13,13 +13,13 @@ SETTINGS = ("tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_cac
 
 def check_vllm() -> None:
     """Raise ValueError, with what to do, where vLLM is not installed."""
-    from latentmas.backends.vllm_start import check_installed
+    from latentmas.backends.vllm.launch import check_installed
 
     check_installed()
 
 
 def start_vllm(name: str | None, model: Any, args: Any) -> Any:
-    """vLLM with the model of that name, as `latentmas.backends.vllm.Vllm`.
+    """vLLM with the model of that name, as `latentmas.backends.vllm.engine.Vllm`.
 
     Args:
         model: the same, as a causal LM of transformers.
@@ -28,7 +28,7 @@ def start_vllm(name: str | None, model: Any, args: Any) -> Any:
     Raises:
         ValueError: where vLLM cannot run this.
     """
-    from latentmas.backends.vllm import Vllm
+    from latentmas.backends.vllm.engine import Vllm
 
     if not name:
         raise ValueError(
@@ -48,7 +48,7 @@ def write_texts(
     top_p: float,
 ) -> list[str]:
     """Per prompt (token ids) its text, without special tokens and blanks around it. Draws seeds from torch's generator."""
-    from latentmas.backends.writing import TextRequest
+    from latentmas.backends.base import TextRequest
 
     ends = tuple(text_ends(model, tokenizer))
     seeds = torch.randint(2**31, (len(prompts),)).tolist()

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner, build_aligner
-from latentmas_kernels.architecture import Architecture
 from latentmas_kernels.generation import LatentOutput, check_sampling, generate, latent_generate
 from latentmas_kernels.hf.chat import ids_behind, render, text_ends, without_end
 from latentmas_kernels.hf.continued import Continued
 from latentmas_kernels.hf.legacy_cache import CACHES, past_length
 from latentmas_kernels.hf.published import Default, is_device, is_name, load
 from latentmas_kernels.hf.vllm_texts import check_vllm, start_vllm, write_texts
-from latentmas_kernels.prompt import read_prompt
-from latentmas_kernels.rotation import Rotation
+from latentmas_kernels.inputs import read_prompt
+from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.rope import Rotation
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: {"role": ..., "content": ...}, oldest first."""
@@ -315,7 +315,7 @@ class ModelWrapper:
 
         Raises:
             ValueError: where there is no vLLM, and as `generate_text_batch`.
-            latentmas.backends.writing.EngineError: where vLLM failed.
+            latentmas.backends.base.EngineError: where vLLM failed.
         """
         if self.vllm_engine is None:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.ops.rope_append import check_buffers
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
 def decode_attention_reference(
@@ -70,7 +70,7 @@ def _decode_attention(
         ).contiguous()
     from latentmas_kernels.ops.triton.decode_attention import Partials, splits_for
     from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
-    from latentmas_kernels.ops.triton.memory import memory_of
+    from latentmas_kernels.ops.triton.kv_table import memory_of
 
     target = target_of(queries.device)
     out = torch.empty_like(queries).flatten(1)

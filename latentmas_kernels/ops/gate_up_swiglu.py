@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from latentmas_kernels.ops.rmsnorm import check_norm
 from latentmas_kernels.ops.rmsnorm_linear import check_linear, rmsnorm_linear_reference
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
 def gate_up_swiglu_reference(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def gate_up_swiglu_reference(x: Tensor, gain: Tensor, eps: float, weight: Tensor
 def _gate_up_swiglu(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not runs_on(x):
         return gate_up_swiglu_reference(x, gain, eps, weight, bias)
-    from latentmas_kernels.ops.triton.product import product
+    from latentmas_kernels.ops.triton.skinny_gemm import product
 
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     product(x, weight, out, gain=gain, eps=eps, bias=bias, pair=True, target=target_of(x.device))

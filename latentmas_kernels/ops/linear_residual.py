@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from latentmas_kernels.ops.rmsnorm_linear import check_linear
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
 def linear_residual_reference(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,7 +21,7 @@ def linear_residual_reference(x: Tensor, weight: Tensor, residual: Tensor, bias:
 def _linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     if not runs_on(x):
         return linear_residual_reference(x, weight, residual, bias)
-    from latentmas_kernels.ops.triton.product import product
+    from latentmas_kernels.ops.triton.skinny_gemm import product
 
     out = torch.empty_like(residual)
     product(x, weight, out, bias=bias, residual=residual, target=target_of(x.device))

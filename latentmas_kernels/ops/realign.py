@@ -12,8 +12,8 @@ accuracy that it was solved with.
 import torch
 from torch import Tensor
 
-from latentmas_kernels import native
-from latentmas_kernels.ops.triton.target import target_of
+from latentmas_kernels import extension as native
+from latentmas_kernels.ops.triton.launch import target_of
 
 MIN_NORM = 1e-12
 """Smallest divisor of the rescale: a zero vector stays zero. csrc/cpu/realign.cpp and ops/triton hold the same."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.ops.rope_append import rotate
-from latentmas_kernels.ops.triton.target import runs_on
+from latentmas_kernels.ops.triton.launch import runs_on
 
 
 def rerotate_keys_reference(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:

@@ -8,7 +8,7 @@ The mean is float32. The reference casts before the product with g, as transform
 import torch
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
 def rmsnorm_reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from latentmas_kernels.ops.rmsnorm import check_norm, rmsnorm_reference
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
 def rmsnorm_linear_reference(
@@ -31,7 +31,7 @@ def _rmsnorm_linear(
 ) -> Tensor:
     if not runs_on(x):
         return rmsnorm_linear_reference(x, gain, eps, weight, bias, out_dtype)
-    from latentmas_kernels.ops.triton.product import product
+    from latentmas_kernels.ops.triton.skinny_gemm import product
 
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
     product(x, weight, out, gain=gain, eps=eps, bias=bias, target=target_of(x.device))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.ops.rmsnorm import rmsnorm_reference
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
 def rotate(x: Tensor, angle: Tensor, scaling: float = 1.0) -> Tensor:
@@ -66,7 +66,7 @@ def _rope_append(
         return rope_append_reference(
             qkv, query_gain, key_gain, eps, inv_freq, attention_scaling, keys, values, slots, positions
         )
-    from latentmas_kernels.ops.triton.memory import memory_of
+    from latentmas_kernels.ops.triton.kv_table import memory_of
     from latentmas_kernels.ops.triton.rope_append import rope_append as kernel
 
     queries = _queries(qkv, keys)

@@ -13,7 +13,7 @@ device.
 import torch
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.target import runs_on, target_of
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 _MASK = 0xFFFFFFFF
 
@@ -59,8 +59,8 @@ def _sample(
 ) -> Tensor:
     if not runs_on(logits):
         return sample_reference(logits, do_sample, temperature, top_k, top_p, seed, draw)
-    from latentmas_kernels.ops.triton.memory import memory_of
-    from latentmas_kernels.ops.triton.rows import ACTIVE, STEP
+    from latentmas_kernels.ops.triton.kv_table import memory_of
+    from latentmas_kernels.ops.triton.row_state import ACTIVE, STEP
     from latentmas_kernels.ops.triton.sample import Candidates, Settings
     from latentmas_kernels.ops.triton.sample import sample as kernel
 

@@ -4,29 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentmas.agents import Agent
-    from latentmas.chain import Chain
-    from latentmas.handover import Budget, HandOver
+    from latentmas.chain.agent import Agent
+    from latentmas.chain.chain import Chain
+    from latentmas.chain.memory_policy import Budget, HandOver
+    from latentmas.chain.progress import Progress
+    from latentmas.chain.results import AgentMetrics, Answer, ChainResult, Turn
+    from latentmas.chain_files.methods import METHODS, latent_agents, single_agent, text_agents
     from latentmas.loading import load_model
-    from latentmas.methods import METHODS, latent_agents, single_agent, text_agents
-    from latentmas.progress import Progress
-    from latentmas.results import AgentMetrics, Answer, ChainResult, Turn
 
 _HOME = {
-    "Agent": "agents",
-    "AgentMetrics": "results",
-    "Answer": "results",
-    "Budget": "handover",
-    "Chain": "chain",
-    "ChainResult": "results",
-    "HandOver": "handover",
-    "METHODS": "methods",
-    "Progress": "progress",
-    "Turn": "results",
-    "latent_agents": "methods",
+    "Agent": "chain.agent",
+    "AgentMetrics": "chain.results",
+    "Answer": "chain.results",
+    "Budget": "chain.memory_policy",
+    "Chain": "chain.chain",
+    "ChainResult": "chain.results",
+    "HandOver": "chain.memory_policy",
+    "METHODS": "chain_files.methods",
+    "Progress": "chain.progress",
+    "Turn": "chain.results",
+    "latent_agents": "chain_files.methods",
     "load_model": "loading",
-    "single_agent": "methods",
-    "text_agents": "methods",
+    "single_agent": "chain_files.methods",
+    "text_agents": "chain_files.methods",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from latentmas.default_model import default_model_folder
-from latentmas_kernels.architecture import SUPPORTED, Architecture, UnsupportedModelError
+from latentmas_kernels.models.architecture import SUPPORTED, Architecture, UnsupportedModelError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

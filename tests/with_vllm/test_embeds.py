@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logprobs_of
 from latentmas import METHODS, Budget, Chain, HandOver
-from latentmas.backends.vllm import Vllm
+from latentmas.backends.vllm.engine import Vllm
 from latentmas.default_model import default_model_folder
+from logprobs import logprobs_of
 from test_hand_over import QUESTIONS, agents_of, here
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")

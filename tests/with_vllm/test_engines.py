@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logprobs_of, rows_of
-from latentmas.backends.vllm import Vllm
-from latentmas.backends.writing import TextRequest
+from latentmas.backends.base import TextRequest
+from latentmas.backends.vllm.engine import Vllm
+from logprobs import logprobs_of, rows_of
 from test_hand_over import here, prepared
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logprobs_of, rows_of
 from latentmas import METHODS, Chain, HandOver
-from latentmas.backends.parcel import SUFFIX, Handed, Parcel
-from latentmas.backends.vllm import Vllm
-from latentmas.backends.writing import EngineError, Steps, TextRequest
-from latentmas.chain import Prepared
+from latentmas.backends.base import EngineError, Steps, TextRequest
+from latentmas.backends.kv_file import SUFFIX, Handed, Parcel
+from latentmas.backends.vllm.engine import Vllm
+from latentmas.chain.chain import Prepared
 from latentmas.default_model import default_model_folder
+from logprobs import logprobs_of, rows_of
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from latentmas_kernels import LatentCache, generate
@@ -186,7 +186,7 @@ def test_nan_in_a_file_ends_that_request_only(
     spoiled = ready.memory.fork()
     spoiled.buffer[0, 20, 0, 1, 3, 5] = float("nan")
     with monkeypatch.context() as patch:
-        patch.setattr("latentmas.backends.parcel.check_finite", lambda *_: None)
+        patch.setattr("latentmas.backends.kv_file.check_finite", lambda *_: None)
         parcel = Parcel(spoiled, vllm.stamp, folder)
     with parcel:
         (handed,) = parcel.rows
@@ -294,7 +294,7 @@ def test_what_fails_while_it_is_loaded_ends_that_request_only(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("latentmas.backends.connector.read_parcel", fail)
+        patch.setattr("latentmas.backends.vllm.connector.read_parcel", fail)
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
             vllm.write(ready.memory, [TextRequest([5], 4, (), row=0)])
     check_lives(vllm, float32, ready)

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 from latentmas import METHODS, Chain
-from latentmas.backends.vllm import Vllm
-from latentmas.backends.writing import EngineError
+from latentmas.backends.base import EngineError
+from latentmas.backends.vllm.engine import Vllm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
@@ -63,8 +63,8 @@ def test_a_killed_engine_is_an_error_and_no_wait(
 
 TINY = """
 import os, sys
-from latentmas.backends.vllm import Vllm
-from latentmas.backends.writing import TextRequest
+from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.base import TextRequest
 from transformers import LlamaForCausalLM
 
 if __name__ == "__main__":

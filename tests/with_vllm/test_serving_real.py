@@ -18,7 +18,7 @@ import openai
 import psutil
 import pytest
 from latentmas import Chain
-from latentmas.chain_file import read_chain
+from latentmas.chain_files.reader import read_chain
 
 from latentmas_kernels import build_aligner
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.memory import head_pointer, position_pointer, row_offset
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.target import Target
+from latentmas_kernels.ops.triton.kv_table import head_pointer, position_pointer, row_offset
+from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 EXACT_SPLITS = 16
 """In float32, whatever the batch, so that a row's bits do not depend on it."""

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.rows import advance
-from latentmas_kernels.ops.triton.target import Target
+from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.row_state import advance
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 
 @triton.jit

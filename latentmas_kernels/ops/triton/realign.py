@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.memory import trace_pointer
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.rows import advance, end_latent_step, latent_step
-from latentmas_kernels.ops.triton.target import Target
+from latentmas_kernels.ops.triton.kv_table import trace_pointer
+from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.row_state import advance, end_latent_step, latent_step
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 BLOCK_OUT = 16  # weight rows per program: 128 programs from D_out = 2048 on, which is about what fills an H100
 BLOCK_IN = 256

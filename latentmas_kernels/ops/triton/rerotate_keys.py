@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.rotation import cosine_sine
+from latentmas_kernels.ops.triton.sincos import cosine_sine
 
 BLOCK_SLOTS = 16
 

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.memory import keeps_states, states_pointer
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.rows import taken_latent_step
-from latentmas_kernels.ops.triton.target import Target
+from latentmas_kernels.ops.triton.kv_table import keeps_states, states_pointer
+from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.row_state import taken_latent_step
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 
 @triton.jit

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.memory import head_pointer
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.rotation import cosine_sine
-from latentmas_kernels.ops.triton.target import Target
+from latentmas_kernels.ops.triton.kv_table import head_pointer
+from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.sincos import cosine_sine
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["layer"])

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.memory import trace_pointer
-from latentmas_kernels.ops.triton.product import wait_for_inputs
-from latentmas_kernels.ops.triton.rows import next_step
-from latentmas_kernels.ops.triton.target import Target
+from latentmas_kernels.ops.triton.kv_table import trace_pointer
+from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.row_state import next_step
+from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
 
 BLOCK = 1024
 END_TOKENS = 8

@@ -19,13 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from latentmas.backends.writing import EngineError
-from latentmas.chain import Chain, Prepared
+from latentmas.backends.base import EngineError
+from latentmas.backends.vllm.server import Sent, Upstream
+from latentmas.backends.vllm.sse import Busy, Refused, Silent, Unreachable, Unwritable
+from latentmas.chain.chain import Chain, Prepared
+from latentmas.serving.model_lease import Turn
 from latentmas.serving.protocol import ApiError, ChatRequest, Reply, cut, shown, usage_of
-from latentmas.serving.turns import Turn
-from latentmas.serving.upstream import Sent, Upstream
-from latentmas.serving.wire import Busy, Refused, Silent, Unreachable, Unwritable
-from latentmas_kernels.cache import NoRoomError
+from latentmas_kernels.cache.latent_cache import NoRoomError
 
 logger = logging.getLogger(__name__)
 

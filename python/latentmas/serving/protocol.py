@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from latentmas.results import ChainResult
+from latentmas.chain.results import ChainResult
 
 SUPPORTED = (
     "model, messages, temperature, top_p, max_tokens, max_completion_tokens, stop, seed, stream, stream_options, "

@@ -1,0 +1,149 @@
+"""What the caller gave, checked and brought into one form: real tokens only, left-padded, with a count per row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from latentmas_kernels.cache.from_hf import check_call_mask, check_covers
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Inputs of one forward over ragged rows.
+
+    Attributes:
+        counts: int64 [B] on the CPU, real positions of each row; a row with 0 takes part but stores nothing.
+        input_ids: int64 [B, T] with the last counts[b] columns of row b real, or None.
+        inputs_embeds: [B, T, D] likewise, or None.
+    """
+
+    counts: Tensor
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        given = self.input_ids if self.input_ids is not None else self.inputs_embeds
+        assert given is not None
+        return given.shape[1]
+
+
+def read_prompt(
+    architecture: Architecture,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    past: Cache | None,
+) -> tuple[Prompt, LatentCache | None]:
+    """Check the inputs of a call and drop their padding.
+
+    The mask may cover the new tokens, or past + new as transformers wants it; its part over the past then says which
+    tokens of a transformers cache are padding, and must agree with the lengths of a LatentCache.
+
+    Returns:
+        The prompt, and the past as a LatentCache (the caller's own object where it was one).
+
+    Raises:
+        ValueError: for every input that does not fit, saying what was got and what is supported.
+    """
+    given = _given(architecture, input_ids, inputs_embeds)
+    batch, columns = given.shape[:2]
+    past_columns = 0
+    if past is not None:
+        if not isinstance(past, Cache):
+            raise ValueError(
+                f"past_key_values must be a LatentCache or another transformers Cache; got {type(past).__name__}"
+            )
+        past_columns = int(past.lengths.max()) if isinstance(past, LatentCache) else int(past.get_seq_length())
+    mask, past_mask = _masks(attention_mask, batch, columns, past_columns)
+    if isinstance(past, LatentCache):
+        past.check_fits(architecture, batch)
+        if past_mask is not None and not torch.equal((past_mask != 0).sum(1), past.lengths):
+            raise ValueError(
+                f"attention_mask has {(past_mask != 0).sum(1).tolist()} ones over the past, past_key_values holds "
+                f"{past.lengths.tolist()} tokens; pass a mask over the new tokens only, or attention_mask(new) of the cache"
+            )
+    elif past is not None:
+        if past_mask is not None:
+            check_call_mask(past, past_mask)
+        read = LatentCache.from_hf(past, past_mask)
+        read.check_fits(architecture, batch)
+        check_covers(past, architecture)
+        past = read
+
+    counts = mask.sum(1)
+    if bool((counts == 0).any()):
+        empty = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(f"attention_mask is all zeros in row {empty}; every row needs at least one token")
+    if input_ids is not None:
+        real = input_ids[mask.to(input_ids.device)]
+        low, high = int(real.min()), int(real.max())
+        if low < 0 or high >= architecture.vocab_size:
+            raise ValueError(
+                f"input_ids go from {low} to {high}; {architecture.name} has token ids 0 to {architecture.vocab_size - 1}. "
+                "Use the tokenizer that belongs to the model."
+            )
+    packed = _left_padded(given, mask, counts)
+    prompt = Prompt(counts, **{"input_ids" if input_ids is not None else "inputs_embeds": packed})
+    return prompt, past
+
+
+def _given(architecture: Architecture, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass either input_ids or inputs_embeds, and not both")
+    if input_ids is not None:
+        given, name = input_ids, "input_ids"
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be integers [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
+    else:
+        assert inputs_embeds is not None
+        given, name = inputs_embeds, "inputs_embeds"
+        width, dtype = architecture.hidden_size, architecture.dtype
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width or inputs_embeds.dtype != dtype:
+            raise ValueError(
+                f"inputs_embeds must be {dtype} [B, T, {width}]; got {inputs_embeds.dtype} {list(inputs_embeds.shape)}"
+            )
+        if inputs_embeds.requires_grad:
+            raise ValueError(
+                "inputs_embeds requires a gradient, which no call here computes; pass inputs_embeds.detach()"
+            )
+        if not bool(inputs_embeds.isfinite().all()):
+            raise ValueError("inputs_embeds holds NaN or Inf; supported are finite embeddings")
+    if given.shape[0] == 0 or given.shape[1] == 0:
+        raise ValueError(f"{name} is empty ({list(given.shape)}); every row needs at least one token")
+    if given.device != architecture.device:
+        raise ValueError(
+            f"{name} is on {given.device}, {architecture.name} on {architecture.device}; move it with .to(model.device)"
+        )
+    return given
+
+
+def _masks(mask: Tensor | None, batch: int, columns: int, past_columns: int) -> tuple[Tensor, Tensor | None]:
+    """The mask of the new tokens and, where it was given, that of the past; both on the CPU."""
+    if mask is None:
+        return torch.ones(batch, columns, dtype=torch.bool), None
+    if list(mask.shape) not in ([batch, columns], [batch, past_columns + columns]):
+        both = f" or {[batch, past_columns + columns]} (past + new tokens)" if past_columns else ""
+        raise ValueError(f"attention_mask must be {[batch, columns]} (new tokens){both}; got {list(mask.shape)}")
+    mask = mask.cpu()
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        raise ValueError(f"attention_mask must hold 0 (padding) and 1; got {strange[0].item()}")
+    mask = mask.bool()
+    if mask.shape[1] == columns:
+        return mask, None
+    return mask[:, past_columns:], mask[:, :past_columns]
+
+
+def _left_padded(given: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+    """Move the real columns of each row to its right end, in order, and cut what is padding in every row."""
+    width = int(counts.max())
+    # A stable sort of the mask puts the padding (0) first and keeps the order among the real columns.
+    order = mask.int().argsort(dim=1, stable=True)[:, -width:].to(given.device)
+    packed = given[torch.arange(len(given), device=given.device)[:, None], order]
+    padding = (torch.arange(width)[None, :] < width - counts[:, None]).to(given.device)
+    return packed.masked_fill(padding if given.dim() == 2 else padding[:, :, None], 0)

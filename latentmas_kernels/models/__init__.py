@@ -1,0 +1,1 @@
+"""What is read off a model: its architecture, packed weights, rotary embedding, windows and settings."""

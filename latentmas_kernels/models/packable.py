@@ -1,0 +1,220 @@
+"""Whether a Llama-like decoder is what the fast engines compute, checked on the live modules that transformers would run.
+
+Everything that the forwards of the four families read is looked at, module by module: the classes, the sizes, the numbers
+(eps of each norm, scale of each attention), the activation. What the packed form has no place for is refused with a reason, so
+that an edited model runs on the eager engine, which runs the modules themselves.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.settings import FUNCTIONS, GLOBAL_HOOKS, PASSIVE_HOOKS
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
+DTYPES = (torch.float32, torch.bfloat16)
+# What a plain model is built from, besides linear layers and embeddings. An adapter or a quantised layer is something else.
+OWN_MODULES = ("transformers.models.", "transformers.activations")
+PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
+class NotPackable(Exception):
+    """The model is outside of what the packed form can say; the message says why, in a clause."""
+
+
+def check_packable(model: Any, architecture: Architecture) -> list[Any]:
+    """Raise NotPackable where a module is not what the kernels compute. Moves nothing.
+
+    Returns:
+        The decoder layers that run, in order.
+    """
+    name = type(model).__name__
+    if name not in FAMILIES or not type(model).__module__.startswith("transformers."):
+        raise NotPackable(f"{name} is none of {', '.join(FAMILIES)}")
+    if architecture.dtype not in DTYPES:
+        raise NotPackable(f"its dtype is {architecture.dtype}; covered are bfloat16 and float32")
+    if any(GLOBAL_HOOKS):
+        raise NotPackable(
+            "there are hooks on all modules (register_module_forward_hook), which the kernels would pass by"
+        )
+    kinds: set[type] = set()
+    todo = [model]
+    while todo:  # at every call: modules() and named_modules() take three times as long
+        module = todo.pop()
+        state = module.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if "forward" in state or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
+                path = _path_of(module, model) or name
+                raise NotPackable(f"{path} has hooks or a forward of its own, which the kernels would pass by")
+        if type(module) not in kinds:
+            _check_kind(module, model)
+            kinds.add(type(module))
+        todo.extend(child for child in reversed(state["_modules"].values()) if child is not None)
+    return _Family(model, architecture).check()
+
+
+def _check_kind(module: nn.Module, model: nn.Module) -> None:
+    """Raise NotPackable for a class that is none of torch's plain ones or of transformers' own, as they came."""
+    kind = type(module)
+    if kind not in (nn.Linear, nn.Embedding, *PLAIN_MODULES) and not kind.__module__.startswith(OWN_MODULES):
+        raise NotPackable(f"{_path_of(module, model)} is a {kind.__module__}.{kind.__name__}, not a plain layer")
+    if not kind.forward.__module__.startswith(("transformers.", "torch.")):
+        raise NotPackable(f"the forward of {kind.__name__} was replaced, which the kernels would pass by")
+
+
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    return next(path for path, other in model.named_modules() if other is module)
+
+
+class _Family:
+    """One model against the modules that its family is made of. Paths are put together where something is wrong."""
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self.model, self.architecture = model, architecture
+        self.name, self.code = type(model).__name__.removesuffix("ForCausalLM"), type(model).__module__
+        self.dtype, self.device, self.width = architecture.dtype, architecture.device, architecture.hidden_size
+
+    def check(self) -> list[Any]:
+        model, decoder, a = self.model, self.model.model, self.architecture
+        self._functions()
+        self._is("model", decoder, "Model")
+        self._embedding("model.embed_tokens", decoder.embed_tokens)
+        self._rope("model.rotary_emb", decoder.rotary_emb)
+        self._linear("", model, "lm_head", self._rows("", model, "lm_head"), self.width)
+        layers = list(decoder.layers[: model.config.num_hidden_layers])
+        self.eps = self._number("model.norm.variance_epsilon", decoder.norm.variance_epsilon)
+        self._norm("model", decoder, "norm", self.width)
+        path, first = "model.layers.0", layers[0]
+        self._is(path, first, "DecoderLayer")
+        self._is(f"{path}.self_attn", first.self_attn, "Attention")
+        self._is(f"{path}.mlp", first.mlp, "MLP")
+        self.scale = self._number(f"{path}.self_attn.scaling", first.self_attn.scaling)
+        self.queries = self._rows(f"{path}.self_attn", first.self_attn, "q_proj")
+        self.keys = a.kv_heads * a.head_dim
+        self.inner = self._rows(f"{path}.mlp", first.mlp, "gate_proj")
+        for index, layer in enumerate(layers):
+            path = f"model.layers.{index}"
+            self._is(path, layer, "DecoderLayer")
+            self._norm(path, layer, "input_layernorm", self.width)
+            self._norm(path, layer, "post_attention_layernorm", self.width)
+            self._attention(f"{path}.self_attn", layer.self_attn)
+            self._mlp(f"{path}.mlp", layer.mlp)
+        return layers
+
+    def _attention(self, path: str, attention: Any) -> None:
+        a = self.architecture
+        self._is(path, attention, "Attention")
+        scale = self._number(f"{path}.scaling", attention.scaling)
+        if scale != self.scale:
+            raise NotPackable(f"{path}.scaling is {scale}, that of the first layer {self.scale}")
+        if attention.head_dim != a.head_dim or attention.num_key_value_groups * self.keys != self.queries:
+            raise NotPackable(
+                f"{path} has heads of width {attention.head_dim} in groups of {attention.num_key_value_groups}; its weights "
+                f"have {self.queries // a.head_dim} heads of width {a.head_dim} for queries and {a.kv_heads} for keys"
+            )
+        if attention.training and attention.attention_dropout:
+            raise NotPackable(f"{path} is in training mode, where its dropout is random")
+        self._merged(path, attention, {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys})
+        self._linear(path, attention, "o_proj", self.width, self.queries)
+        if self.name == "Qwen3":
+            self._norm(path, attention, "q_norm", a.head_dim)
+            self._norm(path, attention, "k_norm", a.head_dim)
+
+    def _mlp(self, path: str, mlp: Any) -> None:
+        self._is(path, mlp, "MLP")
+        if type(mlp.act_fn) not in SILU and mlp.act_fn is not nn.functional.silu:
+            kind = getattr(mlp.act_fn, "__name__", type(mlp.act_fn).__name__)
+            raise NotPackable(f"{path} uses {kind}; covered is SiLU")
+        self._merged(path, mlp, {"gate_proj": self.inner, "up_proj": self.inner})
+        self._linear(path, mlp, "down_proj", self.width, self.inner)
+
+    def _rope(self, path: str, rope: Any) -> None:
+        self._is(path, rope, "RotaryEmbedding")
+        width = self.architecture.head_dim
+        if rope.rope_type not in ROPE_TYPES:
+            raise NotPackable(f"its RoPE is of type {rope.rope_type!r}; covered are {', '.join(ROPE_TYPES)}")
+        if tuple(rope.inv_freq.shape) != (width // 2,) or width % 8 or width > 256:
+            raise NotPackable(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
+        self._number(f"{path}.attention_scaling", rope.attention_scaling)
+
+    def _embedding(self, path: str, embedding: Any) -> None:
+        if type(embedding) is not nn.Embedding:
+            raise NotPackable(f"{path} is a {type(embedding).__name__}, not a plain embedding")
+        if embedding.max_norm is not None:
+            raise NotPackable(f"{path} shortens the rows that it gives (max_norm={embedding.max_norm})")
+        self._parameter(path, embedding, "weight", (len(embedding.weight), self.width))
+
+    def _norm(self, path: str, owner: Any, name: str, width: int) -> None:
+        norm = getattr(owner, name)
+        self._is(path, norm, "RMSNorm")
+        eps = self._number(f"{path}.{name}.variance_epsilon", norm.variance_epsilon)
+        if eps != self.eps:
+            raise NotPackable(f"{path}.{name}.variance_epsilon is {eps}, that of model.norm {self.eps}")
+        self._parameter(f"{path}.{name}", norm, "weight", (width,))
+
+    def _merged(self, path: str, owner: Any, rows: dict[str, int]) -> None:
+        """What becomes one product has one bias, or none."""
+        biased = [name for name, count in rows.items() if self._linear(path, owner, name, count, self.width)]
+        if biased and len(biased) != len(rows):
+            raise NotPackable(f"{path} has a bias in {', '.join(biased)} only")
+
+    def _rows(self, path: str, owner: Any, name: str) -> int:
+        linear = getattr(owner, name)
+        if type(linear) is not nn.Linear:
+            raise NotPackable(f"{path}.{name} is a {type(linear).__name__}, not a plain layer".removeprefix("."))
+        return len(linear.weight)
+
+    def _linear(self, path: str, owner: Any, name: str, rows: int, cols: int) -> bool:
+        """Whether it has a bias."""
+        linear = getattr(owner, name)
+        if type(linear) is not nn.Linear:
+            raise NotPackable(f"{path}.{name} is a {type(linear).__name__}, not a plain layer")
+        path = f"{path}.{name}" if path else name
+        self._parameter(path, linear, "weight", (rows, cols))
+        if linear._parameters.get("bias", 0) is None:  # 0: a bias that is no parameter
+            return False
+        self._parameter(path, linear, "bias", (rows,))
+        return True
+
+    def _parameter(self, path: str, owner: Any, name: str, shape: tuple[int, ...]) -> None:
+        tensor = owner._parameters.get(name)
+        if type(tensor) is nn.Parameter and tensor.dtype is self.dtype and tensor.shape == shape:
+            if tensor.device != self.device:
+                raise NotPackable(f"{path} is on {tensor.device}, the embedding on {self.device}")
+            if not tensor.is_contiguous():
+                raise NotPackable(f"{path} is not contiguous")
+            return
+        held = getattr(owner, name)
+        if type(held) is nn.Parameter and held.dtype is self.dtype:
+            raise NotPackable(
+                f"the {name} of {path} is {list(held.shape)}, where the sizes of the model make it {list(shape)}"
+            )
+        kind, dtype = type(held).__name__, getattr(held, "dtype", None)
+        raise NotPackable(f"{path} holds a {kind} of {dtype}, not a parameter of {self.dtype}")
+
+    def _is(self, path: str, module: Any, role: str) -> None:
+        kind = type(module)
+        if kind.__module__ != self.code or kind.__name__ != self.name + role:
+            raise NotPackable(f"{path} is a {kind.__name__} of {kind.__module__}, not a {self.name}{role}")
+
+    def _number(self, path: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise NotPackable(f"{path} is a {type(value).__name__}, not a number")
+        return float(value)
+
+    def _functions(self) -> None:
+        code = vars(sys.modules[self.code])
+        for name in FUNCTIONS:
+            if name in code and not code[name].__module__.startswith("transformers."):
+                raise NotPackable(f"{name} of {self.code} was replaced, which the kernels would pass by")
+        if ALL_ATTENTION_FUNCTIONS.get("sdpa") is not sdpa_attention_forward or "eager" in ALL_ATTENTION_FUNCTIONS:
+            raise NotPackable("an attention of transformers was replaced, which the kernels would pass by")

@@ -1,0 +1,168 @@
+"""vLLM in a process beside this one, through its own engine: it writes the texts, agents go on thinking here."""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from latentmas.backends.base import (
+    HAND_OVERS,
+    Embeds,
+    EngineError,
+    OnTokens,
+    Steps,
+    TextRequest,
+    Written,
+    check_found,
+    check_requests,
+)
+from latentmas.backends.kv_file import Handed, Parcel, check_plain, shared_folder, sweep
+from latentmas.backends.vllm.launch import end_engine, kv_config, start_engine
+from latentmas_kernels import LatentCache
+from latentmas_kernels.cache.file import Stamp
+from latentmas_kernels.models.architecture import Architecture
+
+
+class Vllm:
+    """A `Decoder`. A context manager: vLLM ends with it.
+
+    Attributes:
+        stamp, hand_over, max_model_len: as in `Decoder`.
+        logprobs: whether `Written.logprobs` is filled.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        *,
+        hand_over: str = "kv",
+        folder: Path | None = None,
+        logprobs: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start vLLM.
+
+        Args:
+            name: folder or hub name of the model.
+            model: the same as a causal LM of transformers, whose memories will be handed over.
+            hand_over: one of HAND_OVERS.
+            folder: where memories are handed over; shared memory when None.
+            logprobs: ask for the log-probability of each token.
+            settings: of vLLM's engine (EngineArgs), such as tensor_parallel_size.
+
+        Raises:
+            ValueError: where vLLM is not installed, or cannot run this model or these settings.
+        """
+        if hand_over not in HAND_OVERS:
+            raise ValueError(f"got hand_over {hand_over!r}; supported are {', '.join(HAND_OVERS)}")
+        architecture = Architecture.of(model)
+        if hand_over == "kv":
+            check_plain(model)
+        self.hand_over, self.logprobs, self.folder = hand_over, logprobs, folder or shared_folder()
+        self.stamp, self._width, self._dtype = Stamp.of(model), architecture.hidden_size, architecture.dtype
+        sweep(self.folder)
+        way: dict[str, Any] = {"enable_prompt_embeds": True}
+        if hand_over == "kv":
+            way = {"kv_transfer_config": kv_config(self.stamp, self.folder, owner=os.getpid())}
+        self._engine = start_engine(name, self._dtype, way, settings or {})
+        self.max_model_len = self._engine.model_config.max_model_len
+
+    def __enter__(self) -> "Vllm":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        end_engine(self._engine)
+
+    def write(
+        self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
+    ) -> list[Written]:
+        """As `Decoder.write`."""
+        check_requests(requests, memory, self.max_model_len, self.hand_over)
+        with ExitStack() as stack:
+            rows: list[Handed] = []
+            if memory is not None and self.hand_over == "kv":
+                try:
+                    parcel = Parcel(memory, self.stamp, self.folder)
+                except OSError as error:
+                    raise EngineError(f"the memory could not be written to {self.folder}: {error}") from error
+                rows = stack.enter_context(parcel).rows
+            sent = [self._prompt(request, rows) for request in requests]
+            return self._run(requests, sent, Steps(len(requests), on_tokens))
+
+    def _prompt(self, request: TextRequest, rows: list[Handed]) -> tuple[dict[str, Any], Handed | None]:
+        """As vLLM takes it, and the row that comes before it."""
+        if self.hand_over == "embeds":
+            mixed = Embeds.of(request, self._width, self._dtype)
+            if mixed is None:
+                return {"prompt_token_ids": [*request.fed, *request.prompt]}, None
+            return {
+                "prompt_embeds": mixed.embeds,
+                "prompt_token_ids": mixed.ids,
+                "prompt_is_token_ids": mixed.is_token,
+            }, None
+        if request.row is None:
+            return {"prompt_token_ids": request.prompt}, None
+        handed = rows[request.row]
+        return {"prompt_token_ids": [0] * handed.slots + request.prompt, "cache_salt": handed.salt}, handed
+
+    def _sampling(self, request: TextRequest, handed: Handed | None) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=request.temperature, top_p=request.top_p, seed=request.seed, max_tokens=request.max_new_tokens,
+            # The ends are the model's, as everywhere here, not the tokenizer's.
+            ignore_eos=True, stop_token_ids=list(request.end_ids), detokenize=False, logprobs=0 if self.logprobs else None,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=None if handed is None else {"kv_transfer_params": handed.params},
+        )  # fmt: skip
+
+    def _run(
+        self, requests: Sequence[TextRequest], sent: Sequence[tuple[dict[str, Any], Handed | None]], steps: Steps
+    ) -> list[Written]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        names = {f"latentmas-{uuid.uuid4().hex}": number for number in range(len(requests))}
+        outputs: dict[int, Any] = {}
+        logprobs: list[list[float]] = [[] for _ in requests]
+        internal: list[str] = []
+        try:
+            for name, number in names.items():
+                prompt, handed = sent[number]
+                (rendered,) = self._engine.renderer.render_cmpl([prompt])
+                internal.append(self._engine.add_request(name, rendered, self._sampling(requests[number], handed)))
+            while len(outputs) < len(requests):
+                for output in self._engine.step():
+                    number, (new,) = names[output.request_id], output.outputs
+                    steps.add(number, list(new.token_ids), output.finished)
+                    for token, of in zip(new.token_ids, new.logprobs or (), strict=False):
+                        logprobs[number].append(of[token].logprob)
+                    if output.finished:
+                        outputs[number] = output
+        except EngineDeadError as error:
+            raise EngineError(
+                "vLLM's engine has ended; its log says why. Start the run again (with --resume where there is an --output)"
+            ) from error
+        except BaseException:  # Ctrl-C among them: nothing goes on without anyone waiting for it
+            with suppress(EngineDeadError):
+                self._engine.abort_request(internal, internal=True)
+            raise
+        written = []
+        for number, (prompt, handed) in enumerate(sent):
+            output = outputs[number]
+            reason = output.outputs[0].finish_reason
+            slots = 0 if handed is None else handed.slots
+            if reason not in ("stop", "length"):
+                raise EngineError(f"vLLM ended request {number} with {reason!r}; its log says why")
+            cached = output.num_cached_tokens or 0
+            check_found(slots, cached, f"request {number}")
+            computed = len(prompt["prompt_token_ids"]) - cached
+            written.append(Written(steps.ids[number], reason, computed, logprobs[number]))
+        return written

@@ -1,0 +1,179 @@
+"""Starting vLLM's engine and ending it: settings, environment, signals."""
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from latentmas_kernels.cache.file import Stamp
+
+TESTED = "0.32"
+"""The version of vLLM that the tests run with: connectors are an interface that it still changes."""
+REFUSED = {
+    "data_parallel_size": "texts would go to one of the replicas only",
+    "hf_overrides": "it would not be the model that thinks",
+    "revision": "it may not be the model that thinks; put that revision into a folder and name it with --model",
+}
+
+
+def check_installed() -> None:
+    """Raise ValueError where there is no vLLM; imports nothing of it."""
+    if find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
+
+
+def kv_config(stamp: Stamp, folder: Path, *, owner: int | None = None) -> dict[str, Any]:
+    """vLLM's kv_transfer_config for our connector.
+
+    Args:
+        owner: process with which vLLM is to end, where that started it.
+    """
+    extra = {"folder": str(folder), "fingerprint": stamp.fingerprint, **({} if owner is None else {"owner": owner})}
+    return {
+        "kv_connector": "LatentConnector",
+        "kv_connector_module_path": "latentmas.backends.connector",
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def environment() -> dict[str, str]:
+    """What vLLM's processes should find in their environment, where the user set nothing else."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if not torch.cuda.is_available():
+        # Where it is not set, several pools of threads spin on the same cores: the first request took 17 s instead of 3 on two.
+        defaults["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        # In GiB. vLLM would take all that is free, and the chain needs some of it.
+        defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(8, psutil.virtual_memory().available >> 32)))
+    return defaults
+
+
+def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """vLLM's LLMEngine.
+
+    Args:
+        name: folder or hub name of the model.
+        way: settings of how memories are handed over.
+        settings: of the user; EngineArgs.
+
+    Raises:
+        ValueError: where vLLM is not installed, or cannot run this model or these settings.
+    """
+    check_installed()
+    # Its log is for errors, and standard output is ours.
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr", **environment()}
+    for variable, value in defaults.items():
+        os.environ.setdefault(variable, value)
+    import vllm
+    from vllm import EngineArgs, LLMEngine
+    from vllm.distributed.kv_transfer import has_kv_transfer_group
+    from vllm.platforms import current_platform
+
+    if not vllm.__version__.startswith(f"{TESTED}."):
+        warnings.warn(f"vLLM {vllm.__version__} is here; this was tested with {TESTED}", stacklevel=3)
+    if has_kv_transfer_group():
+        raise ValueError(
+            "there is an engine with a connector in this process, and vLLM has one at most; close it first"
+        )
+    # What is found in a cache is checked on every answer, so statistics are on.
+    given = {"model": name, "dtype": str(dtype).removeprefix("torch."), "disable_log_stats": False, **way}
+    _check_settings(given, settings)
+    if current_platform.is_cpu():  # compiling for a CPU takes minutes
+        settings = {"enforce_eager": True, **settings}
+    engine = None
+    try:
+        with _interruptible():
+            config = EngineArgs(**given, **settings).create_engine_config()
+            if config.kv_transfer_config is not None:
+                from latentmas.backends.vllm.connector import check_supported
+
+                check_supported(config)  # here, too: what is raised in another process has no name
+            engine = LLMEngine.from_vllm_config(config)
+            engine.get_supported_tasks()  # asked for by the first request, which could not be woken up then
+    except TypeError as error:  # a setting that there is not
+        raise ValueError(f"vLLM does not take these settings: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"vLLM did not start: {said[0]} (more in its log above)") from error
+    finally:
+        if engine is None:
+            _forget_connector()
+    _watch(engine)
+    return engine
+
+
+def end_engine(engine: Any) -> None:
+    """End its processes."""
+    engine.engine_core.shutdown()
+    _forget_connector()
+
+
+def _forget_connector() -> None:
+    """Of an engine in this process: the next one would go on with it."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    ensure_kv_transfer_shutdown()
+
+
+def _check_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    taken = sorted(given.keys() & settings.keys())
+    if taken:
+        raise ValueError(
+            f"got {', '.join(taken)} among the settings of vLLM, which are set by the chain; leave them out"
+        )
+    for setting, why in REFUSED.items():
+        if settings.get(setting) not in (None, 1):
+            raise ValueError(f"got {setting} {settings[setting]!r} among the settings of vLLM: {why}")
+    if settings.get("load_format") == "dummy":
+        raise ValueError("got load_format 'dummy' among the settings of vLLM: its weights would be random")
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C, under a name that vLLM does not know."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """vLLM swallows KeyboardInterrupt as it starts, and then waits for a process that Ctrl-C has ended."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watch(engine: Any) -> None:
+    """vLLM notices when its process is killed, but leaves whoever waits for an answer waiting."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    core = engine.engine_core
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    if manager is None:  # it runs in this process
+        return
+
+    def wake() -> None:
+        connection.wait(manager.sentinels())
+        core.resources.engine_dead = True  # the next request must not be sent and waited for
+        core.outputs_queue.put(EngineDeadError())
+
+    threading.Thread(target=wake, daemon=True, name="vllm-watch").start()

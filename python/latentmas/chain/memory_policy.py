@@ -1,0 +1,69 @@
+"""What is handed on between agents, and how much keys and values may take: memory policies and the budget, as data."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What an agent gets of the memory before it. What it does not get is cut out; the rest moves together. The first slot
+    stays in any case (see latentmas.chain.plan.SINK).
+
+    Attributes:
+        agents: the memory of all agents before it, or of the last one only (of the last group, where agents think side by
+            side).
+        kinds: prompts, latent steps and texts, or latent steps only.
+        slots: at most so many, the first and the latest; None is all.
+    """
+
+    agents: Literal["all", "last"] = "all"
+    kinds: Literal["all", "latent"] = "all"
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.agents not in ("all", "last"):
+            raise ValueError(f"agents of a hand-over must be 'all' or 'last'; got {self.agents!r}")
+        if self.kinds not in ("all", "latent"):
+            raise ValueError(f"kinds of a hand-over must be 'all' or 'latent'; got {self.kinds!r}")
+        if self.slots is not None and (
+            isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1
+        ):
+            raise ValueError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
+
+
+EVERYTHING = HandOver()
+HAND_OVERS = {"all": EVERYTHING, "last": HandOver(agents="last"), "latent": HandOver(kinds="latent")}
+"""By name: everything; the last agent only; latent steps only."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a chain's memory may take at any time: bytes of all KV buffers together, or slots of each question.
+
+    Of what does not fit, the oldest slots but the first are cut out.
+    """
+
+    bytes: int | None = None
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bytes is None) == (self.slots is None):
+            raise ValueError(f"a budget is either bytes or slots; got bytes={self.bytes}, slots={self.slots}")
+        amount = self.bytes if self.bytes is not None else self.slots
+        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+            raise ValueError(f"a budget must be an integer of 1 or more; got {amount!r}")
+
+    def __str__(self) -> str:
+        return f"{self.slots} slots" if self.bytes is None else f"{self.bytes / UNITS['MB']:,.1f} MB"
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """From "64 MB" (KB, MB, GB: powers of 1024) or "512 slots"."""
+        found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(KB|MB|GB|slots)\s*", text)
+        amount = float(found[1]) * UNITS.get(found[2], 1) if found else 0.0
+        if not found or amount < 1 or (found[2] == "slots" and amount != int(amount)):
+            raise ValueError(f'got a budget of {text!r}; supported are sizes like "64 MB" and numbers like "512 slots"')
+        return cls(slots=int(amount)) if found[2] == "slots" else cls(bytes=int(amount))

@@ -1,0 +1,1 @@
+"""Chains written down in YAML, and the shipped ones."""

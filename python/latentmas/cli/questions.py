@@ -1,0 +1,203 @@
+"""Questions from a file, standard input or the sample that comes with the package."""
+
+import csv
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from latentmas.characters import decoded, without_mark
+from latentmas.cli.question_fields import ANSWER, LETTERS, OPTIONS, QUESTION, listed, read_entry
+
+SAMPLE = "sample"
+SUPPORTED = (
+    "supported are JSON lines, a JSON array, CSV (in a file whose name ends in .csv) and Parquet, "
+    'with "question" and, optionally, "answer" and "options" (docs/questions.md)'
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        number: of its line, or from 1 among the entries of an array or the rows of a table.
+        text: with its options, where it has some.
+        answer: the expected one, if there is one: the letter of an option, what follows "####", or all of it.
+    """
+
+    number: int
+    text: str
+    answer: str | None = None
+
+
+_Placed = tuple[int, str, Any]
+"""A question's number, where it stands ("line 3"), and what stands there; a ValueError where that could not be read."""
+
+
+def read_questions(source: str) -> tuple[list[Question], list[str]]:
+    """Read questions and, where there are some, their options and expected answers.
+
+    JSON lines (empty ones are passed over), a JSON array of objects, CSV with names of columns in its first row (where the
+    name ends in .csv) and Parquet. `latentmas.cli.question_fields` has the names of fields; others are ignored.
+
+    Args:
+        source: a file; "-" is standard input, "sample" the eight questions of this package.
+
+    Returns:
+        The questions, and what is wrong with each entry that has none ("line 3 is not JSON (...)").
+
+    Raises:
+        ValueError: where there is not a single entry, or the file as a whole cannot be read.
+        OSError: where the file cannot be opened.
+    """
+    name = "standard input" if source == "-" else source
+    if source == SAMPLE:
+        data = files("latentmas.cli").joinpath("sample.jsonl").read_bytes()
+    else:
+        data = standard_input() if source == "-" else without_mark(Path(source).read_bytes(), source)
+    questions, faults, passed_over = [], [], dict[str, str]()
+    for number, place, entry in _entries(name, data):
+        try:
+            if isinstance(entry, ValueError):
+                raise entry
+            read = read_entry(entry)
+            questions.append(Question(number, read.text, read.answer))
+            passed_over = dict.fromkeys(read.passed_over, place) | passed_over
+        except ValueError as error:
+            faults.append(f"{place} {error}")
+    if not questions and not faults:
+        raise ValueError(f"{name} holds no questions; {SUPPORTED}")
+    for message, place in passed_over.items():
+        warnings.warn(f"{name}: {message} (first in {place})", stacklevel=2)
+    return questions, faults
+
+
+def standard_input() -> bytes:
+    """All of it, without a byte-order mark. ValueError where it is closed, or in another encoding than UTF-8."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; give a question, or a file with --questions")
+    return without_mark(sys.stdin.buffer.read(), "standard input")
+
+
+def _entries(name: str, data: bytes) -> Iterator[_Placed]:
+    if data.startswith(b"PAR1"):
+        return _parquet(name, data)
+    if name.lower().endswith(".csv"):
+        return _csv(name, data)
+    if data.lstrip().startswith(b"["):
+        return _array(name, data)
+    return _lines(name, data)
+
+
+def _lines(name: str, data: bytes) -> Iterator[_Placed]:
+    lines = data.split(b"\n")
+    if data.strip() and not any(line.lstrip().startswith(b"{") for line in lines):
+        raise ValueError(f"{name} is neither JSON nor JSON lines: not one line begins with {{; {SUPPORTED}")
+    if lines[0].strip() == b"{":  # an object over several lines
+        yield 1, f"the object in {name}", _json(decoded(data, name), name)
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, f"line {number}", _json(line.decode())
+            except UnicodeDecodeError as error:
+                yield number, f"line {number}", ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})")
+            except ValueError as error:
+                yield number, f"line {number}", error
+
+
+def _array(name: str, data: bytes) -> Iterator[_Placed]:
+    try:
+        entries = _json(decoded(data, name), name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {SUPPORTED}") from error
+    for number, entry in enumerate(entries, start=1):
+        yield number, f"entry {number}", entry
+
+
+def _json(text: str, name: str = "") -> Any:
+    """ValueError where it is none; with a name, for text of several lines."""
+    begin = f"{name} " if name else ""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if name else ""
+        raise ValueError(f"{begin}is not JSON ({error.msg} at {line}column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{begin}is not JSON that can be read (nested too deeply)") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{begin}is not JSON that can be read ({error})") from error
+
+
+def _csv(name: str, data: bytes) -> Iterator[_Placed]:
+    # A byte that is not UTF-8 becomes half a surrogate pair, which is a fault of its row alone.
+    text = data.decode(errors="surrogateescape")
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] | None = None
+    number = 0
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if names is None:
+                    raise ValueError(f"{name} is not CSV ({error} in its first row)") from error
+                number += 1
+                yield number, f"row {number} (line {rows.line_num})", ValueError(f"is not CSV ({error})")
+                continue
+            if not any(cell.strip() for cell in row):
+                continue
+            if names is None:
+                names = row
+                _check_columns(name, names)
+                continue
+            number += 1
+            entry: Any = dict(zip(names, row, strict=False))
+            if len(row) > len(names):
+                entry = ValueError(
+                    f"has {len(row)} cells where the first row has {len(names)}; put text with commas into quotes"
+                )
+            yield number, f"row {number} (line {rows.line_num})", entry
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
+    try:
+        from pyarrow import ArrowException, BufferReader, parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name} is a Parquet file, and pyarrow, which reads those, is not installed: pip install "
+            "'latentmas-kernels[data]', or save it as JSON lines"
+        ) from error
+    try:
+        file = parquet.ParquetFile(BufferReader(data))
+        columns = file.schema_arrow.names
+        _check_columns(name, columns)
+        known = {*QUESTION, *ANSWER, *OPTIONS, *LETTERS.lower()}
+        rows = file.read(columns=[column for column in columns if column.strip().lower() in known]).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{name} is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+    for number, row in enumerate(rows, start=1):
+        yield number, f"row {number}", row
+
+
+def _check_columns(name: str, columns: list[str]) -> None:
+    """Raise ValueError where no row can hold a question, or it would not be known which column it is in."""
+    names = [column.strip().lower() for column in columns]
+    if not set(names) & set(QUESTION):
+        raise ValueError(
+            f"{name} has the columns {listed(columns)}; one of them must be {', '.join(QUESTION[:-1])} or {QUESTION[-1]}"
+        )
+    twice = [column for column in names if names.count(column) > 1 and column]
+    if twice:
+        raise ValueError(f"{name} has more than one column {listed(twice[:1])}; give each a name of its own")

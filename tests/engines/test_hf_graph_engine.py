@@ -1,0 +1,431 @@
+"""The generic tier against the eager engine, with plain calls for graphs: models that no packed family covers."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+from tiny_models import FAMILIES, OTHERS, ragged, tiny_model
+from transformers import GenerationConfig
+from transformers.models.gemma2 import modeling_gemma2
+
+from latentmas_kernels import build_aligner, generate, latent_generate
+from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking
+from latentmas_kernels.engines import hf_graph as generic
+from latentmas_kernels.engines.cuda_graphs import PlainCalls
+from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.warn_once import warn_once
+
+
+def both(model):
+    architecture = Architecture.of(model)
+    return GenericEngine(model, architecture), EagerEngine(model, architecture)
+
+
+def read(model, lengths, room=40):
+    ids, mask = ragged(lengths)
+    return latent_generate(model, ids, mask, latent_steps=0, max_cache_len=room, engine="eager")
+
+
+def assert_same(ours, theirs):
+    assert ours.lengths.tolist() == theirs.lengths.tolist()
+    for row, length in enumerate(ours.lengths.tolist()):
+        assert torch.equal(ours.positions[row, :length], theirs.positions[row, :length])
+        for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(a[:, row, :, :length], b[:, row, :, :length], rtol=1e-4, atol=1e-5)
+
+
+def every(batch, steps, **options):
+    """So many steps for each row."""
+    return Thinking(torch.full((batch,), steps), **options)
+
+
+def assert_same_thought(ours, theirs):
+    assert torch.equal(ours.steps, theirs.steps)
+    pairs = [(ours.latents, theirs.latents), (ours.last_hidden, theirs.last_hidden)]
+    assert (ours.states is None) == (theirs.states is None)
+    if theirs.states is not None:
+        pairs.append((ours.states, theirs.states))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "qwen3-mixed"])
+@torch.no_grad()
+def test_latent_and_token_steps_equal_eager(name):
+    """Ragged rows whose unused slots hold NaN, windows that the memory outgrows, a row that sits steps out."""
+    model = tiny_model(name)
+    engine, eager = both(model)
+    start = read(model, [12, 5, 9])
+    aligner = build_aligner(model, "identity")
+    caches = [start.past_key_values.fork(40) for _ in range(2)]
+    for cache in caches:
+        for row, length in enumerate(cache.lengths.tolist()):
+            cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
+    ours, theirs = (
+        e.think(c, start.last_hidden, aligner, every(3, 3), None) for e, c in zip((engine, eager), caches, strict=True)
+    )
+    assert_same_thought(ours, theirs)
+    for counts in ([1, 1, 1], [1, 0, 1], [0, 0, 1]):
+        prompt = Prompt(torch.tensor(counts), torch.tensor([[5], [6], [7]]))
+        a, b = (e.extend(c, prompt, logits=True) for e, c in zip((engine, eager), caches, strict=True))
+        torch.testing.assert_close(a[prompt.counts > 0], b[prompt.counts > 0], rtol=1e-4, atol=5e-5)
+        assert_same(*caches)
+
+
+def poisoned(cache):
+    """A copy with NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
+    cache = cache.fork()
+    for row, (length, borrowed) in enumerate(zip(cache.lengths.tolist(), cache.borrowed.tolist(), strict=True)):
+        for store in (cache.keys, cache.values):
+            store[:, row, :, length:] = store[:, row, :, :borrowed] = float("nan")
+    return cache
+
+
+def think_both(engines, start, seed, aligner, thinking, on_step=None):
+    """The same thought and the same memory from both, and what is not the rows' own left alone; the steps taken."""
+    caches = [poisoned(start) for _ in engines]
+    thoughts = [e.think(c, seed, aligner, thinking, on_step) for e, c in zip(engines, caches, strict=True)]
+    assert_same_thought(*thoughts)
+    for row, (length, borrowed) in enumerate(zip(caches[0].lengths.tolist(), start.borrowed.tolist(), strict=True)):
+        assert caches[0].keys[:, row, :, length:].isnan().all()
+        assert caches[0].values[:, row, :, :borrowed].isnan().all()
+    for cache in caches:
+        cache.own()
+    assert_same(*caches)
+    return thoughts[0].steps.tolist()
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The graphs that are captured."""
+    captured, real = [], PlainCalls.__call__
+    monkeypatch.setattr(PlainCalls, "__call__", lambda self, body: (captured.append(body), real(self, body))[1])
+    return captured
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "gpt2", "qwen3-mixed"])
+@torch.no_grad()
+def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
+    model = tiny_model(name)
+    engines = both(model)
+    read_in = read(model, [12, 5, 9])
+    start, seed, aligner = read_in.past_key_values, read_in.last_hidden, build_aligner(model, "identity")
+    free = engines[1].think(start.fork(), seed, aligner, every(3, 6), None).latents
+    cosines = torch.cosine_similarity(free[:, 1:], free[:, :-1], dim=-1)
+    levels = [(cosines[:, i].sort().values[:2].mean().item()) for i in range(5)]  # between two rows
+    ends = set()
+    monkeypatch.setattr(engines[0].eager, "think", None)  # it must not be needed
+    for thinking in (
+        every(3, 2), Thinking(torch.tensor([3, 1, 5])), Thinking(torch.tensor([3, 1, 5]), record=True),
+        every(3, 3, settle=-1.0), every(3, 3, settle=1.0, record=True),
+        *(Thinking(torch.tensor([6, 6, 4]), settle=level, record=True) for level in levels),
+    ):  # fmt: skip
+        taken = think_both(engines, start, seed, aligner, thinking)
+        ends.add(tuple(taken))
+        if thinking.settle == -1.0:
+            assert taken == [2, 2, 2]
+    assert len(ends) > 4
+    assert len(captures) == 1
+
+
+@torch.no_grad()
+def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
+    monkeypatch.setattr(generic, "CHECK_EVERY", 4)
+    model = tiny_model("olmo2")
+    engine, _ = both(model)
+    start, seen = read(model, [4, 6]), []
+    thought = engine.think(
+        start.past_key_values,
+        start.last_hidden,
+        build_aligner(model, "identity"),
+        every(2, 20, settle=-1.0),
+        seen.append,
+    )
+    assert seen == [0, 1, 2, 3]
+    assert thought.latents.shape[1] == 2
+    assert start.past_key_values.lengths.tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3-mixed"])
+@torch.no_grad()
+def test_lent_slots_are_copied_in_from_where_they_lie(name):
+    """And nothing is written where a row borrows; tokens behind it too."""
+    model = tiny_model(name)
+    engines = both(model)
+    read_in = read(model, [66, 40, 129], 140)
+    start = read_in.past_key_values.spread(2, 145)
+    assert start.borrowed.tolist() == [0, 64, 0, 0, 0, 128]
+    # Rows that start alike must not stay alike.
+    seed = read_in.last_hidden.repeat_interleave(2, 0) + 0.1 * torch.randn(
+        6, 48, generator=torch.Generator().manual_seed(0)
+    )
+    aligner = build_aligner(model, "identity")
+    think_both(engines, start, seed, aligner, Thinking(torch.tensor([2, 3, 1, 2, 4, 3]), record=True))
+    caches = [poisoned(start) for _ in engines]
+    prompt = Prompt(torch.tensor([1, 1, 0, 1, 1, 1]), torch.arange(5, 11)[:, None])
+    a, b = (e.extend(c, prompt, logits=True) for e, c in zip(engines, caches, strict=True))
+    torch.testing.assert_close(a[prompt.counts > 0], b[prompt.counts > 0], rtol=1e-4, atol=5e-5)
+    for cache in caches:
+        cache.own()
+    assert_same(*caches)
+
+
+@pytest.mark.parametrize(
+    "thinking", [Thinking(torch.tensor([3, 1])), every(2, 3, record=True), every(2, 3, settle=-1.0), every(2, 1)]
+)
+@torch.no_grad()
+def test_soft_feedback_of_rows_that_end_equals_eager(thinking):
+    model = tiny_model("gemma3")
+    engines = both(model)
+    start = read(model, [6, 3]).past_key_values
+    tokens = Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]]))
+    seed = engines[1].extend(start, tokens, logits=True)
+    think_both(engines, start, seed, build_aligner(model, "soft"), thinking)
+
+
+@torch.no_grad()
+def test_soft_feedback_equals_eager():
+    model = tiny_model("gemma3")
+    engine, eager = both(model)
+    aligner = build_aligner(model, "soft")
+    ids, mask = ragged([6, 3])
+    seen = []
+    caches = [read(model, [6, 3]).past_key_values.fork(20) for _ in range(2)]
+    seed = eager.extend(caches[0].fork(20), Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]])), logits=True)
+    ours = engine.think(caches[0], seed, aligner, every(2, 3), seen.append)
+    theirs = eager.think(caches[1], seed, aligner, every(2, 3), None)
+    assert_same_thought(ours, theirs)
+    assert seen == [0, 1, 2]
+    assert_same(*caches)
+
+
+@torch.no_grad()
+def test_windows_are_kept_and_caches_told_apart():
+    """A larger memory takes a larger window, a smaller one reuses what is there; another cache is copied in again."""
+    model = tiny_model("olmo2")
+    engine, eager = both(model)
+    aligner = build_aligner(model, "identity")
+    for lengths, room in (([4, 6], 20), ([300, 20], 320), ([5, 2], 20), ([4, 6], 20)):
+        start = read(model, lengths, room)
+        caches = [start.past_key_values.fork(room) for _ in range(2)]
+        for _ in range(2):
+            ours, theirs = (
+                e.think(c, start.last_hidden, aligner, every(2, 1), None)
+                for e, c in zip((engine, eager), caches, strict=True)
+            )
+            assert_same_thought(ours, theirs)
+    assert sorted(engine.state.windows) == [(2, 256), (2, 512)]
+    assert len(engine.state.graphs) == 2
+
+
+def interrupted(step):
+    if step == 2:
+        raise KeyboardInterrupt
+
+
+def think_on_another(engine, eager, cache, start):
+    """A call on another memory that uses the same window and is interrupted, its graph being there."""
+    seed, aligner = torch.ones(1, 48), build_aligner(eager.model, "identity")
+    engine.think(start.fork(40), seed, aligner, every(1, 1), None)
+    engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[8]])), logits=True)
+    other = start.fork(40)
+    other.crop(-9)
+    with pytest.raises(KeyboardInterrupt), other.transaction():
+        engine.think(other, seed, aligner, every(1, 5), interrupted)
+
+
+def read_again(engine, eager, cache, start):
+    cache.crop(-11)
+    eager.extend(cache, Prompt(torch.tensor([11]), torch.arange(30, 41)[None]), logits=False)
+
+
+def fail(engine, eager, cache, start):
+    with suppress(ZeroDivisionError), cache.transaction():
+        engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[9]])), logits=True)
+        raise ZeroDivisionError
+
+
+CHANGES = {
+    "interrupted": think_on_another,
+    "rewound": read_again,
+    "rebased": lambda engine, eager, cache, start: cache.rebase(eager.model),
+    "kept": lambda engine, eager, cache, start: cache.keep(torch.arange(int(cache.lengths[0]))[None] % 5 > 0),
+    "rolled back": fail,
+    "reset": lambda engine, eager, cache, start: cache.reset(),
+    "reordered": lambda engine, eager, cache, start: cache.reorder_cache(torch.tensor([0])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_window_is_used_again_only_for_the_content_that_is_in_it(change):
+    """Lengths alone do not tell: what was cut and written again may be as long as before."""
+    model = tiny_model("olmo2")
+    engine, eager = both(model)
+    start = read(model, [20]).past_key_values
+    start.keep((torch.arange(20)[None] < 5) | (torch.arange(20)[None] > 7))
+    start = start.fork(40)
+    caches = [start.fork() for _ in range(2)]
+    token = Prompt(torch.tensor([1]), torch.tensor([[5]]))
+    for e, cache in zip((engine, eager), caches, strict=True):
+        e.extend(cache, token, logits=True)
+        CHANGES[change](e, eager, cache, start)
+        e.extend(cache, token, logits=True)
+    a, b = (e.extend(c, token, logits=True) for e, c in zip((engine, eager), caches, strict=True))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+    assert_same(*caches)
+
+
+@torch.no_grad()
+def test_tokens_in_a_row_are_not_copied_in_again(monkeypatch):
+    model = tiny_model("olmo2")
+    engine, _ = both(model)
+    loaded, real = [], generic.Window.load
+    monkeypatch.setattr(generic.Window, "load", lambda self, cache: (loaded.append(cache), real(self, cache)))
+    caches = [read(model, [20]).past_key_values.fork(40) for _ in range(2)]
+    token = Prompt(torch.tensor([1]), torch.tensor([[5]]))
+    for which in (0, 0, 0, 1, 1, 0):
+        engine.extend(caches[which], token, logits=True)
+    assert [caches.index(cache) for cache in loaded] == [0, 1, 0]
+
+
+@torch.no_grad()
+def test_a_forward_that_cannot_be_captured_runs_eagerly(monkeypatch):
+    model = tiny_model("olmo2")
+    engine, eager = both(model)
+
+    def refuse(body):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(engine.state, "capture", refuse)
+    refuse.release = lambda: None
+    start = read(model, [4])
+    warn_once.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match=r"could not be captured \(operation not permitted when stream is capturing\)"
+    ):
+        ours = engine.think(
+            start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
+        )
+    theirs = eager.think(
+        start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
+    )
+    assert torch.equal(ours.latents, theirs.latents)
+    assert not engine.state.windows
+
+
+def wider(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def narrower(model):
+    model.config.sliding_window = 3
+
+
+def another_activation(model):
+    del model.model.layers[0].mlp.act_fn  # a function goes where a module was only once that is gone
+    model.model.layers[0].mlp.act_fn = torch.nn.functional.relu
+
+
+def steered(model):
+    """By a hook, which the graph of before does not have in it."""
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("edit", [wider, narrower, another_activation, steered])
+@torch.no_grad()
+def test_a_step_is_captured_again_where_the_model_was_edited(edit):
+    """A graph has the numbers in it that the host read while it was captured."""
+    model = tiny_model("gemma2")
+    aligner = build_aligner(model, "identity")
+
+    def thoughts():
+        engine, eager = both(model)
+        start = read(model, [12, 5])
+        ours, theirs = (
+            one.think(start.past_key_values.fork(20), start.last_hidden, aligner, every(2, 3), None)
+            for one in (engine, eager)
+        )
+        assert_same_thought(ours, theirs)
+        return engine.state, ours.latents
+
+    state, latents = thoughts()
+    assert thoughts()[0] is state
+    edit(model)
+    edited, other = thoughts()
+    assert edited is not state
+    assert not torch.allclose(other, latents, atol=1e-3)
+    assert thoughts()[0] is edited
+
+
+def steered_below(model, monkeypatch):
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def of_another_function(model, monkeypatch):
+    right = modeling_gemma2.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_gemma2, "apply_rotary_pos_emb", lambda q, k, cos, sin: right(q, k, cos, -sin * 0.5))
+
+
+def of_another_forward(model, monkeypatch):
+    right = modeling_gemma2.Gemma2MLP.forward
+    monkeypatch.setattr(modeling_gemma2.Gemma2MLP, "forward", lambda self, x: right(self, x) * 2)
+
+
+def state_of(model):
+    return both(model)[0].state
+
+
+@pytest.mark.parametrize("edit", [steered_below, of_another_function, of_another_forward])
+def test_a_graph_ends_with_hooks_and_functions_that_are_put_in(edit, monkeypatch):
+    model = tiny_model("gemma2")
+    state = state_of(model)
+    edit(model, monkeypatch)
+    assert state_of(model) is not state
+    assert state_of(model) is state_of(model)
+
+
+def test_a_graph_ends_with_a_hook_on_all_modules():
+    model = tiny_model("gemma2")
+    state = state_of(model)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert state_of(model) is not state
+    finally:
+        hook.remove()
+
+
+def test_a_graph_stays_with_what_no_forward_reads():
+    """What generate() goes by, and the hooks of transformers that only look."""
+    model = tiny_model("gemma2")
+    state = state_of(model)
+    model.generation_config = GenerationConfig(max_length=77)
+    model.config.use_cache = not model.config.use_cache
+    model.config.pad_token_id, model.config.eos_token_id, model.config.bos_token_id = 3, 4, 5
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert state_of(model) is state
+
+
+def test_what_is_no_candidate_says_why():
+    model = tiny_model("gpt2")
+    architecture = Architecture.of(model)
+    assert generic.why_not(model, architecture) == "the model is on cpu, not on a CUDA device"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "olmo2"])
+def test_on_a_device_chains_equal_eager(name):
+    assert name not in FAMILIES
+    model = tiny_model(name).cuda()
+    ids, mask = (t.cuda() for t in ragged([7, 4]))
+    out = {}
+    for engine in ("cuda", "eager"):
+        thought = latent_generate(model, ids, mask, latent_steps=3, aligner="identity", engine=engine)
+        out[engine] = generate(
+            model, ids, mask, past_key_values=thought.past_key_values, max_new_tokens=6, engine=engine
+        )
+    assert out["cuda"].metrics.engine == "cuda (generic)"
+    assert torch.equal(out["cuda"].sequences, out["eager"].sequences)

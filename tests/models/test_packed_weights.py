@@ -1,0 +1,182 @@
+"""Packed weights: views of the live modules, no second copy, and a reason for every model that is not covered."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, ragged, tiny_model
+from torch import nn
+
+from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.packed_weights import NotPackable, read_weights, unmerge, why_not
+
+
+def pack(model):
+    return read_weights(model, Architecture.of(model))
+
+
+def storages(model):
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packing_changes_neither_the_model_nor_its_size(family):
+    model = tiny_model(family)
+    ids, mask = ragged([6, 3])
+    logits, parameters = model(ids, attention_mask=mask).logits, dict(model.named_parameters())
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    size = sum(storages(model).values())
+    weights = pack(model)
+    assert sum(storages(model).values()) == size
+    assert dict(model.named_parameters()) == parameters
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert torch.equal(model(ids, attention_mask=mask).logits, logits)
+    for layer, module in zip(weights.layers, model.model.layers, strict=True):
+        attention, mlp = module.self_attn, module.mlp
+        for merged, parts in ((layer.qkv, "qkv"), (layer.qkv_bias, "qkv")):
+            names = [getattr(attention, f"{part}_proj") for part in parts]
+            given = [n.weight if merged is layer.qkv else n.bias for n in names]
+            if given[0] is None:
+                assert merged is None
+                continue
+            assert torch.equal(merged, torch.cat(given))
+            assert {p.untyped_storage().data_ptr() for p in given} == {merged.untyped_storage().data_ptr()}
+        assert torch.equal(layer.gate_up, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        assert layer.output.data_ptr() == attention.o_proj.weight.data_ptr()
+    assert weights.decoder_bytes == sum(p.nbytes for p in model.model.parameters()) - weights.embedding.nbytes
+
+
+def test_packing_twice_moves_nothing():
+    model = tiny_model("qwen2")
+    first = pack(model)
+    second = pack(model)
+    assert first.key == second.key
+    assert first.layers[0].qkv.data_ptr() == second.layers[0].qkv.data_ptr()
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_unmerge_gives_every_parameter_its_own_storage(family):
+    model = tiny_model(family)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    merged = pack(model)  # held: its addresses are not given away
+    unmerge(model)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "llama-tied")
+    assert pack(model).key != merged.key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.bfloat16(),
+        lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+        lambda m: setattr(m.model.norm, "weight", nn.Parameter(torch.ones(48))),
+        lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
+        lambda m: setattr(m.model.layers[2].self_attn, "q_proj", nn.Linear(48, 64, bias=False)),
+    ],
+    ids=["cast", "assign", "norm", "rope", "module"],
+)
+def test_the_key_tells_that_the_weights_moved(change):
+    model = tiny_model("llama")
+    before = pack(model).key
+    change(model)
+    assert pack(model).key != before
+
+
+def test_a_cast_copy_is_merged_again():
+    """deepcopy and a cast leave queries, keys and values in storages of their own."""
+    model = tiny_model("llama")
+    pack(model)
+    other = copy.deepcopy(model).bfloat16()
+    layer = pack(other).layers[0]
+    attention = other.model.layers[0].self_attn
+    assert layer.qkv.dtype == torch.bfloat16
+    with torch.no_grad():
+        attention.k_proj.weight.fill_(3)
+    assert (layer.qkv[64:96] == 3).all()
+    assert not (pack(model).layers[0].qkv == 3).any()
+
+
+class Adapter(nn.Module):
+    """A LoRA as PEFT puts it into the place of a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.lora_A, self.lora_B = base, nn.Linear(48, 2, bias=False), nn.Linear(2, 64, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def adapt(model):
+    model.model.layers[0].self_attn.q_proj = Adapter(model.model.layers[0].self_attn.q_proj)
+
+
+def quantize(model):
+    linear = model.model.layers[1].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+
+
+def patch(model):
+    model.model.layers[0].forward = model.model.layers[0].forward
+
+
+def dynamic(model):
+    model.model.rotary_emb.rope_type = "dynamic"
+
+
+def activate(model):
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (adapt, r"model.layers.0.self_attn.q_proj is a test_weights.Adapter, not a plain layer"),
+        (quantize, r"model.layers.1.mlp.down_proj holds a Parameter of torch.int8, not a parameter of torch.float32"),
+        (patch, r"model.layers.0 has hooks or a forward of its own"),
+        (lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None), r"lm_head has hooks"),
+        (activate, r"model.layers.1.mlp.act_fn is a torch.nn.modules.activation.GELU, not a plain layer"),
+        (dynamic, r"its RoPE is of type 'dynamic'; covered are default, linear, llama3, yarn"),
+        (lambda m: m.double(), r"its dtype is torch.float64; covered are bfloat16 and float32"),
+        (lambda m: m.model.layers[0].mlp.up_proj.double(), r"up_proj holds a Parameter of torch.float64"),
+        (lambda m: m.lm_head.to("meta"), r"lm_head is on meta, the embedding on cpu"),
+    ],
+)
+def test_what_is_not_covered_has_a_reason(change, reason):
+    model = tiny_model("llama")
+    change(model)
+    architecture = Architecture.of(model)
+    with pytest.raises(NotPackable, match=reason):
+        read_weights(model, architecture)
+    assert why_not(model, architecture)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "olmo2"])
+def test_other_families_have_a_reason(family):
+    model = tiny_model(family)
+    assert "is none of LlamaForCausalLM, MistralForCausalLM" in why_not(model, Architecture.of(model))
+
+
+def test_subclasses_are_not_taken_for_their_base():
+    from transformers import LlamaForCausalLM
+
+    class Other(LlamaForCausalLM):
+        pass
+
+    model = tiny_model("llama")
+    model.__class__ = Other
+    assert why_not(model, Architecture.of(model)) == (
+        "Other is none of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+    )
+
+
+@torch.no_grad()
+def test_transformers_own_hooks_are_no_obstacle():
+    """output_hidden_states leaves hooks on every layer; they only look."""
+    model = tiny_model("llama")
+    model(torch.tensor([[3, 4]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert why_not(model, Architecture.of(model)) is None
