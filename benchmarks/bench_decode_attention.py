@@ -8,7 +8,7 @@ from sweeps import Race, cold, require_correct
 from torch.nn.functional import scaled_dot_product_attention
 
 from latentmas_kernels.ops.decode_attention import decode_attention_reference
-from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, splits_for
+from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, num_kv_splits
 from latentmas_kernels.ops.triton.kv_table import memory_of
 from latentmas_kernels.ops.triton.launch import target_of
 
@@ -19,7 +19,7 @@ def test_decode_attention(race: Race, device: str, shape: str, batch: int, kv: i
     stores = cold(device, dtype, 2, batch, kv_heads, kv, width)
     queries = torch.randn(batch, heads, width, device=device).to(dtype)
     lengths = torch.full((batch,), kv, dtype=torch.int32, device=device)
-    partials = Partials(queries, splits_for(target, batch, kv_heads, dtype.itemsize))
+    partials = Partials(queries, num_kv_splits(target, batch, kv_heads, dtype.itemsize))
     out = torch.full((batch, heads * width), float("nan"), dtype=dtype, device=device)
     scale = width**-0.5
     ours = [

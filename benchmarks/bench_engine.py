@@ -39,7 +39,7 @@ from latentmas_kernels import build_aligner
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.engines.cuda_graphs import CudaGraphs
 from latentmas_kernels.ops.triton.launch import target_of
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 PHASES = ("latent", "token")
 STEPS, ROUNDS = 20, 7
@@ -177,7 +177,7 @@ def measure(cell: Cell, model: Any, aligner: Aligner, device: str) -> dict[str, 
 @triton.jit
 def empty_kernel(OVERLAP: triton.language.constexpr):
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
 
 
 def launch_cost(device: str, launches: int = 1000) -> dict[str, Any]:

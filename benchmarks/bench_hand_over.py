@@ -20,8 +20,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import torch
 from bandwidth import conditions, read_bandwidth
 from latentmas import load_model
-from latentmas.backends.base import TextRequest
-from latentmas.backends.kv_file import Parcel
+from latentmas.backends.base import GenerationRequest
+from latentmas.backends.kv_file import KVFile
 from latentmas.backends.vllm.engine import Vllm
 from latentmas.default_model import default_model_folder
 from rich.progress import track
@@ -57,11 +57,11 @@ def main() -> None:
             for turn in range(-1, options.rounds):
                 memory, fed = memory_of(model, aligner, length, 1000 * length + turn)
                 prompt = torch.randint(5, 40_000, (PROMPT,)).tolist()
-                request = TextRequest(prompt, 1, (), row=0, fed=fed)
+                request = GenerationRequest(prompt, 1, (), row=0, fed=fed)
                 own = generate(model, torch.tensor([prompt]), past_key_values=memory, max_new_tokens=1).sequences[0, -1]
                 took, wrote = {}, {}
                 for way in ("kv", "embeds")[:: 1 if turn % 2 else -1]:
-                    vllm.hand_over = way
+                    vllm.kv_transfer = way
                     began = time.perf_counter()
                     (wrote[way],) = vllm.write(memory, [request])
                     took[way] = time.perf_counter() - began
@@ -72,7 +72,7 @@ def main() -> None:
                 same = wrote["kv"].ids == wrote["embeds"].ids == [int(own)]
                 assert same or options.dtype == "bfloat16", (wrote, own)
                 began = time.perf_counter()
-                with Parcel(memory, vllm.stamp, vllm.folder):
+                with KVFile(memory, vllm.stamp, vllm.folder):
                     took["of it: the file"] = time.perf_counter() - began
                 if turn >= 0:
                     differ += not same

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
 from latentmas_kernels import extension as native
-from latentmas_kernels.engines import Decoding, NativeEngine, Thinking
+from latentmas_kernels.engines import LatentParams, NativeEngine, SamplingParams
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.ops.realign import realign_reference
@@ -64,21 +64,21 @@ class Native:
         self.hidden = self.runner.extend(self.cache, Prompt(counts, ids), logits=False)
 
     def latent(self, steps: int) -> Tensor:
-        thinking = Thinking(torch.full((len(self.hidden),), steps))
-        thought = self.runner.think(self.cache, self.hidden, self.aligner, thinking, None)
+        thinking = LatentParams(torch.full((len(self.hidden),), steps))
+        thought = self.runner.run_latent(self.cache, self.hidden, self.aligner, thinking, None)
         self.hidden = thought.last_hidden
         return thought.latents
 
     def token(self, token: Tensor, steps: int) -> Tensor:
         """Greedy; the tokens that were chosen on the way."""
         first = torch.zeros(len(token), self.architecture.vocab_size).scatter_(1, token[:, None], 1.0)
-        decoding = Decoding(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)
-        return self.runner.speak(self.cache, first, decoding, None)
+        decoding = SamplingParams(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)
+        return self.runner.decode(self.cache, first, decoding, None)
 
     def sampled(self, token: Tensor, steps: int) -> Tensor:
         """With temperature, top-k and top-p."""
         first = torch.zeros(len(token), self.architecture.vocab_size).scatter_(1, token[:, None], 1.0)
-        return self.runner.speak(self.cache, first, Decoding(steps + 1, 0, True, 0.8, 50, 0.95, [], 0), None)
+        return self.runner.decode(self.cache, first, SamplingParams(steps + 1, 0, True, 0.8, 50, 0.95, [], 0), None)
 
     def logits(self, token: Tensor) -> Tensor:
         one_each = torch.ones(len(token), dtype=torch.int64)

@@ -26,7 +26,7 @@ from shapes import SHAPES, build_model
 from torch import Tensor
 
 from latentmas_kernels import LatentCache, build_aligner
-from latentmas_kernels.engines import ENGINES, Thinking, open_engine
+from latentmas_kernels.engines import ENGINES, LatentParams, open_engine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, decoder_of
 
@@ -54,7 +54,9 @@ class Ours:
         self.hidden = self.runner.extend(self.cache, Prompt(self.one_each * ids.shape[1], ids), logits=False)
 
     def latent(self, steps: int) -> Tensor:
-        thought = self.runner.think(self.cache, self.hidden, self.aligner, Thinking(self.one_each * steps), None)
+        thought = self.runner.run_latent(
+            self.cache, self.hidden, self.aligner, LatentParams(self.one_each * steps), None
+        )
         self.hidden = thought.last_hidden
         return thought.latents
 

@@ -14,9 +14,9 @@ from transformers import DynamicCache, StaticCache
 
 from latentmas_kernels import LatentCache
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.engines import Decoding, Thinking
-from latentmas_kernels.engines.cuda import BUCKETS, CudaEngine
-from latentmas_kernels.engines.cuda_graphs import CudaGraphs, PlainCalls
+from latentmas_kernels.engines import LatentParams, SamplingParams
+from latentmas_kernels.engines.cuda import GRAPH_BATCH_SIZES, CudaEngine
+from latentmas_kernels.engines.cuda_graphs import CudaGraphs, EagerReplay
 from latentmas_kernels.models.architecture import Architecture, decoder_of
 from latentmas_kernels.ops.realign import realign_reference
 
@@ -92,13 +92,15 @@ class Ours:
         self.start.rewind()
 
     def latent(self, steps: int) -> Tensor:
-        thinking = Thinking(torch.full((len(self.first),), steps))
-        return self.runner.think(self.start.memory, self.start.hidden, self.start.aligner, thinking, None).last_hidden
+        thinking = LatentParams(torch.full((len(self.first),), steps))
+        return self.runner.run_latent(
+            self.start.memory, self.start.hidden, self.start.aligner, thinking, None
+        ).last_hidden
 
     def token(self, steps: int) -> Tensor:
-        decoding = Decoding(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)  # the last token is not fed in
-        self.runner.speak(self.start.memory, self.first, decoding, None)
-        bucket = next(b for b in BUCKETS if b >= len(self.first))
+        decoding = SamplingParams(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)  # the last token is not fed in
+        self.runner.decode(self.start.memory, self.first, decoding, None)
+        bucket = next(b for b in GRAPH_BATCH_SIZES if b >= len(self.first))
         return self.runner.state.steps[bucket].logits[: len(self.first)]
 
 
@@ -235,7 +237,7 @@ class Graphed:
         self.position = torch.full((1,), start.kv, device=device)  # the capture's warm-up appends here
         self.slots = torch.arange(start.memory.capacity, device=device)
         self.logits = torch.empty(len(start.token), len(self.w.lm_head), dtype=self.hidden.dtype, device=device)
-        capture = CudaGraphs(device) if device.type == "cuda" else PlainCalls()
+        capture = CudaGraphs(device) if device.type == "cuda" else EagerReplay()
         self._latent, self._token = capture(self._latent_step), capture(self._token_step)
 
     def _latent_step(self) -> None:

@@ -35,7 +35,7 @@ from shapes import SHAPES, sizes_of
 from torch import Tensor
 
 import latentmas_kernels
-from latentmas_kernels.engines.cuda import BUCKETS
+from latentmas_kernels.engines.cuda import GRAPH_BATCH_SIZES
 from latentmas_kernels.engines.cuda_graphs import CudaGraphs
 from latentmas_kernels.ops.gate_up_swiglu import gate_up_swiglu_reference
 from latentmas_kernels.ops.linear_residual import linear_residual_reference
@@ -250,7 +250,7 @@ def main() -> None:
         "--device", default=default, choices=["cpu", "cuda"], help="cpu: a dry run (TRITON_INTERPRET=1)"
     )
     parser.add_argument("--shape", nargs="+", default=REAL, choices=SHAPES)
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BUCKETS))
+    parser.add_argument("--batch", nargs="+", type=int, default=list(GRAPH_BATCH_SIZES))
     parser.add_argument("--most", type=int, default=16, help="candidates per product, the default among them")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop before the product that would be too late"

@@ -135,12 +135,12 @@ std::unique_ptr<Runner> make_runner(const py::dict& model, const py::list& layer
   return std::make_unique<Runner>(d, std::move(layers), std::move(inv_freq));
 }
 
-// (keys, values, layer stride, row stride, head stride, positions, stride of positions, lenders, borrowed)
+// (keys, values, layer stride, row stride, head stride, positions, stride of positions, prefix_row, prefix_len)
 using MemoryTuple =
     std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, Address, std::int64_t, Address, Address>;
 
 Memory memory_of(const MemoryTuple& given) {
-  const auto [keys, values, layer, row, head, positions, positions_stride, lenders, borrowed] = given;
+  const auto [keys, values, layer, row, head, positions, positions_stride, prefix_row, prefix_len] = given;
   return {pointer<void>(keys),
           pointer<void>(values),
           layer,
@@ -148,8 +148,8 @@ Memory memory_of(const MemoryTuple& given) {
           head,
           pointer<std::int64_t>(positions),
           positions_stride,
-          pointer<const std::int64_t>(lenders),
-          pointer<const std::int64_t>(borrowed)};
+          pointer<const std::int64_t>(prefix_row),
+          pointer<const std::int64_t>(prefix_len)};
 }
 
 // What happens between two steps: the caller's function, and Ctrl-C.
@@ -172,7 +172,7 @@ void extend(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, c
                 pointer<const void>(embeds), pointer<void>(states), pointer<float>(logits), between);
 }
 
-Numbers think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
+Numbers run_latent(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
               Address aligner, float target_norm, std::int64_t likely, const Numbers& steps, double settle, Address latents,
               Address states, Address recorded, const py::object& on_step) {
   check(!steps.empty() && steps.size() == lengths.size() && *std::min_element(steps.begin(), steps.end()) > 0,
@@ -180,17 +180,17 @@ Numbers think(Runner& runner, const MemoryTuple& memory, const Numbers& lengths,
   check(likely >= 0 && likely <= kMostLikely, "soft feedback mixes up to " + std::to_string(kMostLikely) + " tokens");
   const Between between = between_of(on_step);
   py::gil_scoped_release release;
-  return runner.think(memory_of(memory), {lengths, positions}, pointer<const void>(seed),
+  return runner.run_latent(memory_of(memory), {lengths, positions}, pointer<const void>(seed),
                       {pointer<const float>(aligner), target_norm, likely}, {steps, settle}, pointer<void>(latents),
                       pointer<void>(states), pointer<void>(recorded), between);
 }
 
-void speak(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address logits,
+void decode(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address logits,
            const Sampling& sampling, std::int64_t max_new_tokens, std::int64_t min_new_tokens, const Numbers& ends,
            Address seen, Address tokens, const py::object& on_token) {
   const Between between = between_of(on_token);
   py::gil_scoped_release release;
-  runner.speak(memory_of(memory), {lengths, positions}, pointer<const float>(logits),
+  runner.decode(memory_of(memory), {lengths, positions}, pointer<const float>(logits),
                {sampling, max_new_tokens, min_new_tokens, ends, pointer<std::uint8_t>(seen)},
                pointer<std::int64_t>(tokens), between);
 }
@@ -213,10 +213,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_runner), py::arg("model"), py::arg("layers"))
       .def("extend", &extend, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("counts"),
            py::arg("columns"), py::arg("tokens"), py::arg("embeds"), py::arg("states"), py::arg("logits"))
-      .def("think", &think, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("seed"),
+      .def("run_latent", &run_latent, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("seed"),
            py::arg("aligner"), py::arg("target_norm"), py::arg("likely"), py::arg("steps"), py::arg("settle"),
            py::arg("latents"), py::arg("states"), py::arg("recorded"), py::arg("on_step"))
-      .def("speak", &speak, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("logits"),
+      .def("decode", &decode, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("logits"),
            py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("seen"),
            py::arg("tokens"), py::arg("on_token"))
       .def_property_readonly("scratch_bytes", &Runner::scratch_bytes);

@@ -29,7 +29,7 @@ from latentmas_kernels.feedback_file import stored_or_measured
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
 from latentmas_kernels.models.settings import settings_of
 from latentmas_kernels.ops import realign
-from latentmas_kernels.storage import cache_folder, whole_file
+from latentmas_kernels.storage import atomic_write, cache_folder
 
 KINDS = ("auto", "ridge", "identity", "soft")
 TOP_K = 10
@@ -418,7 +418,7 @@ def _save(path: Path, name: str, weight: Tensor, residual: float) -> None:
         "residual": residual,
         "sha256": hashlib.sha256(_bytes(weight)).hexdigest(),
     }
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({"weight": weight}, temporary, metadata={"latentmas": json.dumps(facts)})
 
 

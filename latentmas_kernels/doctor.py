@@ -126,7 +126,7 @@ def _native(model: Any) -> Path:
         if native.extension() is None:
             return Path(False, native.extension_state())
         return Path(True, f"{on}, for {', '.join(FAMILIES)}")
-    reason = _reason(model, native_engine.why_not)
+    reason = _reason(model, native_engine.unsupported_reason)
     if reason is not None:
         return Path(False, reason)
     kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in native_engine.memory_report(model).items())
@@ -143,7 +143,7 @@ def _cuda(model: Any, gpu: bool) -> Path:
         if not gpu:
             return Path(False, "there is no CUDA device")
         return Path(True, f"whole steps as CUDA graphs, for {', '.join(FAMILIES)}")
-    reason = _reason(model, cuda.why_not)
+    reason = _reason(model, cuda.unsupported_reason)
     if reason is not None:
         return Path(False, reason)
     kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in cuda.memory_report(model).items())
@@ -156,7 +156,7 @@ def _generic(model: Any, gpu: bool) -> Path:
         if not gpu:
             return Path(False, "there is no CUDA device")
         return Path(True, "transformers' own forward as a CUDA graph, for what the cuda engine does not cover")
-    reason = _reason(model, generic.why_not)
+    reason = _reason(model, generic.unsupported_reason)
     return Path(reason is None, reason or "transformers' own forward as a CUDA graph")
 
 
@@ -165,10 +165,10 @@ def _eager(model: Any) -> Path:
     return Path(reason is None, reason or "transformers' own forward on our cache")
 
 
-def _reason(model: Any, why_not: Callable[[Any, Architecture], str | None]) -> str | None:
+def _reason(model: Any, unsupported_reason: Callable[[Any, Architecture], str | None]) -> str | None:
     """Why an engine does not run the model, an error on the way included."""
     try:
-        return why_not(model, Architecture.of(model))
+        return unsupported_reason(model, Architecture.of(model))
     except UnsupportedModelError as error:
         return str(error)
     except Exception as error:

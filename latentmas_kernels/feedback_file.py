@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from latentmas_kernels.cache.file import model_fingerprint
 from latentmas_kernels.models.settings import GLOBAL_HOOKS, PASSIVE_HOOKS
-from latentmas_kernels.storage import cache_folder, whole_file
+from latentmas_kernels.storage import atomic_write, cache_folder
 
 FORMAT = "latentmas-feedback-1"
 LIMIT = 2**16  # bytes of a file; ours are a hundred
@@ -53,7 +53,7 @@ def stored_or_measured(
     if not all(map(math.isfinite, nats.values())):
         return nats
     try:
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps({"format": FORMAT, "key": key, "nats": nats}))
     except OSError as error:
         warnings.warn(

@@ -21,8 +21,8 @@ from transformers import (
 
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines import Decoding, Speaker, Thinking, Thought, open_engine
-from latentmas_kernels.engines.stepwise import speak_stepwise
+from latentmas_kernels.engines import LatentParams, LatentResult, SamplingParams, SupportsDecode, open_engine
+from latentmas_kernels.engines.stepwise import decode_stepwise
 from latentmas_kernels.inputs import Prompt, read_prompt
 from latentmas_kernels.models.architecture import Architecture, check_finite_weights, logits_of
 
@@ -187,13 +187,13 @@ def latent_generate(
 
         start = cache.lengths
         if think:
-            thought = runner.think(
-                cache, seed, aligner, Thinking(steps, settle, record=output_states or bool(cross)), on_step
+            thought = runner.run_latent(
+                cache, seed, aligner, LatentParams(steps, settle, record=output_states or bool(cross)), on_step
             )
             cache.add_segment("latent", start)
         else:
             nothing = seed.new_empty(len(seed), 0, architecture.hidden_size)
-            thought = Thought(nothing, seed, steps, nothing)
+            thought = LatentResult(nothing, seed, steps, nothing)
         check_finite_states(thought.last_hidden, "latent steps", thought.states)
         crossed = [_crossed(model, other, seed, thought) for other in cross]
         metrics.latent_tokens, metrics.latent_seconds = int(thought.steps.sum()), clock.lap()
@@ -263,7 +263,9 @@ def generate(
         pad_token_id = model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = ends[0] if ends else 0
-    decoding = Decoding(max_new_tokens, min_new_tokens, do_sample, temperature, top_k or 0, top_p, ends, pad_token_id)
+    decoding = SamplingParams(
+        max_new_tokens, min_new_tokens, do_sample, temperature, top_k or 0, top_p, ends, pad_token_id
+    )
     processors = _processors(prompt, decoding, logits_processor)  # they also check temperature, top_k and top_p
     cache = _cache(architecture, prompt, past, capacity)
     metrics = Metrics(runner.name, setup_seconds=clock.lap())
@@ -281,17 +283,17 @@ def generate(
         alone = not (logits_processor or stopping_criteria)
         if (
             alone
-            and isinstance(runner, Speaker)
-            and runner.can_speak(decoding, len(logits), streaming=streamer is not None)
+            and isinstance(runner, SupportsDecode)
+            and runner.can_decode(decoding, len(logits), streaming=streamer is not None)
         ):
-            tokens = runner.speak(cache, logits, decoding, None if streamer is None else streamer.put)
+            tokens = runner.decode(cache, logits, decoding, None if streamer is None else streamer.put)
             sequences = torch.cat([sequences, tokens], dim=1)
             new = decoding.lengths(tokens)
             stopped = torch.isin(tokens.cpu()[torch.arange(len(new)), new - 1], torch.tensor(ends, dtype=torch.int64))
         else:
             criteria = StoppingCriteriaList([EosTokenCriteria(ends)] if ends else [])
             criteria.extend(stopping_criteria or [])
-            spoken = speak_stepwise(
+            spoken = decode_stepwise(
                 runner, cache, sequences, logits, processors, criteria,
                 max_new_tokens=max_new_tokens, do_sample=do_sample, padding=pad_token_id, streamer=streamer,
             )  # fmt: skip
@@ -337,7 +339,7 @@ def _check_cross(cross: Sequence[Aligner], aligner: Aligner, architecture: Archi
             )
 
 
-def _crossed(model: Any, aligner: Aligner, seed: Tensor, thought: Thought) -> Tensor:
+def _crossed(model: Any, aligner: Aligner, seed: Tensor, thought: LatentResult) -> Tensor:
     """What the aligner makes of what the latents were made of, [B, n, D of its target]."""
     assert thought.states is not None
     batch, steps = thought.latents.shape[:2]
@@ -385,7 +387,7 @@ def _capacity(
 
 
 def _cache(architecture: Architecture, prompt: Prompt, past: LatentCache | None, capacity: int) -> LatentCache:
-    return LatentCache.for_model(architecture, len(prompt.counts), capacity) if past is None else past.take(capacity)
+    return LatentCache.for_model(architecture, len(prompt.counts), capacity) if past is None else past.acquire(capacity)
 
 
 def check_finite_states(result: Tensor, where: str, states: Tensor | None = None) -> None:
@@ -420,7 +422,7 @@ def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> li
     return [eos_token_id] if isinstance(eos_token_id, int) else [int(token) for token in eos_token_id]
 
 
-def _processors(prompt: Prompt, decoding: Decoding, own: LogitsProcessorList | None) -> LogitsProcessorList:
+def _processors(prompt: Prompt, decoding: SamplingParams, own: LogitsProcessorList | None) -> LogitsProcessorList:
     """transformers' processors in transformers' order."""
     processors = LogitsProcessorList()
     if decoding.min_new_tokens and decoding.ends:

@@ -121,7 +121,7 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
     from latentmas_kernels.alignment import Aligner
     from latentmas_kernels.engines.cuda_step import Step
     from latentmas_kernels.models.architecture import Architecture
-    from latentmas_kernels.models.packed_weights import read_weights
+    from latentmas_kernels.models.packed_weights import pack_weights
     from latentmas_kernels.ops.triton.launch import Target
 
     config = CONFIG_MAPPING[family](
@@ -131,7 +131,7 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     rotary = model.model.rotary_emb
     rotary.inv_freq = torch.ones(rotary.inv_freq.shape)  # the only weight whose values are read
-    weights = read_weights(model, Architecture.of(model))
+    weights = pack_weights(model, Architecture.of(model))
     target = Target("a GPU", 132, overlap=capability >= 90)
     step = Step(weights, Architecture.of(model), batch, target)
     width = config.hidden_size

@@ -77,7 +77,7 @@ def engine_calls():
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        for name in ("extend", "think", "speak"):
+        for name in ("extend", "run_latent", "decode"):
             patch.setattr(NativeEngine, name, counted(name))
         yield calls
 
@@ -111,9 +111,9 @@ def test_pipeline_chat(default_model, default_tokenizer, fast, native_calls, pri
     want = module.answers(default_model, default_tokenizer, module.CHATS)
     assert not native_calls
     assert module.answers(fast, default_tokenizer, module.CHATS) == want
-    assert native_calls == ["extend", "speak"], "one batch"
+    assert native_calls == ["extend", "decode"], "one batch"
     assert module.answers(fast, default_tokenizer, module.CHATS, batch_size=1) == want
-    assert native_calls[2:] == ["extend", "speak"] * 2
+    assert native_calls[2:] == ["extend", "decode"] * 2
     assert all(want)
     assert printed("pipeline_chat") == "".join(f"{text}\n" for text in want)
 
@@ -134,7 +134,7 @@ def test_langchain_agents(langchain_agents, default_model, default_tokenizer, fa
     want = [plain.invoke(topics[0])]
     assert not native_calls
     assert both.invoke(topics[0]) == want[0]
-    assert native_calls == ["extend", "speak"] * 2
+    assert native_calls == ["extend", "decode"] * 2
     want.append(both.invoke(topics[1]))
     assert both.batch(topics) == want, "in threads at the same time"
     assert all(said["draft"] and said["review"] for said in want)
@@ -165,7 +165,7 @@ def test_langchain_model_without_chat(langchain_agents, default_model, default_t
     want = plain.batch(prompts)
     with engine_calls() as calls:
         assert llm.batch(prompts) == want
-    assert set(calls) == {"extend", "speak"}
+    assert set(calls) == {"extend", "decode"}
     stop = [default_tokenizer.tokenize(want[0])[6]]
     short = list(plain.stream(prompts[0], stop=stop))
     assert list(llm.stream(prompts[0], stop=stop)) == short
@@ -226,8 +226,8 @@ def spoken(model, tokenizer, prompts, max_new_tokens):
     """What the published loop thinks and says: prompts but the last are thought about."""
     loop = PlainLoop(model, feed_back(model, "soft"))
     for ids in prompts[:-1]:
-        loop.think(ids, STEPS)
-    tokens = loop.speak(prompts[-1], max_new_tokens)
+        loop.run_latent(ids, STEPS)
+    tokens = loop.decode(prompts[-1], max_new_tokens)
     end = model.generation_config.eos_token_id
     return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens, skip_special_tokens=True)
 
@@ -240,7 +240,7 @@ def test_latent_generate(default_model, default_tokenizer, fast, native_calls, p
 
     text, memories = module.discuss(fast, default_tokenizer, module.QUESTION, STEPS, max_new_tokens=NEW)
 
-    assert native_calls.count("think") == 2
+    assert native_calls.count("run_latent") == 2
     assert text == spoken(default_model, default_tokenizer, ids, NEW)
     assert text
     assert all(isinstance(memory, LatentCache) for memory in memories)
@@ -257,7 +257,7 @@ def test_model_wrapper(default_model, default_tokenizer, native_calls, printed):
     module = example("model_wrapper")
     wrapper = ModelWrapper(default_model, default_tokenizer, aligner="soft")
     texts, memory = module.discuss(wrapper, module.QUESTIONS, STEPS, max_new_tokens=NEW)
-    assert native_calls.count("think") == 2
+    assert native_calls.count("run_latent") == 2
     for row, question in enumerate(module.QUESTIONS):
         turns = [[{"role": "user", "content": role.format(question)}] for role in (*module.THINKERS, module.JUDGER)]
         prompts = [wrapper.prepare_chat_input(turn)[1] for turn in turns]
@@ -282,7 +282,7 @@ class Vendored:
     def generate_latent_batch(self, input_ids, attention_mask=None, *, latent_steps, past_key_values=None):
         loop = PlainLoop(self.model, self.feed_back)
         loop.cache = DynamicCache(ddp_cache_data=past_key_values)
-        loop.think(input_ids, latent_steps)
+        loop.run_latent(input_ids, latent_steps)
         return tuple((layer.keys, layer.values) for layer in loop.cache.layers)
 
     def generate_text_batch(

@@ -19,7 +19,7 @@ import latentmas_kernels
 from latentmas_kernels import doctor, latent_generate
 from latentmas_kernels import extension as native
 from latentmas_kernels.ops.realign import realign, realign_reference
-from latentmas_kernels.storage import cache_folder, whole_file
+from latentmas_kernels.storage import atomic_write, cache_folder
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
@@ -272,7 +272,7 @@ def test_whole_file_replaces_content_at_the_end_of_the_block(tmp_path):
     path = tmp_path / "one" / "two" / "file.txt"
     for content in ("first", "second"):
         old = path.read_text() if path.exists() else None
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(content)
             assert temporary.parent == path.parent
             assert (path.read_text() if path.exists() else None) == old
@@ -285,7 +285,7 @@ def test_whole_file_leaves_the_old_file_to_those_who_read_it(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old and longer")
     with path.open() as reader:
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("new")
         assert reader.read() == "old and longer"
     assert path.read_text() == "new"
@@ -300,7 +300,7 @@ def test_whole_file_leaves_things_as_they_were_on_an_exception(tmp_path, old, fa
     before = list(tmp_path.iterdir())
 
     def fail():
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half of")
             raise failure
 
@@ -313,7 +313,7 @@ def test_whole_file_leaves_things_as_they_were_on_an_exception(tmp_path, old, fa
 def test_whole_file_gives_every_writer_a_file_of_its_own(tmp_path):
     """Two at once do not mix; the last to finish wins."""
     path = tmp_path / "file.txt"
-    with whole_file(path) as first, whole_file(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")

@@ -42,10 +42,10 @@ def test_ragged_chain_equals_plain_loop(family_model, kind):
     for row in range(len(LENGTHS)):
         alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
         for (ids, mask), out in zip(turns[:2], thoughts, strict=True):
-            latents, last = alone.think(real(ids, mask, row), steps)
+            latents, last = alone.run_latent(real(ids, mask, row), steps)
             assert_latents_close(out.latents[row], latents)
             assert_latents_close(out.last_hidden[row], last)
-        assert spoken.sequences[row, -10:].tolist() == alone.speak(real(*turns[2], row), 10)
+        assert spoken.sequences[row, -10:].tolist() == alone.decode(real(*turns[2], row), 10)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -67,9 +67,9 @@ def test_other_families_equal_plain_loop(name):
         )
         for row in range(3):
             alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
-            latents, _ = alone.think(real(ids, mask, row), 4)
+            latents, _ = alone.run_latent(real(ids, mask, row), 4)
             assert_latents_close(thought.latents[row], latents)
-            assert spoken.sequences[row, -6:].tolist() == alone.speak(real(ids, mask, row), 6)
+            assert spoken.sequences[row, -6:].tolist() == alone.decode(real(ids, mask, row), 6)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_forty_steps_stay_on_the_plain_path(kind):
     model = tiny_model("qwen3-mixed")
     ids, mask = ragged([13])
     out = latent_generate(model, ids, mask, latent_steps=40, aligner=kind)
-    want, _ = PlainLoop(model, feed_back(model, kind)).think(ids, 40)
+    want, _ = PlainLoop(model, feed_back(model, kind)).run_latent(ids, 40)
     cosine = torch.cosine_similarity(out.latents[0], want, dim=-1)
     error = (out.latents[0] - want).abs().amax(-1)
     assert cosine.min() > 1 - 1e-6, f"cosine leaves at step {cosine.argmin().item()}: {cosine.min().item()}"
@@ -135,7 +135,7 @@ def test_far_positions():
     ids, mask = ragged([2900, 1200])
     out = latent_generate(model, ids, mask, latent_steps=3, aligner="ridge")
     for row in range(2):
-        latents, _ = PlainLoop(model, feed_back(model, "ridge")).think(real(ids, mask, row), 3)
+        latents, _ = PlainLoop(model, feed_back(model, "ridge")).run_latent(real(ids, mask, row), 3)
         assert_latents_close(out.latents[row], latents)
 
 
@@ -149,7 +149,7 @@ def test_head_shapes(heads, head_dim):
     ids, mask = ragged([5, 2, 9])
     out = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge")
     for row in range(3):
-        latents, _ = PlainLoop(model, feed_back(model, "ridge")).think(real(ids, mask, row), 2)
+        latents, _ = PlainLoop(model, feed_back(model, "ridge")).run_latent(real(ids, mask, row), 2)
         assert_latents_close(out.latents[row], latents)
 
 
@@ -160,7 +160,7 @@ def test_batch_of_nineteen():
     ids, mask = ragged(lengths)
     out = generate(model, ids, mask, max_new_tokens=5, eos_token_id=None)
     for row in range(19):
-        assert out.sequences[row, -5:].tolist() == PlainLoop(model, feed_back(model, "ridge")).speak(
+        assert out.sequences[row, -5:].tolist() == PlainLoop(model, feed_back(model, "ridge")).decode(
             real(ids, mask, row), 5
         )
 
@@ -172,8 +172,12 @@ def test_bfloat16_error_is_that_of_plain_bfloat16(family_model, kind):
     ids, mask = ragged([9, 4, 1])
     half = family_model.bfloat16()
     full = copy.deepcopy(half).float()
-    want = torch.stack([PlainLoop(full, feed_back(full, kind)).think(real(ids, mask, row), 1)[1] for row in range(3)])
-    plain = torch.stack([PlainLoop(half, feed_back(half, kind)).think(real(ids, mask, row), 1)[1] for row in range(3)])
+    want = torch.stack(
+        [PlainLoop(full, feed_back(full, kind)).run_latent(real(ids, mask, row), 1)[1] for row in range(3)]
+    )
+    plain = torch.stack(
+        [PlainLoop(half, feed_back(half, kind)).run_latent(real(ids, mask, row), 1)[1] for row in range(3)]
+    )
     ours = latent_generate(half, ids, mask, latent_steps=1, aligner=kind).last_hidden
     assert ours.dtype == torch.bfloat16
     assert (ours - want).norm() <= 2 * (plain - want).norm()
@@ -316,7 +320,7 @@ def test_zero_steps_is_a_prefill_that_is_kept(model):
     out = latent_generate(model, ids, mask, latent_steps=0)
     assert out.latents.shape == (5, 0, 48)
     assert out.past_key_values.lengths.tolist() == LENGTHS
-    _, last = PlainLoop(model, feed_back(model, "ridge")).think(real(ids, mask, 1), 0)
+    _, last = PlainLoop(model, feed_back(model, "ridge")).run_latent(real(ids, mask, 1), 0)
     assert_latents_close(out.last_hidden[1], last)
 
 

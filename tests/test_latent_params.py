@@ -8,7 +8,7 @@ import torch
 from tiny_models import OTHERS, PlainLoop, feed_back, is_tied, ragged, real, tiny_model
 
 from latentmas_kernels import LatentCache, Segment, build_aligner, generation, latent_generate
-from latentmas_kernels.engines import EagerEngine, GenericEngine, NativeEngine, Thinking
+from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams, NativeEngine
 from latentmas_kernels.engines.thinking import cosine, settled
 from latentmas_kernels.models.architecture import Architecture
 
@@ -106,7 +106,7 @@ def test_recorded_states_are_those_of_the_plain_loop(family_model, kind):
         for row in range(3):
             seeds, back = [], feed_back(family_model, kind_of_loop)
             loop = PlainLoop(family_model, lambda h, z, seeds=seeds, back=back: (seeds.append(h), back(h, z))[1])
-            latents, last = loop.think(real(ids, mask, row), steps[row])
+            latents, last = loop.run_latent(real(ids, mask, row), steps[row])
             assert_same(out.latents[row, : steps[row]], latents, engine="eager")
             assert_same(out.states[row, : steps[row]], torch.cat([*seeds[1:], last[None]]), engine="eager")
 
@@ -144,7 +144,7 @@ def test_rows_settle_when_the_plain_loop_does(name, engine, kind):
     options = {"aligner": kind, "engine": engine, "output_states": True}
     back = feed_back(model, kind)
     with torch.no_grad():
-        loops = [PlainLoop(model, back).think(real(ids, mask, row), 8)[0] for row in range(5)]
+        loops = [PlainLoop(model, back).run_latent(real(ids, mask, row), 8)[0] for row in range(5)]
     cosine = cosines(torch.stack(loops))
     settle = threshold_of(cosine, limits)
     want = steps_until(cosine, settle, limits)
@@ -213,7 +213,7 @@ def test_without_settle_nothing_is_asked_of_the_device():
         assert ends.tolist() == [False] * 3
 
 
-ALL_ENGINES = [EagerEngine, NativeEngine, GenericEngine]
+ALL_ENGINES = [EagerEngine, NativeEngine, HFGraphEngine]
 
 
 @pytest.mark.parametrize(("settle", "want"), [(0.0, 2), (0.01, 4)])
@@ -223,8 +223,8 @@ def test_zero_embeddings_have_a_cosine_of_0(model, engine, settle, want):
     """Neither NaN nor 1."""
     model.model.norm.weight.zero_()
     cache = latent_generate(tiny_model("llama"), *ragged([6, 3]), latent_steps=0, max_cache_len=20).past_key_values
-    thinking, aligner = Thinking(torch.tensor([4, 4]), settle), build_aligner(model, "identity")
-    thought = engine(model, Architecture.of(model)).think(cache, torch.zeros(2, 48), aligner, thinking, None)
+    thinking, aligner = LatentParams(torch.tensor([4, 4]), settle), build_aligner(model, "identity")
+    thought = engine(model, Architecture.of(model)).run_latent(cache, torch.zeros(2, 48), aligner, thinking, None)
     assert thought.steps.tolist() == [want, want]
 
 
@@ -239,8 +239,8 @@ def test_the_same_bits_twice_have_settled_at_1(model, engine):
     past = latent_generate(model, *ragged([3] * rows), latent_steps=0, max_cache_len=40)
     ends = []
     for settle in (None, 1.0):
-        thinking = Thinking(torch.full((rows,), 12), settle)
-        ends.append(runner.think(past.past_key_values.fork(), past.last_hidden, aligner, thinking, None))
+        thinking = LatentParams(torch.full((rows,), 12), settle)
+        ends.append(runner.run_latent(past.past_key_values.fork(), past.last_hidden, aligner, thinking, None))
     free = ends[0].latents
     same = (free[:, 1:] == free[:, :-1]).all(-1)
     still = same.any(dim=1)
@@ -389,7 +389,7 @@ def test_what_another_model_is_fed_equals_float64(name, engine, kind):
     assert [list(c.shape) for c in out.crossed] == [[3, 4, 64], [3, 4, 48]]
     for row, count in enumerate(steps):
         crossing = Crossing(exact, target, kind)
-        PlainLoop(exact, crossing).think(real(ids, mask, row), count)
+        PlainLoop(exact, crossing).run_latent(real(ids, mask, row), count)
         want = torch.cat(crossing.noted)
         assert (out.crossed[0][row, :count] - want).abs().max() < 2 * TOLERANCE
         assert (out.crossed[1][row, :count] - out.latents[row, :count]).abs().max() < TOLERANCE
@@ -442,7 +442,9 @@ def test_engines_end_each_row_at_its_own_step(engine):
     cache.buffer.fill_(float("nan"))
     seed = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        thought = runner.think(cache, seed, build_aligner(model, "ridge"), Thinking(torch.tensor([2, 5, 1])), None)
+        thought = runner.run_latent(
+            cache, seed, build_aligner(model, "ridge"), LatentParams(torch.tensor([2, 5, 1])), None
+        )
     assert thought.states is None
     assert thought.steps.tolist() == cache.lengths.tolist() == [2, 5, 1]
     assert thought.latents.isfinite().all()

@@ -119,7 +119,7 @@ class PlainLoop:
         out = self.model(**inputs, **cache, use_cache=True, output_hidden_states=True)
         return out.hidden_states[-1][:, -1], out.logits[:, -1]
 
-    def think(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    def run_latent(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Latents [steps, D] and the last hidden state [D]."""
         hidden, logits = self.forward(input_ids=ids)
         latents = []
@@ -128,7 +128,7 @@ class PlainLoop:
             hidden, logits = self.forward(inputs_embeds=latents[-1][:, None])
         return torch.cat(latents) if latents else hidden.new_empty(0, hidden.shape[1]), hidden[0]
 
-    def speak(self, ids: Tensor, new_tokens: int) -> list[int]:
+    def decode(self, ids: Tensor, new_tokens: int) -> list[int]:
         """Greedy tokens, never stopping."""
         _, logits = self.forward(input_ids=ids)
         tokens = [int(logits.argmax())]

@@ -138,26 +138,26 @@ std::vector<float> run(const Size& s, DType dtype, bool int8) {
   advance(counts);
   const Feedback mapped{reinterpret_cast<const float*>(aligner.data.get()), 1.5f, 0}, soft{nullptr, 1.5f, 10};
   // Rows end by themselves, some because they have settled.
-  Thinking thinking;
+  LatentParams thinking;
   for (std::int64_t b = 0; b < s.batch; ++b) thinking.steps.push_back(1 + b % kSteps);
   thinking.settle = 0.5f;
   const std::unique_ptr<char[]> recorded(new char[s.batch * kSteps * s.width * size]);
-  advance(runner.think(memory, rows, state.get(), mapped, thinking, latents.get(), last.get(), recorded.get(), {}));
+  advance(runner.run_latent(memory, rows, state.get(), mapped, thinking, latents.get(), last.get(), recorded.get(), {}));
   runner.extend(memory, rows, one, 1, next.data(), nullptr, nullptr, logits.get(), {});
   advance(one);
   std::vector<float> result(logits.get(), logits.get() + s.batch * s.vocabulary);
   thinking.settle = 2;
-  advance(runner.think(memory, rows, logits.get(), soft, thinking, latents.get(), last.get(), nullptr, {}));
+  advance(runner.run_latent(memory, rows, logits.get(), soft, thinking, latents.get(), last.get(), nullptr, {}));
   if (dtype == DType::f32) {  // in bf16 another token may come among the ten most likely
     const float* states = reinterpret_cast<const float*>(last.get());
     result.insert(result.end(), states, states + s.batch * s.width);
   }
-  Speaking how;
+  DecodeParams how;
   how.sampling = {true, 0.9f, 5, 0.8f, 42};
   how.max_new_tokens = kTokens;
   how.ends = {1, 2};
   const std::unique_ptr<std::int64_t[]> tokens(new std::int64_t[s.batch * kTokens]);
-  runner.speak(memory, rows, logits.get(), how, tokens.get(), {});
+  runner.decode(memory, rows, logits.get(), how, tokens.get(), {});
   return result;
 }
 

@@ -161,10 +161,10 @@ void attend(const Step& step, const Layer& layer, bool everybody, bool split, co
       const std::int64_t at = layer.slot * m.layer_stride + row * m.row_stride + kv * m.head_stride;
       const T* keys = static_cast<const T*>(m.keys) + at;
       const T* values = static_cast<const T*>(m.values) + at;
-      // Parts are either borrowed or the row's own.
-      const std::int64_t borrowed = m.borrowed ? m.borrowed[row] : 0;
-      const std::int64_t lent = borrowed ? (m.lenders[row] - row) * m.row_stride : 0;
-      const auto place = [&](std::int64_t slot) { return (slot < borrowed ? lent : 0) + slot * d.head_dim; };
+      // Parts are either in the shared prefix or the row's own.
+      const std::int64_t prefix_len = m.prefix_len ? m.prefix_len[row] : 0;
+      const std::int64_t lent = prefix_len ? (m.prefix_row[row] - row) * m.row_stride : 0;
+      const auto place = [&](std::int64_t slot) { return (slot < prefix_len ? lent : 0) + slot * d.head_dim; };
       const float* queries = step.scratch.qkv + (entry * heads + kv * group) * d.head_dim;
       float* store_at = step.scratch.partials + (i * d.query_heads + kv * group) * most * floats;
       if (!split && task++ % me.count != me.index) continue;

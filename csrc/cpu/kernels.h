@@ -66,14 +66,14 @@ struct Decoder {
 };
 
 // Keys and values of all layers, [layers, B, kv_heads, slots, head_dim] with contiguous slots and equal strides, and the
-// positions [B, slots]. The first borrowed[b] slots of row b, a multiple of kPartSlots, lie in row lenders[b]; both are null
+// positions [B, slots]. The first prefix_len[b] slots of row b, a multiple of kPartSlots, lie in row prefix_row[b]; both are null
 // where no row borrows. Positions are each row's own.
 struct Memory {
   void *keys, *values;
   std::int64_t layer_stride, row_stride, head_stride;
   std::int64_t* positions;
   std::int64_t positions_stride;
-  const std::int64_t *lenders = nullptr, *borrowed = nullptr;
+  const std::int64_t *prefix_row = nullptr, *prefix_len = nullptr;
 };
 
 // New positions to run: entry i belongs to row `row[i]` of the memory and is stored in `slot[i]`. Entries of one row follow

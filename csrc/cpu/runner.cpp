@@ -214,8 +214,8 @@ void Runner::extend(const Memory& memory, const Rows& rows, const std::vector<st
   flush();
 }
 
-std::vector<std::int64_t> Runner::think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback,
-                                        const Thinking& how, void* latents, void* states, void* recorded,
+std::vector<std::int64_t> Runner::run_latent(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback,
+                                        const LatentParams& how, void* latents, void* states, void* recorded,
                                         const Between& between) const {
   const Lent workspace(*this);
   std::vector<float>&hidden = workspace->hidden, &logits = workspace->logits;
@@ -281,7 +281,7 @@ std::vector<std::int64_t> Runner::think(const Memory& memory, const Rows& rows, 
   return taken;
 }
 
-void Runner::speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,
+void Runner::decode(const Memory& memory, const Rows& rows, const float* logits, const DecodeParams& how, std::int64_t* tokens,
                    const Between& between) const {
   const Lent workspace(*this);
   std::vector<float>&hidden = workspace->hidden, &spoken = workspace->logits;

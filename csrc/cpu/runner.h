@@ -1,4 +1,4 @@
-// Runner: a decoder with its scratch, and the calls of an engine as steps: extend, think, speak.
+// Runner: a decoder with its scratch, and the calls of an engine as steps: extend, run_latent, decode.
 #pragma once
 
 #include <functional>
@@ -29,12 +29,12 @@ struct Feedback {
 
 // How long each row thinks: its own number of steps, one or more, or until the embedding of a step (its second at the
 // earliest) has at least the cosine `settle` to that of the step before; above 1 is never.
-struct Thinking {
+struct LatentParams {
   std::vector<std::int64_t> steps;
   double settle = 2;
 };
 
-struct Speaking {
+struct DecodeParams {
   Sampling sampling;
   std::int64_t max_new_tokens = 0, min_new_tokens = 0;
   std::vector<std::int64_t> ends;
@@ -57,13 +57,13 @@ class Runner {
   // Latent steps: latents [B, longest, width] and each row's last state [B, width] in the model's dtype; `recorded`, like the
   // latents, gets the states behind all steps, where it is not null. What lies behind a row's end is not written. The seed is
   // [B, width], or for soft feedback logits [B, vocabulary] in float32. Returns the steps that each row took.
-  std::vector<std::int64_t> think(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback,
-                                  const Thinking& how, void* latents, void* states, void* recorded,
+  std::vector<std::int64_t> run_latent(const Memory& memory, const Rows& rows, const void* seed, const Feedback& feedback,
+                                  const LatentParams& how, void* latents, void* states, void* recorded,
                                   const Between& between) const;
 
   // Text: chooses from logits [B, vocabulary], then steps until all rows have ended or have max_new_tokens. Writes
   // tokens [B, max_new_tokens] at what was chosen. between(n) comes when the n-th tokens are there.
-  void speak(const Memory& memory, const Rows& rows, const float* logits, const Speaking& how, std::int64_t* tokens,
+  void decode(const Memory& memory, const Rows& rows, const float* logits, const DecodeParams& how, std::int64_t* tokens,
              const Between& between) const;
 
   // Bytes of scratch held between calls.

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmas_kernels.cache.latent_cache import LENT_SLOTS, LatentCache, Part
-from latentmas_kernels.cache.segments import Segment, after_cut
+from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK, LatentCache, Part
+from latentmas_kernels.cache.segments import Segment, segments_after_compaction
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.rope import Rotation
+from latentmas_kernels.models.rope import RopeShift
 
 
-def keep_slots(cache: LatentCache, kept: Tensor) -> None:
+def compact(cache: LatentCache, kept: Tensor) -> None:
     """Move the slots `kept`, bool [B, longest row] on the CPU, together, one layer at a time; see `LatentCache.keep`.
 
     Rows that borrow get what they keep from where it lies, into their own memory; afterwards nothing is borrowed.
@@ -25,17 +25,17 @@ def keep_slots(cache: LatentCache, kept: Tensor) -> None:
     dropped = in_use & ~kept
     if not bool(dropped.any()):
         return
-    cache.check_whole((dropped & (slot < cache.whole_from[:, None])).any(1), "keep")
+    cache.check_complete((dropped & (slot < cache.complete_from[:, None])).any(1), "keep")
     if bool((counts == (kept.long().cumprod(1).sum(1))).all()):  # nothing but ends is cut off
-        cache.cut_to(counts)
+        cache.truncate(counts)
         return
     if cache.shared:
-        cache.own()
+        cache.make_private()
     # What lies before the first gap of any row stays where it is.
     first = int(dropped.int().argmax(1)[counts < cache.lengths].min())
     order = (~kept[:, first:]).int().argsort(dim=1, stable=True)[:, : int(counts.max()) - first] + first
     own = torch.arange(len(kept))[:, None]
-    rows = torch.where(order < cache.borrowed[:, None], cache.lenders[:, None], own)
+    rows = torch.where(order < cache.prefix_len[:, None], cache.prefix_row[:, None], own)
     device = cache.buffer.device
     order, rows, own = order.to(device), rows.to(device), own.to(device)
     for store in (cache.keys, cache.values):
@@ -45,25 +45,25 @@ def keep_slots(cache: LatentCache, kept: Tensor) -> None:
             _take_over(cache, states, first)
             states[:, :, first : first + order.shape[1]] = moved.transpose(1, 2)
     cache.positions[:, first : first + order.shape[1]] = cache.positions[own, order]
-    cache.borrowed = torch.zeros_like(cache.borrowed)
-    cache.segments = after_cut(cache.segments, kept)
+    cache.prefix_len = torch.zeros_like(cache.prefix_len)
+    cache.segments = segments_after_compaction(cache.segments, kept)
     cache._measure(counts)
 
 
-def unborrow(cache: LatentCache) -> None:
-    """Copy to each row what it borrows, in place: lenders borrow nothing, so no row is written that is still to be read."""
+def materialize_shared(cache: LatentCache) -> None:
+    """Copy to each row what it borrows, in place: prefix_row borrow nothing, so no row is written that is still to be read."""
     for store in (cache.keys, cache.values):
         for states in store:
             _take_over(cache, states, cache.capacity)
-    cache.borrowed = torch.zeros_like(cache.borrowed)
-    cache.mirror = None
+    cache.prefix_len = torch.zeros_like(cache.prefix_len)
+    cache.device_copy_of = None
 
 
 def _take_over(cache: LatentCache, states: Tensor, stop: int) -> None:
     """Copy what rows borrow of one layer's keys or values [B, kv_heads, capacity, head_dim], below the slot `stop`."""
-    for row in cache.borrowed.nonzero()[:, 0].tolist():
-        end = min(stop, int(cache.borrowed[row]))
-        states[row, :, :end] = states[int(cache.lenders[row]), :, :end]
+    for row in cache.prefix_len.nonzero()[:, 0].tolist():
+        end = min(stop, int(cache.prefix_len[row]))
+        states[row, :, :end] = states[int(cache.prefix_row[row]), :, :end]
 
 
 def rebase(cache: LatentCache, model: Any) -> None:
@@ -73,17 +73,19 @@ def rebase(cache: LatentCache, model: Any) -> None:
     in_use = counted < cache.lengths[:, None].to(counted.device)
     shifts = torch.where(in_use, counted - cache.positions[:, :width], 0)
     if bool((shifts != 0).any()):
-        rotation = Rotation.of(model)
+        rotation = RopeShift.of(model)
         cache.check_fits(Architecture.of(model), cache.batch_size)
-        cache.check_whole(((shifts.cpu() != 0) & (torch.arange(width) < cache.whole_from[:, None])).any(1), "rebase")
+        cache.check_complete(
+            ((shifts.cpu() != 0) & (torch.arange(width) < cache.complete_from[:, None])).any(1), "rebase"
+        )
         # A borrowed slot that moves would move for the lender, too; one that does not stays borrowed.
-        borrowed = counted < cache.borrowed[:, None].to(counted.device)
-        if cache.shared or bool((borrowed & (shifts != 0)).any()):
-            cache.own()
-        cache.mirror = None
+        prefix_len = counted < cache.prefix_len[:, None].to(counted.device)
+        if cache.shared or bool((prefix_len & (shifts != 0)).any()):
+            cache.make_private()
+        cache.device_copy_of = None
         rotation.move(cache.keys, shifts)
         cache.positions[:, :width] = torch.where(in_use, counted, cache.positions[:, :width])
-    cache.next_position, cache.mirror = cache.lengths.clone(), None
+    cache.next_position, cache.device_copy_of = cache.lengths.clone(), None
 
 
 def check_part(part: Part) -> None:
@@ -113,7 +115,7 @@ def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None
         part.cache.check_fits(architecture, part.cache.batch_size)
         check_part(part)  # the cache may have been cut since the part was made
         chosen = torch.zeros(part.cache.batch_size, dtype=torch.bool).index_fill_(0, part.rows, True)
-        part.cache.check_whole(chosen & (part.cache.whole_from > 0), "concat")
+        part.cache.check_complete(chosen & (part.cache.complete_from > 0), "concat")
     lengths = [part.cache.lengths[part.rows] - part.start for part in given]
     total = torch.stack(lengths).sum(0)
     capacity = int(total.max()) if capacity is None else capacity
@@ -122,7 +124,7 @@ def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None
             f"the parts have {int(total.max())} slots in the longest row; a capacity of {capacity} is too small"
         )
     if len(given) > 1:
-        Rotation.of(model)  # refuses before anything is copied
+        RopeShift.of(model)  # refuses before anything is copied
     merged = LatentCache.for_model(architecture, batch, max(capacity, 1))
     at = torch.zeros_like(total)
     for part, length in zip(given, lengths, strict=True):
@@ -139,8 +141,8 @@ def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None
     return merged
 
 
-def spread(cache: LatentCache, times: int, capacity: int) -> LatentCache:
-    """See `LatentCache.spread`."""
+def fork_rows(cache: LatentCache, times: int, capacity: int) -> LatentCache:
+    """See `LatentCache.fork_rows`."""
     used = int(cache.lengths.max())
     if times < 1 or capacity < used:
         raise ValueError(
@@ -153,13 +155,13 @@ def spread(cache: LatentCache, times: int, capacity: int) -> LatentCache:
     )  # fmt: skip
     sources = torch.arange(batch).repeat_interleave(times)
     wide.lengths, wide.next_position = cache.lengths[sources], cache.next_position[sources]
-    wide.whole_from = cache.whole_from[sources]
+    wide.complete_from = cache.complete_from[sources]
     wide.positions[:, :used] = cache.positions[sources.to(cache.positions.device), :used]
-    wide.lenders = torch.arange(batch * times) // times * times
-    first = wide.lenders == torch.arange(batch * times)
-    wide.borrowed = torch.where(first, 0, wide.lengths // LENT_SLOTS * LENT_SLOTS)
+    wide.prefix_row = torch.arange(batch * times) // times * times
+    first = wide.prefix_row == torch.arange(batch * times)
+    wide.prefix_len = torch.where(first, 0, wide.lengths // PREFIX_BLOCK * PREFIX_BLOCK)
     for row, source in enumerate(sources.tolist()):
-        own = int(wide.borrowed[row])
+        own = int(wide.prefix_len[row])
         cache.copy_slots(source, own, int(cache.lengths[source]), wide, row, own)
     order = sources.tolist()
     wide.segments = [

@@ -7,7 +7,7 @@ The file is safetensors, so it holds numbers and text and nothing that is execut
     next_position  int64 [B]
     positions      int64 [B, S]
     metadata       "latentmas": JSON with the format, the model's fingerprint and description, the segments, and, where it
-                   is not 0 in all rows, `whole_from`
+                   is not 0 in all rows, `complete_from`
 
 What lies behind a row's length is zero in `kv` and `positions`.
 """
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from latentmas_kernels.cache.latent_cache import LatentCache, Segment
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.storage import whole_file
+from latentmas_kernels.storage import atomic_write
 
 FORMAT = "latentmas-cache-1"
 TENSORS = ("kv", "lengths", "next_position", "positions")
 FACTS = {"format", "fingerprint", "model", "segments"}
-RARE_FACTS = {"whole_from"}
+OPTIONAL_METADATA = {"complete_from"}
 KINDS = get_args(get_type_hints(Segment)["kind"])
 # Bytes; JSON becomes objects twenty times its size, which a hostile file could exhaust memory with.
 HEADER_LIMIT = 16 * 2**20
@@ -47,7 +47,7 @@ VOLATILE = {
 
 
 @dataclass(frozen=True)
-class Stamp:
+class ModelFingerprint:
     """Whose cache it is: what a file of one says of its model.
 
     Attributes:
@@ -59,7 +59,7 @@ class Stamp:
     model: str
 
     @classmethod
-    def of(cls, model: Any) -> "Stamp":
+    def of(cls, model: Any) -> "ModelFingerprint":
         return cls(model_fingerprint(model), _describe(Architecture.of(model)))
 
     def check(self, cache: LatentCache) -> None:
@@ -75,12 +75,12 @@ class Stamp:
 
 def save_cache(cache: LatentCache, path: str | os.PathLike[str], model: Any) -> None:
     """`LatentCache.save`."""
-    stamp = Stamp.of(model)
+    stamp = ModelFingerprint.of(model)
     stamp.check(cache)
     write_cache(cache, Path(path), stamp)
 
 
-def write_cache(cache: LatentCache, path: Path, stamp: Stamp) -> None:
+def write_cache(cache: LatentCache, path: Path, stamp: ModelFingerprint) -> None:
     """As `save_cache`, for a cache that is known to be of that model and borrows nothing."""
     _, layers, batch, heads, _, width = cache.buffer.shape
     told: dict[str, Any] = {
@@ -89,8 +89,8 @@ def write_cache(cache: LatentCache, path: Path, stamp: Stamp) -> None:
         "model": stamp.model,
         "segments": [vars(segment) for segment in cache.segments],
     }
-    if bool(cache.whole_from.any()):
-        told["whole_from"] = cache.whole_from.tolist()
+    if bool(cache.complete_from.any()):
+        told["complete_from"] = cache.complete_from.tolist()
     facts = json.dumps(told)
     if len(facts) > HEADER_LIMIT // 2:  # its quotes are escaped once more in the header
         raise ValueError(
@@ -114,7 +114,7 @@ def write_cache(cache: LatentCache, path: Path, stamp: Stamp) -> None:
         "next_position": cache.next_position.clone(),  # the format takes no two tensors of one memory
         "positions": positions,
     }
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"latentmas": facts})
         except SafetensorError as error:  # a full disk, say
@@ -125,32 +125,32 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LatentCache:
     """`LatentCache.load`."""
     path = Path(path)
     architecture = Architecture.of(model)
-    saved = read_rows(path)
+    saved = read_file(path)
     _check_model(path, saved, model, architecture)
     lengths = saved.lengths.tolist()
     segments = _segments(path, saved.facts["segments"], lengths)
-    whole_from = _whole_from(path, saved.facts.get("whole_from", [0] * len(lengths)), lengths)
+    complete_from = _whole_from(path, saved.facts.get("complete_from", [0] * len(lengths)), lengths)
 
     if architecture.device.type == "cpu":
-        cache = LatentCache.over(saved.kv, architecture.gaps)
+        cache = LatentCache.from_buffer(saved.kv, architecture.gaps)
     else:
         cache = LatentCache.for_model(architecture, len(lengths), saved.kv.shape[4])
         cache.buffer.copy_(saved.kv)
     cache.lengths, cache.next_position, cache.segments = saved.lengths, saved.next_position, segments
-    cache.positions, cache.whole_from = saved.positions.to(architecture.device), torch.tensor(whole_from)
+    cache.positions, cache.complete_from = saved.positions.to(architecture.device), torch.tensor(complete_from)
     return cache
 
 
 @dataclass(frozen=True)
-class SavedRows:
+class CacheFile:
     """What a file holds. Tensors as in the file; `kv` is mapped, copy-on-write.
 
     Attributes:
         stamp: of the model that wrote it.
-        facts: of the metadata; segments and whole_from may still be anything.
+        facts: of the metadata; segments and complete_from may still be anything.
     """
 
-    stamp: Stamp
+    stamp: ModelFingerprint
     facts: dict[str, Any]
     kv: Tensor
     lengths: Tensor
@@ -158,7 +158,7 @@ class SavedRows:
     positions: Tensor
 
 
-def read_rows(path: Path) -> SavedRows:
+def read_file(path: Path) -> CacheFile:
     """A file for a reader that has no model of transformers; everything is checked but that keys and values are of the reader's
     model, and finite.
 
@@ -178,7 +178,7 @@ def read_rows(path: Path) -> SavedRows:
     # Copies: what was checked stays so, whatever happens to the file.
     lengths, next_position, positions = (tensors[name].clone() for name in TENSORS[1:])
     _check_rows(path, kv.shape[2], kv.shape[4], lengths, next_position, positions)
-    return SavedRows(stamp, facts, kv, lengths, next_position, positions)
+    return CacheFile(stamp, facts, kv, lengths, next_position, positions)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -243,16 +243,16 @@ def _description(name: str, layers: int, heads: int, width: int, dtype: torch.dt
     return f"{name} of {layers} layers, {heads} KV heads of {width}, {dtype}"
 
 
-def _stamp(path: Path, facts: dict[str, Any]) -> Stamp:
+def _stamp(path: Path, facts: dict[str, Any]) -> ModelFingerprint:
     fingerprint, writer = facts["fingerprint"], facts["model"]
     if not (isinstance(fingerprint, str) and len(fingerprint) == 64 and set(fingerprint) <= set("0123456789abcdef")):
         raise _refusal(path, f"the fingerprint {reprlib.repr(fingerprint)}", "a sha256 in hexadecimal")
     if not (isinstance(writer, str) and writer.isprintable() and len(writer) <= 200):
         raise _refusal(path, f"the model {reprlib.repr(writer)}", "a description of up to 200 characters")
-    return Stamp(fingerprint, writer)
+    return ModelFingerprint(fingerprint, writer)
 
 
-def _check_model(path: Path, saved: SavedRows, model: Any, architecture: Architecture) -> None:
+def _check_model(path: Path, saved: CacheFile, model: Any, architecture: Architecture) -> None:
     """Raise ValueError where these are not keys and values of this model."""
     fingerprint, writer, kv = saved.stamp.fingerprint, saved.stamp.model, saved.kv
     another = (
@@ -313,7 +313,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _refusal(path, "a safetensors file without the metadata of a LatentCache", f"the format {FORMAT}")
     if facts["format"] != FORMAT:
         raise _refusal(path, f"the format {reprlib.repr(facts['format'])}", FORMAT)
-    if set(facts) - RARE_FACTS != FACTS:
+    if set(facts) - OPTIONAL_METADATA != FACTS:
         raise _refusal(path, f"the fields {reprlib.repr(sorted(facts))}", f"{', '.join(sorted(FACTS))}")
     return facts, tensors
 
@@ -375,5 +375,7 @@ def _segments(path: Path, entries: Any, lengths: list[int]) -> list[Segment]:
 def _whole_from(path: Path, entries: Any, lengths: list[int]) -> list[int]:
     fits = isinstance(entries, list) and len(entries) == len(lengths) and all(type(n) is int for n in entries)
     if not (fits and all(0 <= n <= length for n, length in zip(entries, lengths, strict=True))):
-        raise _refusal(path, f"whole_from {reprlib.repr(entries)}", f"0 to the length, for each of {len(lengths)} rows")
+        raise _refusal(
+            path, f"complete_from {reprlib.repr(entries)}", f"0 to the length, for each of {len(lengths)} rows"
+        )
     return entries

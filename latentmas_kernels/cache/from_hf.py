@@ -87,7 +87,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
             store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped]
     own.positions[rows, slots] = slots
     own.lengths, own.next_position = counts, counts.clone()
-    own.whole_from = torch.where(cut, counts, 0)
+    own.complete_from = torch.where(cut, counts, 0)
     own.add_segment("prompt", torch.zeros_like(counts))
     return own
 

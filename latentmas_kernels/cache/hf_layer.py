@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from latentmas_kernels.cache.latent_cache import LatentCache
 
 
-class UniformLayer(CacheLayerMixin):
+class HFCacheLayer(CacheLayerMixin):
     """One layer as transformers sees it. The last layer to write counts the tokens of the forward in."""
 
     is_sliding = False
@@ -34,8 +34,8 @@ class UniformLayer(CacheLayerMixin):
     def _unborrowed(self) -> "LatentCache":
         """For whoever reads keys and values: transformers takes each row from its own place."""
         cache = self._cache
-        if bool(cache.borrowed.any()):
-            cache.own()
+        if bool(cache.prefix_len.any()):
+            cache.make_private()
         return cache
 
     @property
@@ -67,8 +67,8 @@ class UniformLayer(CacheLayerMixin):
         if self._index == 0:
             # Just here: a copy between two layers would leave behind what the layers before have written. Branches see that
             # this one is writing until its last layer has; a forward that dies on the way costs them a copy, no more.
-            cache.claim()
-        cache.mirror = None
+            cache.begin_write()
+        cache.device_copy_of = None
         keys, values = cache.keys[self._index], cache.values[self._index]
         keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
         if self._index == len(cache) - 1:

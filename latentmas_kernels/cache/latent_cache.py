@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from latentmas_kernels.cache.hf_layer import UniformLayer
+from latentmas_kernels.cache.hf_layer import HFCacheLayer
 from latentmas_kernels.cache.padded_cache import PaddedCache, ask_about_masks
 from latentmas_kernels.cache.segments import Kind, Segment, named, slots_of, up_to
 from latentmas_kernels.models.architecture import Architecture
 
-LENT_SLOTS = 64
+PREFIX_BLOCK = 64
 """Rows lend each other whole runs of so many slots: what engines attend to at once then lies in one row."""
 _SHARING = threading.RLock()
 """Held while caches that share memory look at each other, so that of two that are about to write one sees the other do it."""
@@ -54,12 +54,12 @@ class Part(NamedTuple):
     agent: str | None = None
 
 
-class NoRoomError(ValueError):
+class InsufficientMemoryError(ValueError):
     """A buffer is larger than the memory that is free."""
 
 
-def check_room(need: int, device: torch.device, what: str, detail: str = "") -> None:
-    """Raise NoRoomError where so many bytes are not free: a CPU would hand out the pages and kill us at the last.
+def check_free_memory(need: int, device: torch.device, what: str, detail: str = "") -> None:
+    """Raise InsufficientMemoryError where so many bytes are not free: a CPU would hand out the pages and kill us at the last.
 
     Args:
         what, detail: of the message: "what needs so many MB (detail)".
@@ -74,7 +74,7 @@ def check_room(need: int, device: torch.device, what: str, detail: str = "") -> 
         return
     if need > free:
         told = f" ({detail})" if detail else ""
-        raise NoRoomError(
+        raise InsufficientMemoryError(
             f"{what} needs {need / 2**20:,.0f} MB{told}; free on {device} are {free / 2**20:,.0f} MB: take fewer rows at a "
             "time (a smaller batch), or shorter ones"
         )
@@ -96,9 +96,10 @@ class LatentCache(Cache):
             and the rest kept its positions.
         positions: int64 [B, capacity] on the cache's device, position of each slot in use.
         segments: what the slots hold, in the order of writing.
-        lenders, borrowed: int64 [B] on the CPU. The first borrowed[b] slots of row b, a multiple of LENT_SLOTS, are those of
-            row lenders[b], which borrows none itself; its own memory for them is there and not used. See `spread`.
-        whole_from: int64 [B] on the CPU. From this length on, all that later positions see is there: the length that
+        prefix_row, prefix_len: int64 [B] on the CPU. The first prefix_len[b] slots of row b, a multiple of PREFIX_BLOCK, are
+            those of row prefix_row[b], which borrows none itself; its own memory for them is there and not used. See
+            `fork_rows`.
+        complete_from: int64 [B] on the CPU. From this length on, all that later positions see is there: the length that
             `from_hf` read where some layer had dropped what lay outside its window, 0 elsewhere. No cut goes below it.
         gaps: places of layers that the model does not run. They hold zeros, which no layer reads.
         mirror: what an engine holds of this content elsewhere; forgotten with every change.
@@ -122,15 +123,15 @@ class LatentCache(Cache):
                 f"capacity={capacity}, head_dim={head_dim}"
             )
         shape = (2, layers, batch, kv_heads, capacity, head_dim)
-        check_room(
+        check_free_memory(
             math.prod(shape) * dtype.itemsize, torch.device(device), f"a cache of {batch} rows of {capacity} slots",
             f"{layers} layers, {kv_heads} heads of {head_dim} in {dtype}",
         )  # fmt: skip
-        self._adopt(torch.empty(shape, dtype=dtype, device=device), gaps)
+        self._init_buffer(torch.empty(shape, dtype=dtype, device=device), gaps)
         for place in self.gaps:
             self._buffer[:, place] = 0
 
-    def _adopt(self, buffer: Tensor, gaps: Sequence[int]) -> None:
+    def _init_buffer(self, buffer: Tensor, gaps: Sequence[int]) -> None:
         _, layers, batch, _, capacity, _ = buffer.shape
         self._buffer = buffer
         self.gaps = tuple(gaps)
@@ -138,22 +139,22 @@ class LatentCache(Cache):
         self.next_position = torch.zeros(batch, dtype=torch.int64)
         self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=buffer.device)
         self.segments: list[Segment] = []
-        self.lenders = torch.arange(batch)
-        self.borrowed = torch.zeros(batch, dtype=torch.int64)
-        self.whole_from = torch.zeros(batch, dtype=torch.int64)
-        self.mirror: object | None = None
+        self.prefix_row = torch.arange(batch)
+        self.prefix_len = torch.zeros(batch, dtype=torch.int64)
+        self.complete_from = torch.zeros(batch, dtype=torch.int64)
+        self.device_copy_of: object | None = None
         self._donated = False
         self._writing = False  # a call is extending it: it may use slots behind its lengths
         self._sharers: weakref.WeakSet[LatentCache] = weakref.WeakSet([self])
         super().__init__(layers=[])
-        self._look_like_layers()
+        self._make_layers()
         ask_about_masks()
 
     @classmethod
-    def over(cls, buffer: Tensor, gaps: Sequence[int] = ()) -> "LatentCache":
+    def from_buffer(cls, buffer: Tensor, gaps: Sequence[int] = ()) -> "LatentCache":
         """An empty cache on the given memory [2, layers, B, kv_heads, capacity, head_dim], which it keeps and writes to."""
         cache = cls.__new__(cls)
-        cache._adopt(buffer, gaps)
+        cache._init_buffer(buffer, gaps)
         return cache
 
     @classmethod
@@ -175,8 +176,8 @@ class LatentCache(Cache):
     def buffer(self) -> Tensor:
         return self._buffer
 
-    def _look_like_layers(self) -> None:
-        self.layers = [UniformLayer(self, index) for index in range(self._buffer.shape[1])]
+    def _make_layers(self) -> None:
+        self.layers = [HFCacheLayer(self, index) for index in range(self._buffer.shape[1])]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in ("layers", "_sharers")}
@@ -186,9 +187,9 @@ class LatentCache(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles get layers of their own."""
-        vars(self).update(state, _writing=False, mirror=None)
+        vars(self).update(state, _writing=False, device_copy_of=None)
         self._sharers = weakref.WeakSet([self])
-        self._look_like_layers()
+        self._make_layers()
 
     def __copy__(self) -> "LatentCache":
         """A fork: a second object over the same memory would write into it and not be known to the first."""
@@ -214,7 +215,7 @@ class LatentCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values in use, over all rows; what rows borrow is counted once."""
-        return int((self.lengths - self.borrowed).sum()) * self.slot_bytes
+        return int((self.lengths - self.prefix_len).sum()) * self.slot_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -256,16 +257,16 @@ class LatentCache(Cache):
         self._donated = True
         return self
 
-    def take(self, capacity: int) -> "LatentCache":
+    def acquire(self, capacity: int) -> "LatentCache":
         """The cache to extend to `capacity` slots per row: this one where it was donated, moved to a larger buffer where it is
         too small; a fork otherwise."""
         if not self._donated:
             return self.fork(max(capacity, int(self.lengths.max())))
         # Both may find no room: the cache is as it was then, donation included.
         if capacity > self.capacity:
-            self._become(self.fork(capacity))
+            self._replace_with(self.fork(capacity))
         else:
-            self.own(since=self.lengths)
+            self.make_private(since=self.lengths)
         self._donated = False
         return self
 
@@ -280,8 +281,8 @@ class LatentCache(Cache):
             ValueError: where there is no segment of that name.
         """
         with _SHARING:
-            branch = LatentCache.over(self._buffer, self.gaps)
-            for attribute in ("positions", "lengths", "next_position", "lenders", "borrowed", "whole_from"):
+            branch = LatentCache.from_buffer(self._buffer, self.gaps)
+            for attribute in ("positions", "lengths", "next_position", "prefix_row", "prefix_len", "complete_from"):
                 setattr(branch, attribute, getattr(self, attribute).clone())
             branch.segments = list(self.segments)
             branch._sharers = self._sharers
@@ -290,7 +291,7 @@ class LatentCache(Cache):
             branch.rewind(name)
         return branch
 
-    def own(self, since: Tensor | None = None) -> None:
+    def make_private(self, since: Tensor | None = None) -> None:
         """Move to memory of its own where a branch uses slots that are about to be written.
 
         Args:
@@ -301,20 +302,20 @@ class LatentCache(Cache):
             others = self._others()
             if since is not None:
                 if any(other._writing or bool((other.lengths > since).any()) for other in others):
-                    self._become(self.fork())
+                    self._replace_with(self.fork())
             elif others:
-                self._become(self.select(range(self.batch_size)))
-            elif bool(self.borrowed.any()):
-                from latentmas_kernels.cache.edits import unborrow  # it needs LatentCache itself
+                self._replace_with(self.select(range(self.batch_size)))
+            elif bool(self.prefix_len.any()):
+                from latentmas_kernels.cache.edits import materialize_shared  # it needs LatentCache itself
 
-                unborrow(self)
+                materialize_shared(self)
 
-    def claim(self) -> None:
+    def begin_write(self) -> None:
         """Begin to write behind the lengths: on memory of its own where a branch uses or writes those slots. Branches see it
         until `_writing` is taken back."""
         with _SHARING:
             self._writing = True
-            self.own(since=self.lengths)
+            self.make_private(since=self.lengths)
 
     def _others(self) -> "list[LatentCache]":
         """The branches that use the same memory."""
@@ -331,11 +332,11 @@ class LatentCache(Cache):
         """On any exception, Ctrl-C included, forget what was appended inside the block."""
         before = self.lengths.clone(), self.next_position.clone(), list(self.segments)
         try:
-            self.claim()  # once more: a branch may have begun to write since `take`
+            self.begin_write()  # once more: a branch may have begun to write since `take`
             yield
         except BaseException:
             self.lengths, self.next_position, self.segments = before
-            self.mirror = None
+            self.device_copy_of = None
             raise
         finally:
             self._writing = False
@@ -354,10 +355,10 @@ class LatentCache(Cache):
         )  # fmt: skip
         order = rows.tolist()
         if lending:
-            copy.lenders, copy.borrowed = self.lenders.clone(), self.borrowed.clone()
-        if bool(self.borrowed.any()):
+            copy.prefix_row, copy.prefix_len = self.prefix_row.clone(), self.prefix_len.clone()
+        if bool(self.prefix_len.any()):
             for row, source in enumerate(order):
-                own = int(copy.borrowed[row])
+                own = int(copy.prefix_len[row])
                 self.copy_slots(source, own, int(self.lengths[source]), copy, row, own)
         else:
             source = self._buffer[..., :used, :]
@@ -366,7 +367,7 @@ class LatentCache(Cache):
             copy._buffer[..., :used, :] = source if whole else source.index_select(2, index)
         copy.positions[:, :used] = self.positions[rows.to(self._buffer.device), :used]
         copy.lengths, copy.next_position = self.lengths[rows].clone(), self.next_position[rows].clone()
-        copy.whole_from = self.whole_from[rows].clone()
+        copy.complete_from = self.complete_from[rows].clone()
         copy.segments = [
             replace(s, start=tuple(s.start[r] for r in order), stop=tuple(s.stop[r] for r in order))
             for s in self.segments
@@ -375,8 +376,8 @@ class LatentCache(Cache):
 
     def copy_slots(self, row: int, start: int, stop: int, to: "LatentCache", to_row: int, at: int) -> None:
         """Copy keys and values of the slots from start to stop - 1 of a row, borrowed or not, to a row of another cache."""
-        own = min(max(int(self.borrowed[row]), start), stop)
-        for source, first, last in ((int(self.lenders[row]), start, own), (row, own, stop)):
+        own = min(max(int(self.prefix_len[row]), start), stop)
+        for source, first, last in ((int(self.prefix_row[row]), start, own), (row, own, stop)):
             if first < last:
                 target = to._buffer[:, :, to_row, :, at + first - start : at + last - start]
                 target.copy_(self._buffer[:, :, source, :, first:last])
@@ -396,7 +397,7 @@ class LatentCache(Cache):
             ValueError: for no name, a name that there is not, a mask of another shape, or where later positions would see
                 slots that `from_hf` found dropped.
         """
-        from latentmas_kernels.cache.edits import keep_slots  # it needs LatentCache itself
+        from latentmas_kernels.cache.edits import compact  # it needs LatentCache itself
 
         width = int(self.lengths.max())
         if not isinstance(what, Tensor):
@@ -405,7 +406,7 @@ class LatentCache(Cache):
             raise ValueError(
                 f"keep takes names of segments, or bool {[self.batch_size, width]}; got {what.dtype} {list(what.shape)}"
             )
-        keep_slots(self, what.cpu())
+        compact(self, what.cpu())
 
     def drop(self, what: str | Sequence[str]) -> None:
         """Forget the segments of these names, in place; as `keep` for all others."""
@@ -413,7 +414,7 @@ class LatentCache(Cache):
 
     def rewind(self, name: str) -> None:
         """Forget all that was written behind the last segment of that name; nothing moves."""
-        self.cut_to(torch.tensor(self.named(name)[-1].stop))
+        self.truncate(torch.tensor(self.named(name)[-1].stop))
 
     def rebase(self, model: Any) -> None:
         """Give the slots of each row the positions 0, 1, 2, ... and rotate the keys to them, in place.
@@ -458,16 +459,16 @@ class LatentCache(Cache):
         check_part(part)
         return part
 
-    def spread(self, times: int, capacity: int) -> "LatentCache":
+    def fork_rows(self, times: int, capacity: int) -> "LatentCache":
         """Each row `times` times, one behind the other, for that many ways to go on. The first of them lends the others what
-        they have in common, in whole runs of LENT_SLOTS slots.
+        they have in common, in whole runs of PREFIX_BLOCK slots.
 
         What is lent is neither computed nor copied, and engines read it where it lies. The buffer has room for it in every row
         all the same: on CUDA that memory is reserved, on the CPU its pages are never touched.
         """
-        from latentmas_kernels.cache.edits import spread  # it needs LatentCache itself
+        from latentmas_kernels.cache.edits import fork_rows  # it needs LatentCache itself
 
-        return spread(self, times, capacity)
+        return fork_rows(self, times, capacity)
 
     def named(self, names: str | Sequence[str]) -> list[Segment]:
         """The segments of these names in the order of the names given, those of one name in the order of the slots; ValueError
@@ -477,7 +478,7 @@ class LatentCache(Cache):
             raise ValueError("got no name of a segment; name one or more, or reset() to forget everything")
         return [s for name in names for s in named(self.segments, name)]
 
-    def cut_to(self, lengths: Tensor) -> None:
+    def truncate(self, lengths: Tensor) -> None:
         """Forget what lies behind lengths[b] slots of row b; nothing moves. Shorter rows stay as they are.
 
         Raises:
@@ -486,22 +487,22 @@ class LatentCache(Cache):
         lengths = torch.minimum(lengths, self.lengths)
         if bool((lengths == self.lengths).all()):
             return
-        self.check_whole(lengths < self.whole_from, "cut")
-        lent = torch.zeros_like(self.lengths).scatter_reduce(0, self.lenders, self.borrowed, "amax")
-        if bool((lengths < torch.maximum(self.borrowed, lent)).any()):
-            self.own()
+        self.check_complete(lengths < self.complete_from, "cut")
+        lent = torch.zeros_like(self.lengths).scatter_reduce(0, self.prefix_row, self.prefix_len, "amax")
+        if bool((lengths < torch.maximum(self.prefix_len, lent)).any()):
+            self.make_private()
         self.segments = up_to(self.segments, lengths.tolist())
         self._measure(lengths)
 
-    def check_whole(self, broken: Tensor, what: str) -> None:
+    def check_complete(self, broken: Tensor, what: str) -> None:
         """Raise ValueError for the rows, bool [B], that would see slots which a sliding window dropped before `from_hf`."""
         if bool(broken.any()):
             row = int(broken.nonzero()[0])
             raise ValueError(
                 f"{what}: row {row} was read from a transformers cache whose sliding windows had dropped what lay outside of "
-                f"them at {int(self.whole_from[row])} tokens, so later positions would see slots that are not there. Let the "
-                "model read the text into a LatentCache (latent_generate(..., latent_steps=0)), which keeps all slots, or edit "
-                "only what was added behind them"
+                f"them at {int(self.complete_from[row])} tokens, so later positions would see slots that are not there. Let "
+                "the model read the text into a LatentCache (latent_generate(..., latent_steps=0)), which keeps all slots, "
+                "or edit only what was added behind them"
             )
 
     def _measure(self, lengths: Tensor) -> None:
@@ -509,7 +510,7 @@ class LatentCache(Cache):
         last = (lengths - 1).clamp_min(0)[:, None].to(self.positions.device)
         ends = self.positions.gather(1, last)[:, 0].cpu() + 1
         self.lengths, self.next_position = lengths.clone(), torch.where(lengths > 0, ends, 0)
-        self.mirror = None
+        self.device_copy_of = None
 
     # ---- kept on disk -----------------------------------------------------------------------------------------------
 
@@ -526,7 +527,7 @@ class LatentCache(Cache):
         """
         from latentmas_kernels.cache.file import save_cache  # it needs LatentCache itself
 
-        save_cache(self.select(range(self.batch_size)) if bool(self.borrowed.any()) else self, path, model)
+        save_cache(self.select(range(self.batch_size)) if bool(self.prefix_len.any()) else self, path, model)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> "LatentCache":
@@ -572,7 +573,7 @@ class LatentCache(Cache):
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> None:
         """Store one layer's new keys and values, [B, kv_heads, T, head_dim] after RoPE, without the padding."""
-        self.mirror = None
+        self.device_copy_of = None
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
             store[slots.rows, :, slots.slots] = new[slots.rows, :, slots.columns].to(store.device)
 
@@ -580,7 +581,7 @@ class LatentCache(Cache):
         """Count the appended positions in, once all layers have written them."""
         self.lengths = self.lengths + counts
         self.next_position = self.next_position + counts
-        self.mirror = None
+        self.device_copy_of = None
 
     def add_segment(self, kind: Kind, start: Tensor) -> None:
         """Record that the slots from start[b] to the present length of each row hold `kind`.
@@ -620,7 +621,7 @@ class LatentCache(Cache):
             ValueError: where positions have gaps, which a transformers cache cannot express.
         """
         self._check_counted("to_hf")
-        if bool(self.borrowed.any()):
+        if bool(self.prefix_len.any()):
             return self.select(range(self.batch_size)).to_hf()
         width = int(self.lengths.max())
         slot = torch.arange(width)[None, :] - (width - self.lengths[:, None])
@@ -647,7 +648,7 @@ class LatentCache(Cache):
             cache: dynamic, static or quantized layers of keys and values; it is not changed. Layers that hold nothing, or
                 fewer columns than the others and only zeros, are places in which the model runs none (`gaps`). Layers that
                 kept only their sliding window are fine: what they dropped lies outside the window of every later query, as
-                long as the row is not cut below what it holds now (`whole_from`). Quantized ones (quanto, HQQ, FP8) are
+                long as the row is not cut below what it holds now (`complete_from`). Quantized ones (quanto, HQQ, FP8) are
                 dequantized; offloaded ones go back to the device that wrote them.
             attention_mask: [B, cached tokens], 0 marks padding anywhere. It is believed, columns of zeros included, which
                 calls like `generate` do not always do: convert a cache here where it holds tokens whose embedding is zero.
@@ -732,29 +733,29 @@ class LatentCache(Cache):
                 f"crop takes minus the number of tokens to remove, at most {int(self.lengths.min())} here; "
                 f"got {tokens_to_remove}"
             )
-        self.cut_to(self.lengths - count)
+        self.truncate(self.lengths - count)
 
     def reset(self) -> None:
         """Forget everything; the buffer stays."""
         self.lengths, self.next_position = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
-        self.borrowed, self.whole_from = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
+        self.prefix_len, self.complete_from = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
         self.segments = []
-        self.mirror = None
+        self.device_copy_of = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._become(self.select(indices))
+        self._replace_with(self.select(indices))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._become(self.select(beam_idx))
+        self._replace_with(self.select(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._become(self.select(torch.arange(self.batch_size).repeat_interleave(repeats)))
+        self._replace_with(self.select(torch.arange(self.batch_size).repeat_interleave(repeats)))
 
-    def _become(self, other: "LatentCache") -> None:
+    def _replace_with(self, other: "LatentCache") -> None:
         with _SHARING:
             for name in (
-                "_buffer", "lengths", "next_position", "positions", "segments", "lenders", "borrowed", "whole_from", "gaps",
-                "mirror",
+                "_buffer", "lengths", "next_position", "positions", "segments", "prefix_row", "prefix_len", "complete_from",
+                "gaps", "device_copy_of",
             ):  # fmt: skip
                 setattr(self, name, getattr(other, name))
             self._sharers.discard(self)

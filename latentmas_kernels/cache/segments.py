@@ -50,7 +50,7 @@ def slots_of(segments: Iterable[Segment], batch: int, width: int) -> Tensor:
     return held
 
 
-def after_cut(segments: Iterable[Segment], kept: Tensor) -> list[Segment]:
+def segments_after_compaction(segments: Iterable[Segment], kept: Tensor) -> list[Segment]:
     """What is left of the segments where only the slots `kept` (bool [B, width]) stay and move together."""
     before = torch.nn.functional.pad(kept.long().cumsum(1), (1, 0)).tolist()
 

@@ -10,11 +10,11 @@ from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import cuda, native
 from latentmas_kernels.engines import hf_graph as generic
 from latentmas_kernels.engines.cuda import CudaEngine
-from latentmas_kernels.engines.decoding import Decoding
+from latentmas_kernels.engines.decoding import SamplingParams
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.hf_graph import GenericEngine
+from latentmas_kernels.engines.hf_graph import HFGraphEngine
 from latentmas_kernels.engines.native import NativeEngine
-from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, in_short
 from latentmas_kernels.warn_once import warn_once
@@ -29,12 +29,12 @@ class Engine(Protocol):
     Attributes:
         name: for metrics.
         architecture: of the model that it runs.
-        own_threads: whether it computes on CPU threads of its own, which torch's would be in the way of.
+        uses_thread_pool: whether it computes on CPU threads of its own, which torch's would be in the way of.
     """
 
     name: str
     architecture: Architecture
-    own_threads: bool
+    uses_thread_pool: bool
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         """Run the prompt behind the cache and append it.
@@ -46,14 +46,14 @@ class Engine(Protocol):
         """
         ...
 
-    def think(
+    def run_latent(
         self,
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought:
+    ) -> LatentResult:
         """Run latent steps: embedding = aligner(seed), feed it, take the next seed; each row until it ends.
 
         Args:
@@ -64,15 +64,15 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Speaker(Protocol):
+class SupportsDecode(Protocol):
     """An engine that also chooses tokens by itself, on the device."""
 
-    def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
+    def can_decode(self, decoding: SamplingParams, batch: int, *, streaming: bool) -> bool:
         """Whether `speak` covers this; callers decode by `extend` where it does not."""
         ...
 
-    def speak(
-        self, cache: LatentCache, logits: Tensor, decoding: Decoding, on_tokens: Callable[[Tensor], None] | None
+    def decode(
+        self, cache: LatentCache, logits: Tensor, decoding: SamplingParams, on_tokens: Callable[[Tensor], None] | None
     ) -> Tensor:
         """Decode text behind the cache.
 
@@ -141,19 +141,31 @@ def _fast_engine(engine: str, model: nn.Module, architecture: Architecture, weig
     if weights == "int8":
         if engine not in ("auto", "native"):
             return f"engine={engine!r} was asked for"
-        return native.why_not(model, architecture) or NativeEngine(model, architecture, int8=True)
+        return native.unsupported_reason(model, architecture) or NativeEngine(model, architecture, int8=True)
     if engine == "native" or (engine == "auto" and architecture.device.type == "cpu"):
-        return native.why_not(model, architecture) or NativeEngine(model, architecture)
-    reason = cuda.why_not(model, architecture)
+        return native.unsupported_reason(model, architecture) or NativeEngine(model, architecture)
+    reason = cuda.unsupported_reason(model, architecture)
     if reason is None:
         return CudaEngine(model, architecture)
-    harder = generic.why_not(model, architecture)
+    harder = generic.unsupported_reason(model, architecture)
     if harder is None:
-        return GenericEngine(model, architecture)
+        return HFGraphEngine(model, architecture)
     return reason if engine == "cuda" else harder
 
 
 __all__ = [
-    "ENGINES", "WEIGHTS", "CudaEngine", "Decoding", "EagerEngine", "Engine", "GenericEngine", "NativeEngine", "Speaker",
-    "Thinking", "Thought", "check_engine_options", "fast_engine", "open_engine",
+    "ENGINES",
+    "WEIGHTS",
+    "CudaEngine",
+    "EagerEngine",
+    "Engine",
+    "HFGraphEngine",
+    "LatentParams",
+    "LatentResult",
+    "NativeEngine",
+    "SamplingParams",
+    "SupportsDecode",
+    "check_engine_options",
+    "fast_engine",
+    "open_engine",
 ]  # fmt: skip

@@ -16,29 +16,29 @@ from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.cuda_graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraphs, EagerReplay, Replay
 from latentmas_kernels.engines.cuda_step import Step
-from latentmas_kernels.engines.decoding import Decoding
+from latentmas_kernels.engines.decoding import SamplingParams
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import Weights, read_weights
-from latentmas_kernels.models.packed_weights import why_not as why_not_packable
+from latentmas_kernels.models.packed_weights import Weights, pack_weights
+from latentmas_kernels.models.packed_weights import unsupported_reason as unpackable_reason
 from latentmas_kernels.ops.triton.launch import Target, interpreted, target_of
 from latentmas_kernels.ops.triton.row_state import ACTIVE
 from latentmas_kernels.ops.triton.sample import END_TOKENS
 from latentmas_kernels.warn_once import warn_once
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+GRAPH_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 NO_ROOM = "out of memory for the graph of even one row: this call runs on the eager engine"
 
 
-def why_not(model: Any, architecture: Architecture) -> str | None:
+def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
     """Why this engine cannot run the model, as a clause; None where it can."""
     if architecture.device.type != "cuda" and not (architecture.device.type == "cpu" and interpreted()):
         return f"the model is on {architecture.device}, not on a CUDA device"
-    return why_not_packable(model, architecture)
+    return unpackable_reason(model, architecture)
 
 
 class State:
@@ -46,7 +46,7 @@ class State:
 
     def __init__(self, weights: Weights, architecture: Architecture, target: Target, capture: Capture) -> None:
         self.key, self.architecture, self.target, self.capture = weights.key, architecture, target, capture
-        self.buckets = list(BUCKETS)
+        self.buckets = list(GRAPH_BATCH_SIZES)
         self.steps: dict[int, Step] = {}
         self.graphs: dict[tuple, tuple[Replay, Aligner | None]] = {}
         self.graph_bytes = 0
@@ -132,16 +132,16 @@ class CudaEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "cuda"
-    own_threads = False
+    uses_thread_pool = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
-        """Raises NotPackable for a model that `why_not` has a reason for."""
+        """Raises UnsupportedWeights for a model that `unsupported_reason` has a reason for."""
         self.eager, self.architecture = EagerEngine(model, architecture), architecture
-        self.weights = read_weights(model, architecture)
+        self.weights = pack_weights(model, architecture)
         state = _states.get(model)
         if state is None or state.key != self.weights.key:
             on_cuda = architecture.device.type == "cuda"
-            capture = CudaGraphs(architecture.device) if on_cuda else PlainCalls()
+            capture = CudaGraphs(architecture.device) if on_cuda else EagerReplay()
             state = State(self.weights, architecture, target_of(architecture.device), capture)
             _states[model] = state
         self.state = state
@@ -173,14 +173,14 @@ class CudaEngine:
         cache.advance(prompt.counts)
         return result
 
-    def think(
+    def run_latent(
         self,
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought:
+    ) -> LatentResult:
         batch, width = len(seed), self.architecture.hidden_size
         latents = torch.zeros(batch, thinking.longest, width, dtype=self.architecture.dtype, device=seed.device)
         states = torch.zeros_like(latents) if thinking.record else None
@@ -207,12 +207,12 @@ class CudaEngine:
                         taken[rows] = step.lengths[:count].cpu() - cache.lengths[rows]
         except torch.OutOfMemoryError:  # what was written lies behind the lengths, which have not moved
             warn_once(NO_ROOM)
-            return self.eager.think(cache, seed, aligner, thinking, on_step)
+            return self.eager.run_latent(cache, seed, aligner, thinking, on_step)
         cache.advance(taken)
         steps = int(taken.max())
-        return Thought(latents[:, :steps], last, taken, None if states is None else states[:, :steps])
+        return LatentResult(latents[:, :steps], last, taken, None if states is None else states[:, :steps])
 
-    def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
+    def can_decode(self, decoding: SamplingParams, batch: int, *, streaming: bool) -> bool:
         if len(decoding.ends) > END_TOKENS or decoding.min_p or decoding.seen is not None:
             return False
         try:
@@ -223,8 +223,8 @@ class CudaEngine:
             return False
         return not streaming or step.batch >= batch
 
-    def speak(
-        self, cache: LatentCache, logits: Tensor, decoding: Decoding, on_tokens: Callable[[Tensor], None] | None
+    def decode(
+        self, cache: LatentCache, logits: Tensor, decoding: SamplingParams, on_tokens: Callable[[Tensor], None] | None
     ) -> Tensor:
         batch, most = len(logits), decoding.max_new_tokens
         seed = int(torch.randint(2**62, ()).item()) if decoding.do_sample else 0
@@ -243,7 +243,7 @@ class CudaEngine:
                 for index in range(1, most + 1):
                     if on_tokens is not None:
                         on_tokens(step.tokens[:count].cpu())
-                    every = 1 if on_tokens is not None else CHECK_EVERY
+                    every = 1 if on_tokens is not None else SYNC_EVERY
                     if index == most or (decoding.ends and _all_ended(step, index, every)):
                         break
                     replay()
@@ -267,7 +267,7 @@ class CudaEngine:
             start += step.batch
 
 
-def _all_ended(step: Step, index: int, every: int = CHECK_EVERY) -> bool:
+def _all_ended(step: Step, index: int, every: int = SYNC_EVERY) -> bool:
     """Whether no row goes on behind so many steps; only some of the steps look."""
     return index > 0 and index % every == 0 and not bool(step.rows[ACTIVE].any())
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 
 Replay = Callable[[], None]
-CHECK_EVERY = 16
+SYNC_EVERY = 16
 """Steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not show."""
 
 
@@ -45,7 +45,7 @@ class CudaGraphs:
         torch.cuda.empty_cache()
 
 
-class PlainCalls:
+class EagerReplay:
     """Runs the launches each time anew: how the engine is tested in Triton's interpreter."""
 
     def __call__(self, body: Callable[[], None]) -> Replay:

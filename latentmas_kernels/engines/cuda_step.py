@@ -15,11 +15,11 @@ from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.thinking import Thinking
+from latentmas_kernels.engines.thinking import LatentParams
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import Weights
 from latentmas_kernels.ops.triton import row_state as fields
-from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, splits_for
+from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, num_kv_splits
 from latentmas_kernels.ops.triton.embed import embed
 from latentmas_kernels.ops.triton.kv_table import FIELDS, describe
 from latentmas_kernels.ops.triton.launch import Target, tile_for
@@ -52,7 +52,7 @@ class Step:
 
         self.rows = torch.zeros(fields.FIELDS, batch, dtype=torch.int32, device=device)
         self.lengths, self.positions, self.slots = (self.rows[i] for i in (fields.LENGTH, fields.POSITION, fields.SLOT))
-        self.lenders, self.borrowed = self.rows[fields.LENDER], self.rows[fields.BORROWED]
+        self.prefix_row, self.prefix_len = self.rows[fields.PREFIX_ROW], self.rows[fields.PREFIX_LEN]
         self.memory = torch.zeros(FIELDS, dtype=torch.int64, device=device)
         self.x = empty(batch, self.width)
         self.hidden = empty(batch, self.width)
@@ -64,7 +64,7 @@ class Step:
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.settings = Settings(device)
         self.candidates: dict[bool, Candidates] = {}
-        self.partials = Partials(self.queries, splits_for(target, batch, w.kv_heads, self.x.element_size()))
+        self.partials = Partials(self.queries, num_kv_splits(target, batch, w.kv_heads, self.x.element_size()))
         self.realign = RealignStep(
             self.rows,
             self.memory,
@@ -81,7 +81,7 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Bytes of the static tensors."""
-        views = (self.lengths, self.positions, self.slots, self.lenders, self.borrowed)
+        views = (self.lengths, self.positions, self.slots, self.prefix_row, self.prefix_len)
         own = [t for t in vars(self).values() if isinstance(t, Tensor) and not any(t is view for view in views)]
         nested = [self.partials, self.scratch, self.settings, *self.candidates.values()]
         own += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
@@ -99,7 +99,7 @@ class Step:
         rows: slice,
         active: Tensor,
         trace: Tensor | None,
-        thinking: Thinking | None = None,
+        thinking: LatentParams | None = None,
         states: Tensor | None = None,
     ) -> None:
         """Point the launches at rows of a cache that go on from where they are.
@@ -121,8 +121,8 @@ class Step:
             settle = fields.NEVER if thinking.settle is None else thinking.settle
             state[fields.LIMIT, :count] = thinking.steps[rows].int()
             state[fields.SETTLE] = torch.tensor(settle, dtype=torch.float32).view(torch.int32)
-        state[fields.LENDER, :count] = (cache.lenders[rows] - rows.start).int()
-        state[fields.BORROWED, :count] = cache.borrowed[rows].int()
+        state[fields.PREFIX_ROW, :count] = (cache.prefix_row[rows] - rows.start).int()
+        state[fields.PREFIX_LEN, :count] = cache.prefix_len[rows].int()
         self.rows.copy_(state)
         keys, values, positions = cache.keys[:, rows], cache.values[:, rows], cache.positions[rows]
         self.memory.copy_(torch.tensor(describe(keys, values, positions, trace, states)))
@@ -180,7 +180,7 @@ class Step:
             )  # fmt: skip
             decode_attention(
                 self.queries, self.memory, layer.slot, w.kv_heads, self.lengths, self.positions, layer.window, w.scale,
-                self.partials, self.mixed, target=target, lenders=self.lenders, borrowed=self.borrowed,
+                self.partials, self.mixed, target=target, prefix_row=self.prefix_row, prefix_len=self.prefix_len,
             )  # fmt: skip
             product(
                 self.mixed,

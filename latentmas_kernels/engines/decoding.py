@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """How to choose tokens and when to stop; the parameters of generate(), checked.
 
     Attributes:

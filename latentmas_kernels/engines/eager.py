@@ -13,8 +13,8 @@ from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache, Slots
-from latentmas_kernels.engines.stepwise import think_stepwise
-from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.engines.stepwise import latent_stepwise
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, cache_argument, decoder_of
 
@@ -23,7 +23,7 @@ class EagerEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "eager"
-    own_threads = False
+    uses_thread_pool = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.decoder, self.architecture = model, decoder_of(model), architecture
@@ -61,15 +61,15 @@ class EagerEngine:
         }
         cache.advance(prompt.counts)
 
-    def think(
+    def run_latent(
         self,
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought:
-        return think_stepwise(self, cache, seed, aligner, thinking, on_step)
+    ) -> LatentResult:
+        return latent_stepwise(self, cache, seed, aligner, thinking, on_step)
 
     def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
         """The explicit mask [B, 1, T, width], one per layer type where the model mixes them.
@@ -104,9 +104,9 @@ class _RaggedForward(Cache):
         stop, width = slots.stop, slots.width
         # Where the slots of each row lie: its own, and at the beginning those that it borrows.
         self.rows: Tensor | None = None
-        if bool(cache.borrowed.any()):
-            own = torch.arange(width) >= cache.borrowed[:, None]
-            rows = torch.where(own, torch.arange(len(own))[:, None], cache.lenders[:, None])
+        if bool(cache.prefix_len.any()):
+            own = torch.arange(width) >= cache.prefix_len[:, None]
+            rows = torch.where(own, torch.arange(len(own))[:, None], cache.prefix_row[:, None])
             self.rows = rows.to(stop.device)
         self.unused = (
             (torch.arange(width, device=stop.device) >= stop[:, None])[:, None, :, None] if slots.ragged else None

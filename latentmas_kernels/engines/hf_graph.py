@@ -19,9 +19,9 @@ from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.cuda_graphs import CHECK_EVERY, Capture, CudaGraphs, PlainCalls, Replay
+from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraphs, EagerReplay, Replay
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.thinking import Thinking, Thought, cosine
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult, cosine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.settings import settings_of
@@ -30,7 +30,7 @@ from latentmas_kernels.warn_once import warn_once
 SMALLEST_WINDOW = 256
 
 
-def why_not(model: Any, architecture: Architecture) -> str | None:
+def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
     """Why a forward of this model cannot be captured, as a clause; None where it is worth a try."""
     if architecture.device.type != "cuda":
         return f"the model is on {architecture.device}, not on a CUDA device"
@@ -96,7 +96,7 @@ class Window:
         self.positions += self.active
         return result
 
-    def start(self, thinking: Thinking) -> None:
+    def start(self, thinking: LatentParams) -> None:
         """Make ready for latent steps of all rows."""
         self.active.fill_(1)
         self.left.copy_(thinking.steps)
@@ -123,9 +123,9 @@ class Window:
         for here, there in zip(self.store, (cache.keys, cache.values), strict=True):
             here.zero_()
             here[:, :, :, :used] = there[:, :, :, :used].masked_fill(~inside[None, :, None, :, None], 0)
-            for row in cache.borrowed.nonzero()[:, 0].tolist():
-                lender, borrowed = int(cache.lenders[row]), int(cache.borrowed[row])
-                here[:, row, :, :borrowed] = there[:, lender, :, :borrowed]
+            for row in cache.prefix_len.nonzero()[:, 0].tolist():
+                lender, prefix_len = int(cache.prefix_row[row]), int(cache.prefix_len[row])
+                here[:, row, :, :prefix_len] = there[:, lender, :, :prefix_len]
         self.stored[:, :used] = cache.positions[:, :used]
         self.lengths.copy_(cache.lengths)
         self.positions.copy_(cache.next_position)
@@ -171,11 +171,11 @@ class _State:
 _states: "weakref.WeakKeyDictionary[Any, _State]" = weakref.WeakKeyDictionary()
 
 
-class GenericEngine:
+class HFGraphEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "cuda (generic)"
-    own_threads = False
+    uses_thread_pool = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.eager, self.architecture = EagerEngine(model, architecture), architecture
@@ -185,7 +185,7 @@ class GenericEngine:
         state = _states.get(model)
         if state is None or state.key != key:
             on_cuda = architecture.device.type == "cuda"
-            state = _State(key, CudaGraphs(architecture.device) if on_cuda else PlainCalls())
+            state = _State(key, CudaGraphs(architecture.device) if on_cuda else EagerReplay())
             _states[model] = state
         self.state = state
 
@@ -203,20 +203,20 @@ class GenericEngine:
             rows = prompt.counts.nonzero()[:, 0]
             window.store_back(cache, rows.to(window.rows.device), cache.lengths[rows].to(window.rows.device))
             cache.advance(prompt.counts)
-            window.holds = cache.mirror = object()
+            window.holds = cache.device_copy_of = object()
             return seed.clone()
 
-    def think(
+    def run_latent(
         self,
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought:
+    ) -> LatentResult:
         if aligner.needs_logits:
             return self._think_softly(cache, seed, aligner, thinking, on_step)
-        return self._think(cache, seed, aligner, thinking, on_step) or self.eager.think(
+        return self._think(cache, seed, aligner, thinking, on_step) or self.eager.run_latent(
             cache, seed, aligner, thinking, on_step
         )
 
@@ -225,9 +225,9 @@ class GenericEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought | None:
+    ) -> LatentResult | None:
         """Captured steps; None where they cannot be. `last_hidden` is what the aligner would read next."""
         with self.state.lock:
             ready = self._ready(cache, thinking.steps, aligner)
@@ -240,7 +240,7 @@ class GenericEngine:
             states = torch.zeros_like(latents) if thinking.record else None
             for index in range(thinking.longest):
                 # Without `settle` it is known when all rows have ended, and looking waits for the device.
-                look = thinking.settle is not None and index > 0 and index % CHECK_EVERY == 0
+                look = thinking.settle is not None and index > 0 and index % SYNC_EVERY == 0
                 if look and not bool(window.active.any()):
                     break
                 if on_step is not None:
@@ -257,28 +257,30 @@ class GenericEngine:
         behind = (torch.arange(steps) >= taken[:, None]).to(seed.device)[..., None]
         latents = latents[:, :steps].masked_fill_(behind, 0)
         states = None if states is None else states[:, :steps].masked_fill_(behind, 0)
-        return Thought(latents, last, taken, states)
+        return LatentResult(latents, last, taken, states)
 
     def _think_softly(
         self,
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought:
+    ) -> LatentResult:
         """Soft feedback takes logits from step to step, and a row's last step ends with a hidden state, for which a captured
         forward has no room. So that one runs without a graph, and all of them where any step may be a row's last or states
         are kept: models that are both outside of the packed families and in need of soft feedback are rare."""
         before = thinking.steps - 1
         alike = bool((before == before[0]).all()) and thinking.settle is None and not thinking.record
-        start = self._think(cache, seed, aligner, Thinking(before), on_step) if alike and bool(before[0] > 0) else None
+        start = (
+            self._think(cache, seed, aligner, LatentParams(before), on_step) if alike and bool(before[0] > 0) else None
+        )
         if start is None:
-            return self.eager.think(cache, seed, aligner, thinking, on_step)
+            return self.eager.run_latent(cache, seed, aligner, thinking, on_step)
         if on_step is not None:
             on_step(int(before[0]))
-        end = self.eager.think(cache, start.last_hidden, aligner, Thinking(torch.ones_like(before)), None)
-        return Thought(torch.cat([start.latents, end.latents], dim=1), end.last_hidden, thinking.steps)
+        end = self.eager.run_latent(cache, start.last_hidden, aligner, LatentParams(torch.ones_like(before)), None)
+        return LatentResult(torch.cat([start.latents, end.latents], dim=1), end.last_hidden, thinking.steps)
 
     def _ready(
         self, cache: LatentCache, steps: Tensor, aligner: Aligner | None
@@ -318,7 +320,7 @@ class GenericEngine:
                 f"{self.architecture.name} runs on the eager engine: a step of it could not be captured ({first})"
             )
             return None
-        held = window.holds is not None and cache.mirror is window.holds
+        held = window.holds is not None and cache.device_copy_of is window.holds
         window.holds = None  # until the steps are through: what an interrupted call leaves is no cache's content
         if not held:
             window.load(cache)

@@ -15,25 +15,25 @@ from torch import Tensor
 from latentmas_kernels import extension as native
 from latentmas_kernels.alignment import TOP_K, Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.decoding import Decoding
-from latentmas_kernels.engines.stepwise import think_stepwise
-from latentmas_kernels.engines.thinking import Thinking, Thought
+from latentmas_kernels.engines.decoding import SamplingParams
+from latentmas_kernels.engines.stepwise import latent_stepwise
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import Layer, Weights, read_weights
-from latentmas_kernels.models.packed_weights import why_not as why_not_packable
+from latentmas_kernels.models.packed_weights import Layer, Weights, pack_weights
+from latentmas_kernels.models.packed_weights import unsupported_reason as unpackable_reason
 
 PRODUCTS = ("qkv", "output", "gate_up", "down")
 NUMBERS = ("window", "slot")
 
 
-def why_not(model: Any, architecture: Architecture) -> str | None:
+def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
     """Why this engine cannot run the model, as a clause; None where it can."""
     if architecture.device.type != "cpu":
         return f"the model is on {architecture.device}, not on the CPU"
     if native.extension() is None:
         return f"the C++ extension is missing ({native.extension_state()})"
-    return why_not_packable(model, architecture)
+    return unpackable_reason(model, architecture)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,15 +115,15 @@ class NativeEngine:
     """See `latentmas_kernels.engines.Engine`."""
 
     name = "native"
-    own_threads = True
+    uses_thread_pool = True
 
     def __init__(self, model: Any, architecture: Architecture, *, int8: bool = False) -> None:
         """int8: products run on weights rounded to int8 by row, made once; the rest keeps the model's dtype.
 
-        Raises NotPackable for a model that `why_not` has a reason for.
+        Raises UnsupportedWeights for a model that `unsupported_reason` has a reason for.
         """
         self.architecture = architecture
-        self.weights = read_weights(model, architecture)
+        self.weights = pack_weights(model, architecture)
         key = self.weights.key
         if int8:
             # Copies must follow a change in place as well, and tensors do not count one that goes through `.data` (merging a
@@ -166,14 +166,14 @@ class NativeEngine:
         cache.advance(prompt.counts)
         return hidden, spoken
 
-    def think(
+    def run_latent(
         self,
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: Thinking,
+        thinking: LatentParams,
         on_step: Callable[[int], None] | None,
-    ) -> Thought:
+    ) -> LatentResult:
         batch, a, likely = len(seed), self.architecture, 0
         if aligner.needs_logits:
             assert aligner.embedding is not None
@@ -181,14 +181,14 @@ class NativeEngine:
             rows = self.weights.lm_head.shape[0]
             if embedding.data_ptr() != self.weights.embedding.data_ptr() or len(embedding) != rows:
                 # the embedding of another model
-                return think_stepwise(self, cache, seed, aligner, thinking, on_step)
+                return latent_stepwise(self, cache, seed, aligner, thinking, on_step)
             seed, likely = seed.float(), min(TOP_K, rows)
         latents = torch.zeros(batch, thinking.longest, a.hidden_size, dtype=a.dtype)
         states = torch.zeros_like(latents) if thinking.record else None
         seed = seed.contiguous()
         last = torch.empty(batch, a.hidden_size, dtype=a.dtype)
         weight = None if aligner.weight is None else aligner.weight.contiguous()
-        taken = self.runner.think(
+        taken = self.runner.run_latent(
             memory=_memory(cache),
             lengths=cache.lengths.tolist(),
             positions=cache.next_position.tolist(),
@@ -206,17 +206,17 @@ class NativeEngine:
         steps = torch.tensor(taken)
         cache.advance(steps)
         longest = max(taken)
-        return Thought(latents[:, :longest], last, steps, None if states is None else states[:, :longest])
+        return LatentResult(latents[:, :longest], last, steps, None if states is None else states[:, :longest])
 
-    def can_speak(self, decoding: Decoding, batch: int, *, streaming: bool) -> bool:
+    def can_decode(self, decoding: SamplingParams, batch: int, *, streaming: bool) -> bool:
         return True
 
-    def speak(
-        self, cache: LatentCache, logits: Tensor, decoding: Decoding, on_tokens: Callable[[Tensor], None] | None
+    def decode(
+        self, cache: LatentCache, logits: Tensor, decoding: SamplingParams, on_tokens: Callable[[Tensor], None] | None
     ) -> Tensor:
         tokens = torch.full((len(logits), decoding.max_new_tokens), decoding.padding)
         logits = logits.float().contiguous()
-        self.runner.speak(
+        self.runner.decode(
             memory=_memory(cache),
             lengths=cache.lengths.tolist(),
             positions=cache.next_position.tolist(),
@@ -245,5 +245,5 @@ class NativeEngine:
 def _memory(cache: LatentCache) -> tuple[int, ...]:
     keys, values, positions = cache.keys, cache.values, cache.positions
     layer, row, head = keys.stride()[:3]
-    lent = (cache.lenders.data_ptr(), cache.borrowed.data_ptr()) if bool(cache.borrowed.any()) else (0, 0)
+    lent = (cache.prefix_row.data_ptr(), cache.prefix_len.data_ptr()) if bool(cache.prefix_len.any()) else (0, 0)
     return keys.data_ptr(), values.data_ptr(), layer, row, head, positions.data_ptr(), positions.stride(0), *lent

@@ -11,19 +11,19 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.thinking import Thinking, Thought, settled
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult, settled
 from latentmas_kernels.engines.torch_threads import one_torch_thread
 from latentmas_kernels.inputs import Prompt
 
 
-def think_stepwise(
+def latent_stepwise(
     engine: Any,
     cache: LatentCache,
     seed: Tensor,
     aligner: Aligner,
-    thinking: Thinking,
+    thinking: LatentParams,
     on_step: Callable[[int], None] | None,
-) -> Thought:
+) -> LatentResult:
     """`Engine.think` by `engine.extend`, and `engine.extend_both` where a step's logits and states are both asked for."""
     batch, longest = len(seed), thinking.longest
     dtype, device, width = engine.architecture.dtype, seed.device, engine.architecture.hidden_size
@@ -51,12 +51,12 @@ def think_stepwise(
         if not bool(active.any()):
             break
     steps = int(taken.max())
-    return Thought(latents[:, :steps], last_hidden, taken, None if states is None else states[:, :steps])
+    return LatentResult(latents[:, :steps], last_hidden, taken, None if states is None else states[:, :steps])
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """What `speak_stepwise` decoded.
+class DecodeResult:
+    """What `decode_stepwise` decoded.
 
     Attributes:
         sequences: int64 [B, T + n], what it was given and the new tokens; behind a row's end the padding token.
@@ -72,7 +72,7 @@ class Spoken:
     logits: tuple[Tensor, ...] | None
 
 
-def speak_stepwise(
+def decode_stepwise(
     engine: Any,
     cache: LatentCache,
     sequences: Tensor,
@@ -87,7 +87,7 @@ def speak_stepwise(
     record_scores: bool = False,
     record_logits: bool = False,
     feed_ended: bool = False,
-) -> Spoken:
+) -> DecodeResult:
     """Decode text in the order of transformers' own loop, so that its processors and criteria mean the same here.
 
     Args:
@@ -108,7 +108,7 @@ def speak_stepwise(
     # A processor that runs a model of its own (guidance) is better off with torch's threads.
     held = [value for processor in processors for value in getattr(processor, "__dict__", {}).values()]
     runs_model = any(isinstance(value, nn.Module) for value in held)
-    with one_torch_thread() if engine.own_threads and not runs_model else nullcontext():
+    with one_torch_thread() if engine.uses_thread_pool and not runs_model else nullcontext():
         for step in range(max_new_tokens):
             logits = logits.float()
             processed = processors(sequences, logits)  # type: ignore[arg-type]
@@ -130,4 +130,4 @@ def speak_stepwise(
                 active = running
             fed = torch.ones_like(active) if feed_ended else active
             logits = engine.extend(cache, Prompt(fed.long().cpu(), tokens[:, None]), logits=True)
-    return Spoken(sequences, counts.cpu(), ~running.cpu(), scores, raw)
+    return DecodeResult(sequences, counts.cpu(), ~running.cpu(), scores, raw)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Thinking:
+class LatentParams:
     """How long to think, and what to keep of it; the parameters of latent_generate(), checked.
 
     Attributes:
@@ -27,7 +27,7 @@ class Thinking:
 
 
 @dataclass(frozen=True)
-class Thought:
+class LatentResult:
     """What an engine thought. All tensors are on the model's device and in its dtype, but for `steps`.
 
     Attributes:

@@ -20,7 +20,7 @@ from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import check_engine_options
 from latentmas_kernels.hf.coverage import CACHE
 from latentmas_kernels.hf.decode import decode, steps_of
-from latentmas_kernels.models.packed_weights import unmerge
+from latentmas_kernels.models.packed_weights import unpack_weights
 from latentmas_kernels.warn_once import warn_once
 
 _swapping = threading.Lock()
@@ -87,18 +87,18 @@ def _class_of(original: Any, options: dict[str, Any], outer: dict[str, Any] | No
         with _swapping:
             self.__class__ = original if outer is None else _class_of(original, outer, None)
             if outer is None:
-                unmerge(self)
+                unpack_weights(self)
 
     body: dict[str, Any] = {
         "_original": original, "_options": options, "_sample": _sample, "__exit__": __exit__,
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
     }  # fmt: skip
     for name in {name for name in GENERATION_MODES_MAPPING.values() if "/" not in name} - {"_sample"}:
-        body[name] = _left_to_transformers(getattr(original, name), name, options["engine"])
+        body[name] = _fallback(getattr(original, name), name, options["engine"])
     return type(original.__name__, (_Accelerated, original), body)
 
 
-def _left_to_transformers(loop: Callable[..., Any], name: str, engine: str) -> Callable[..., Any]:
+def _fallback(loop: Callable[..., Any], name: str, engine: str) -> Callable[..., Any]:
     """Another decoding loop of transformers: it runs unchanged, where nothing was asked for that it cannot do."""
     what = name.strip("_").replace("_", " ")
 
@@ -175,5 +175,5 @@ def restore(model: Any) -> Any:
     with _swapping:
         if isinstance(model, _Accelerated):
             model.__class__ = type(model)._original
-        unmerge(model)
+        unpack_weights(model)
     return model

@@ -25,7 +25,7 @@ from transformers import (
 from latentmas_kernels.cache.from_hf import PLAIN_LAYERS
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.cache.padded_cache import PaddedCache, real_columns
-from latentmas_kernels.engines import Decoding
+from latentmas_kernels.engines import SamplingParams
 from latentmas_kernels.models.architecture import Architecture, cache_argument
 
 # What generate() and its loops call the cache.
@@ -50,7 +50,9 @@ ORDER: tuple[type, ...] = (
 WARPERS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper}
 
 
-def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
+def unsupported_reason(
+    model: Any, generation_config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]
+) -> str | None:
     """Why a call of transformers' decoding loop is left to transformers, as a clause; None where it is not.
 
     Args:
@@ -91,7 +93,7 @@ def why_not(model: Any, generation_config: GenerationConfig, synced_gpus: bool, 
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         return "attention_mask holds other values than 0 and 1"
-    if known_columns(inputs) is None:
+    if cached_columns(inputs) is None:
         return "attention_mask and input_ids do not tell which tokens are new to the cache"
     if not _positions_are_counted(inputs):
         return "position_ids were given that do not count the tokens of attention_mask"
@@ -137,7 +139,7 @@ def past_columns(past: Cache | None) -> int:
     return int(past.get_seq_length()) if past is not None and past.layers else 0
 
 
-def known_columns(inputs: dict[str, Any]) -> int | None:
+def cached_columns(inputs: dict[str, Any]) -> int | None:
     """How many of the given columns are in the cache already; None where it cannot be told.
 
     transformers takes the whole conversation (the mask is as long as the ids; always so with embeddings), or the new tokens
@@ -180,13 +182,13 @@ def _positions_are_counted(inputs: dict[str, Any]) -> bool:
     return positions.shape[1] == counted.shape[1] and bool((positions == counted[: len(positions)]).all())
 
 
-def own_loop(
+def to_sampling_params(
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     input_ids: Tensor,
     width: int,
-) -> Decoding | None:
+) -> SamplingParams | None:
     """The call as an engine's own loop can run it, or None where processors or criteria need one step at a time.
 
     Reads what transformers built, not the configuration: a processor that the caller passed may stand in for one of those.
@@ -217,7 +219,7 @@ def own_loop(
     def setting(kind: type, name: str, otherwise: float) -> Any:
         return getattr(given[kind], name) if kind in given else otherwise
 
-    return Decoding(
+    return SamplingParams(
         max_new_tokens=most_new_tokens(criteria, columns),
         min_new_tokens=max([0, *(_least_new_tokens(p, columns) for p in at_least)]),
         do_sample=bool(config.do_sample),

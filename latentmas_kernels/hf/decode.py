@@ -17,19 +17,26 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.cache.from_hf import append_columns
-from latentmas_kernels.cache.latent_cache import LatentCache, NoRoomError
-from latentmas_kernels.engines import EagerEngine, Engine, Speaker, Thinking, check_engine_options, fast_engine
-from latentmas_kernels.engines.stepwise import Spoken, speak_stepwise
+from latentmas_kernels.cache.latent_cache import InsufficientMemoryError, LatentCache
+from latentmas_kernels.engines import (
+    EagerEngine,
+    Engine,
+    LatentParams,
+    SupportsDecode,
+    check_engine_options,
+    fast_engine,
+)
+from latentmas_kernels.engines.stepwise import DecodeResult, decode_stepwise
 from latentmas_kernels.generation import check_finite_states
 from latentmas_kernels.hf.coverage import (
     CACHE,
-    known_columns,
+    cached_columns,
     mask_of,
     most_new_tokens,
-    own_loop,
     past_columns,
+    to_sampling_params,
+    unsupported_reason,
     what_its_cache_drops,
-    why_not,
 )
 from latentmas_kernels.inputs import Prompt, read_prompt
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, check_finite_weights, in_short
@@ -148,9 +155,9 @@ def steps_of(latent_steps: int | None, generation_config: GenerationConfig) -> i
 
 
 def _why_left(model: Any, config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
-    """`why_not`, for which an error is a reason too."""
+    """`unsupported_reason`, for which an error is a reason too."""
     try:
-        return why_not(model, config, synced_gpus, inputs)
+        return unsupported_reason(model, config, synced_gpus, inputs)
     except Exception as error:
         return f"looking at its inputs ended in {in_short(error)}"
 
@@ -218,7 +225,7 @@ class _Call:
         """
         try:
             return self._prepare(criteria, aligner)
-        except (UnsupportedModelError, NoRoomError) as error:
+        except (UnsupportedModelError, InsufficientMemoryError) as error:
             return str(error)
         except ValueError:
             raise
@@ -240,7 +247,7 @@ class _Call:
         if target is not None and not isinstance(target, LatentCache):
             is_callers = getattr(target, "_is_user_defined", False)
             outgoing = target if is_callers or (self.config.return_dict_in_generate and not self.latent_steps) else None
-        cache = LatentCache.for_model(architecture, len(held), capacity) if past is None else past.take(capacity)
+        cache = LatentCache.for_model(architecture, len(held), capacity) if past is None else past.acquire(capacity)
         return _Ready(prompt, columns, cache, held, most, outgoing, mapped)
 
     def run(
@@ -271,7 +278,7 @@ class _Call:
 
     def _read_prompt(self) -> tuple[Prompt, Tensor, LatentCache | None]:
         """The new tokens; the mask [B, T] of their columns; and what they go on from."""
-        known = known_columns(self.inputs)
+        known = cached_columns(self.inputs)
         assert known is not None
         ids, embeds, mask = self.inputs["input_ids"], self.inputs.get("inputs_embeds"), mask_of(self.inputs)
         target = self.inputs.get(CACHE)
@@ -294,8 +301,8 @@ class _Call:
         if aligner is None:
             return seed
         start = cache.lengths
-        thinking = Thinking(torch.full_like(start, steps))
-        latents = runner.think(cache, seed, aligner, thinking, None).latents
+        thinking = LatentParams(torch.full_like(start, steps))
+        latents = runner.run_latent(cache, seed, aligner, thinking, None).latents
         # An engine's thinking ends with a hidden state. The last step once more, by the way that gives logits, as each model
         # makes them (some scale or cap them behind the lm_head).
         cache.crop(-1)
@@ -314,18 +321,18 @@ class _Call:
         most: int,
         *,
         feed_ended: bool,
-    ) -> Spoken:
+    ) -> DecodeResult:
         """Decode. With feed_ended the cache gets as many positions in each row, padding behind the end of a row."""
         input_ids, config, runner, streamer = self.inputs["input_ids"], self.config, self.runner, self.streamer
         record = bool(config.return_dict_in_generate)
         recorded = record and bool(config.output_scores or config.output_logits)
-        own = None if recorded else own_loop(processors, criteria, config, input_ids, logits.shape[1])
+        own = None if recorded else to_sampling_params(processors, criteria, config, input_ids, logits.shape[1])
         if (
             own is None
-            or not isinstance(runner, Speaker)
-            or not runner.can_speak(own, len(logits), streaming=streamer is not None)
+            or not isinstance(runner, SupportsDecode)
+            or not runner.can_decode(own, len(logits), streaming=streamer is not None)
         ):
-            return speak_stepwise(
+            return decode_stepwise(
                 runner, cache, input_ids, logits, processors,
                 StoppingCriteriaList([c for c in criteria if type(c) is not MaxLengthCriteria]),
                 max_new_tokens=most, do_sample=bool(config.do_sample),
@@ -333,7 +340,7 @@ class _Call:
                 record_scores=record and bool(config.output_scores), record_logits=record and bool(config.output_logits),
                 feed_ended=feed_ended or recorded,
             )  # fmt: skip
-        tokens = runner.speak(cache, logits, own, None if streamer is None else streamer.put)
+        tokens = runner.decode(cache, logits, own, None if streamer is None else streamer.put)
         new, total = own.lengths(tokens), tokens.shape[1]
         sequences = torch.cat([input_ids, tokens.to(input_ids.device)], dim=1)
         for criterion in criteria:
@@ -343,4 +350,4 @@ class _Call:
         if feed_ended and bool(missing.any()):  # an ended row's last token and the padding behind it, at its right end
             ended = tokens[:, -1 - int(missing.max()) : -1]
             runner.extend(cache, Prompt(missing, ended), logits=False)
-        return Spoken(sequences, new, new < total, None, None)
+        return DecodeResult(sequences, new, new < total, None, None)

@@ -35,7 +35,7 @@ def start_vllm(name: str | None, model: Any, args: Any) -> Any:
             "use_vllm=True needs a model that has a name (a folder or one on the hub), which vLLM loads too"
         )
     settings = {key: getattr(args, key) for key in SETTINGS if getattr(args, key, None) is not None}
-    return Vllm(name, model, hand_over="embeds", settings=settings)
+    return Vllm(name, model, kv_transfer="embeds", settings=settings)
 
 
 def write_texts(
@@ -48,12 +48,12 @@ def write_texts(
     top_p: float,
 ) -> list[str]:
     """Per prompt (token ids) its text, without special tokens and blanks around it. Draws seeds from torch's generator."""
-    from latentmas.backends.base import TextRequest
+    from latentmas.backends.base import GenerationRequest
 
     ends = tuple(text_ends(model, tokenizer))
     seeds = torch.randint(2**31, (len(prompts),)).tolist()
     requests = [
-        TextRequest(list(prompt), max_new_tokens, ends, temperature=temperature, top_p=top_p, seed=seed)
+        GenerationRequest(list(prompt), max_new_tokens, ends, temperature=temperature, top_p=top_p, seed=seed)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     texts = [without_end(written.ids, ends) for written in vllm.write(None, requests)]

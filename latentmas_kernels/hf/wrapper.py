@@ -17,7 +17,7 @@ from latentmas_kernels.hf.published import Default, is_device, is_name, load
 from latentmas_kernels.hf.vllm_texts import check_vllm, start_vllm, write_texts
 from latentmas_kernels.inputs import read_prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.rope import Rotation
+from latentmas_kernels.models.rope import RopeShift
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: {"role": ..., "content": ...}, oldest first."""
@@ -356,7 +356,7 @@ class ModelWrapper:
     ) -> tuple[Any, LatentOutput]:
         """The memory to give back, of which only the last part is kept where `keep` says so, and the thought."""
         if keep is not None and past.kind is not None:
-            Rotation.of(model)  # refuses a model whose keys cannot be moved, before any work
+            RopeShift.of(model)  # refuses a model whose keys cannot be moved, before any work
         thought = latent_generate(
             model, past.input_ids, past.attention_mask, latent_steps=latent_steps, past_key_values=past.cache,
             aligner=self.aligner, engine=self._engine, max_cache_len=max_cache_len,

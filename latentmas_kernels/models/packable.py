@@ -26,23 +26,23 @@ PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
-class NotPackable(Exception):
+class UnsupportedWeights(Exception):
     """The model is outside of what the packed form can say; the message says why, in a clause."""
 
 
 def check_packable(model: Any, architecture: Architecture) -> list[Any]:
-    """Raise NotPackable where a module is not what the kernels compute. Moves nothing.
+    """Raise UnsupportedWeights where a module is not what the kernels compute. Moves nothing.
 
     Returns:
         The decoder layers that run, in order.
     """
     name = type(model).__name__
     if name not in FAMILIES or not type(model).__module__.startswith("transformers."):
-        raise NotPackable(f"{name} is none of {', '.join(FAMILIES)}")
+        raise UnsupportedWeights(f"{name} is none of {', '.join(FAMILIES)}")
     if architecture.dtype not in DTYPES:
-        raise NotPackable(f"its dtype is {architecture.dtype}; covered are bfloat16 and float32")
+        raise UnsupportedWeights(f"its dtype is {architecture.dtype}; covered are bfloat16 and float32")
     if any(GLOBAL_HOOKS):
-        raise NotPackable(
+        raise UnsupportedWeights(
             "there are hooks on all modules (register_module_forward_hook), which the kernels would pass by"
         )
     kinds: set[type] = set()
@@ -54,7 +54,7 @@ def check_packable(model: Any, architecture: Architecture) -> list[Any]:
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             if "forward" in state or any(getattr(h, "__module__", None) != PASSIVE_HOOKS for h in hooks):
                 path = _path_of(module, model) or name
-                raise NotPackable(f"{path} has hooks or a forward of its own, which the kernels would pass by")
+                raise UnsupportedWeights(f"{path} has hooks or a forward of its own, which the kernels would pass by")
         if type(module) not in kinds:
             _check_kind(module, model)
             kinds.add(type(module))
@@ -63,12 +63,12 @@ def check_packable(model: Any, architecture: Architecture) -> list[Any]:
 
 
 def _check_kind(module: nn.Module, model: nn.Module) -> None:
-    """Raise NotPackable for a class that is none of torch's plain ones or of transformers' own, as they came."""
+    """Raise UnsupportedWeights for a class that is none of torch's plain ones or of transformers' own, as they came."""
     kind = type(module)
     if kind not in (nn.Linear, nn.Embedding, *PLAIN_MODULES) and not kind.__module__.startswith(OWN_MODULES):
-        raise NotPackable(f"{_path_of(module, model)} is a {kind.__module__}.{kind.__name__}, not a plain layer")
+        raise UnsupportedWeights(f"{_path_of(module, model)} is a {kind.__module__}.{kind.__name__}, not a plain layer")
     if not kind.forward.__module__.startswith(("transformers.", "torch.")):
-        raise NotPackable(f"the forward of {kind.__name__} was replaced, which the kernels would pass by")
+        raise UnsupportedWeights(f"the forward of {kind.__name__} was replaced, which the kernels would pass by")
 
 
 def _path_of(module: nn.Module, model: nn.Module) -> str:
@@ -115,14 +115,14 @@ class _Family:
         self._is(path, attention, "Attention")
         scale = self._number(f"{path}.scaling", attention.scaling)
         if scale != self.scale:
-            raise NotPackable(f"{path}.scaling is {scale}, that of the first layer {self.scale}")
+            raise UnsupportedWeights(f"{path}.scaling is {scale}, that of the first layer {self.scale}")
         if attention.head_dim != a.head_dim or attention.num_key_value_groups * self.keys != self.queries:
-            raise NotPackable(
+            raise UnsupportedWeights(
                 f"{path} has heads of width {attention.head_dim} in groups of {attention.num_key_value_groups}; its weights "
                 f"have {self.queries // a.head_dim} heads of width {a.head_dim} for queries and {a.kv_heads} for keys"
             )
         if attention.training and attention.attention_dropout:
-            raise NotPackable(f"{path} is in training mode, where its dropout is random")
+            raise UnsupportedWeights(f"{path} is in training mode, where its dropout is random")
         self._merged(path, attention, {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys})
         self._linear(path, attention, "o_proj", self.width, self.queries)
         if self.name == "Qwen3":
@@ -133,7 +133,7 @@ class _Family:
         self._is(path, mlp, "MLP")
         if type(mlp.act_fn) not in SILU and mlp.act_fn is not nn.functional.silu:
             kind = getattr(mlp.act_fn, "__name__", type(mlp.act_fn).__name__)
-            raise NotPackable(f"{path} uses {kind}; covered is SiLU")
+            raise UnsupportedWeights(f"{path} uses {kind}; covered is SiLU")
         self._merged(path, mlp, {"gate_proj": self.inner, "up_proj": self.inner})
         self._linear(path, mlp, "down_proj", self.width, self.inner)
 
@@ -141,16 +141,16 @@ class _Family:
         self._is(path, rope, "RotaryEmbedding")
         width = self.architecture.head_dim
         if rope.rope_type not in ROPE_TYPES:
-            raise NotPackable(f"its RoPE is of type {rope.rope_type!r}; covered are {', '.join(ROPE_TYPES)}")
+            raise UnsupportedWeights(f"its RoPE is of type {rope.rope_type!r}; covered are {', '.join(ROPE_TYPES)}")
         if tuple(rope.inv_freq.shape) != (width // 2,) or width % 8 or width > 256:
-            raise NotPackable(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
+            raise UnsupportedWeights(f"its heads are {width} wide, rotated in part or not a multiple of 8 up to 256")
         self._number(f"{path}.attention_scaling", rope.attention_scaling)
 
     def _embedding(self, path: str, embedding: Any) -> None:
         if type(embedding) is not nn.Embedding:
-            raise NotPackable(f"{path} is a {type(embedding).__name__}, not a plain embedding")
+            raise UnsupportedWeights(f"{path} is a {type(embedding).__name__}, not a plain embedding")
         if embedding.max_norm is not None:
-            raise NotPackable(f"{path} shortens the rows that it gives (max_norm={embedding.max_norm})")
+            raise UnsupportedWeights(f"{path} shortens the rows that it gives (max_norm={embedding.max_norm})")
         self._parameter(path, embedding, "weight", (len(embedding.weight), self.width))
 
     def _norm(self, path: str, owner: Any, name: str, width: int) -> None:
@@ -158,26 +158,26 @@ class _Family:
         self._is(path, norm, "RMSNorm")
         eps = self._number(f"{path}.{name}.variance_epsilon", norm.variance_epsilon)
         if eps != self.eps:
-            raise NotPackable(f"{path}.{name}.variance_epsilon is {eps}, that of model.norm {self.eps}")
+            raise UnsupportedWeights(f"{path}.{name}.variance_epsilon is {eps}, that of model.norm {self.eps}")
         self._parameter(f"{path}.{name}", norm, "weight", (width,))
 
     def _merged(self, path: str, owner: Any, rows: dict[str, int]) -> None:
         """What becomes one product has one bias, or none."""
         biased = [name for name, count in rows.items() if self._linear(path, owner, name, count, self.width)]
         if biased and len(biased) != len(rows):
-            raise NotPackable(f"{path} has a bias in {', '.join(biased)} only")
+            raise UnsupportedWeights(f"{path} has a bias in {', '.join(biased)} only")
 
     def _rows(self, path: str, owner: Any, name: str) -> int:
         linear = getattr(owner, name)
         if type(linear) is not nn.Linear:
-            raise NotPackable(f"{path}.{name} is a {type(linear).__name__}, not a plain layer".removeprefix("."))
+            raise UnsupportedWeights(f"{path}.{name} is a {type(linear).__name__}, not a plain layer".removeprefix("."))
         return len(linear.weight)
 
     def _linear(self, path: str, owner: Any, name: str, rows: int, cols: int) -> bool:
         """Whether it has a bias."""
         linear = getattr(owner, name)
         if type(linear) is not nn.Linear:
-            raise NotPackable(f"{path}.{name} is a {type(linear).__name__}, not a plain layer")
+            raise UnsupportedWeights(f"{path}.{name} is a {type(linear).__name__}, not a plain layer")
         path = f"{path}.{name}" if path else name
         self._parameter(path, linear, "weight", (rows, cols))
         if linear._parameters.get("bias", 0) is None:  # 0: a bias that is no parameter
@@ -189,32 +189,32 @@ class _Family:
         tensor = owner._parameters.get(name)
         if type(tensor) is nn.Parameter and tensor.dtype is self.dtype and tensor.shape == shape:
             if tensor.device != self.device:
-                raise NotPackable(f"{path} is on {tensor.device}, the embedding on {self.device}")
+                raise UnsupportedWeights(f"{path} is on {tensor.device}, the embedding on {self.device}")
             if not tensor.is_contiguous():
-                raise NotPackable(f"{path} is not contiguous")
+                raise UnsupportedWeights(f"{path} is not contiguous")
             return
         held = getattr(owner, name)
         if type(held) is nn.Parameter and held.dtype is self.dtype:
-            raise NotPackable(
+            raise UnsupportedWeights(
                 f"the {name} of {path} is {list(held.shape)}, where the sizes of the model make it {list(shape)}"
             )
         kind, dtype = type(held).__name__, getattr(held, "dtype", None)
-        raise NotPackable(f"{path} holds a {kind} of {dtype}, not a parameter of {self.dtype}")
+        raise UnsupportedWeights(f"{path} holds a {kind} of {dtype}, not a parameter of {self.dtype}")
 
     def _is(self, path: str, module: Any, role: str) -> None:
         kind = type(module)
         if kind.__module__ != self.code or kind.__name__ != self.name + role:
-            raise NotPackable(f"{path} is a {kind.__name__} of {kind.__module__}, not a {self.name}{role}")
+            raise UnsupportedWeights(f"{path} is a {kind.__name__} of {kind.__module__}, not a {self.name}{role}")
 
     def _number(self, path: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise NotPackable(f"{path} is a {type(value).__name__}, not a number")
+            raise UnsupportedWeights(f"{path} is a {type(value).__name__}, not a number")
         return float(value)
 
     def _functions(self) -> None:
         code = vars(sys.modules[self.code])
         for name in FUNCTIONS:
             if name in code and not code[name].__module__.startswith("transformers."):
-                raise NotPackable(f"{name} of {self.code} was replaced, which the kernels would pass by")
+                raise UnsupportedWeights(f"{name} of {self.code} was replaced, which the kernels would pass by")
         if ALL_ATTENTION_FUNCTIONS.get("sdpa") is not sdpa_attention_forward or "eager" in ALL_ATTENTION_FUNCTIONS:
-            raise NotPackable("an attention of transformers was replaced, which the kernels would pass by")
+            raise UnsupportedWeights("an attention of transformers was replaced, which the kernels would pass by")

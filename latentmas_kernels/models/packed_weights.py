@@ -3,10 +3,10 @@
 Queries, keys and values are one matrix, and so are gate and up: one launch each reads them. There is no second copy.
 Where they do not lie one behind the other yet, they are moved there, and the model's parameters become views of the merged
 tensor; save_pretrained, state_dict, loading and tying work as before. Tools that go by storage do not (safetensors'
-save_model and huggingface_hub's save_torch_model refuse, accelerate's drops what shares one): `unmerge` gives every parameter
-its own again.
+save_model and huggingface_hub's save_torch_model refuse, accelerate's drops what shares one): `unpack_weights` gives every
+parameter its own again.
 
-Nothing of this is kept between calls: `read_weights` looks at the modules each time, numbers included: transformers reads eps
+Nothing of this is kept between calls: `pack_weights` looks at the modules each time, numbers included: transformers reads eps
 off each norm and the scale off each attention, not off the configuration. `.to()`, `.bfloat16()`, `deepcopy`, a LoRA, quantised
 layers or an edited number change what it finds, and `Weights.key` tells whether what was made of it before still holds.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packable import NotPackable, check_packable
+from latentmas_kernels.models.packable import UnsupportedWeights, check_packable
 
 MERGED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _merging = threading.Lock()  # two threads that merge at once would each make a copy
@@ -96,24 +96,24 @@ class Weights:
         return sum(t.nbytes for t in [*tensors, self.final_gain])
 
 
-def why_not(model: Any, architecture: Architecture) -> str | None:
-    """Why `read_weights` would refuse the model, as a clause; None where it would not. Moves nothing."""
+def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
+    """Why `pack_weights` would refuse the model, as a clause; None where it would not. Moves nothing."""
     try:
         check_packable(model, architecture)
-    except NotPackable as reason:
+    except UnsupportedWeights as reason:
         return str(reason)
     return None
 
 
 @torch.no_grad()
-def read_weights(model: Any, architecture: Architecture) -> Weights:
+def pack_weights(model: Any, architecture: Architecture) -> Weights:
     """Read a model, merging what is not merged yet.
 
     The peak of memory is that of one layer's products above the model. The parameters stay the same objects; their
     storage changes where it is merged.
 
     Raises:
-        NotPackable: for a model that the fast engines do not cover.
+        UnsupportedWeights: for a model that the fast engines do not cover.
     """
     modules = check_packable(model, architecture)
     decoder = model.model
@@ -168,7 +168,7 @@ def read_weights(model: Any, architecture: Architecture) -> Weights:
 
 
 @torch.no_grad()
-def unmerge(model: Any) -> None:
+def unpack_weights(model: Any) -> None:
     """Give every parameter that is a view of a merged tensor a storage of its own again."""
     with _merging, torch.inference_mode(False):
         for path, parameter in model.named_parameters():
@@ -205,11 +205,11 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
             parameter.data = merged[start : start + len(parameter)]
             start += len(parameter)
     if merged.device.type == "cpu":
-        _give_back()
+        _trim_heap()
     return merged
 
 
-def _give_back() -> None:
+def _trim_heap() -> None:
     """Return freed memory to the system, where the C library can (glibc). The gaps that merging leaves are 64 bytes too small
     for the same products of the next layer: at 135M they were 8 to 22 MB in the end, of 269 MB of weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

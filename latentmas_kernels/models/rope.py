@@ -33,7 +33,7 @@ At 37 the unscaled ones are just 0.010 off in float32 and 0.014 in bfloat16, whe
 
 
 @dataclass(frozen=True, eq=False)
-class Rotation:
+class RopeShift:
     """RoPE of cached keys, layer by layer.
 
     Attributes:
@@ -43,7 +43,7 @@ class Rotation:
     inv_freq: Tensor
 
     @classmethod
-    def of(cls, model: Any) -> "Rotation":
+    def of(cls, model: Any) -> "RopeShift":
         """Find and prove it: the model reads four tokens at two places, and the first keys, moved, must be the second.
 
         Proved once per model, dtype, device and state of its frequencies. A refusal is not kept: what caused it (a hook, an
@@ -86,7 +86,7 @@ class Rotation:
                 rerotate_keys(keys[layer : layer + 1, :, :, first:], shifts[:, first:], frequencies)
 
 
-_known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, list[Tensor], Rotation]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, list[Tensor], RopeShift]]" = weakref.WeakKeyDictionary()
 
 
 def _tables(model: Any) -> list[Tensor]:
@@ -96,7 +96,7 @@ def _tables(model: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> Rotation | str:
+def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> RopeShift | str:
     """The rotation, or why there is none, as a clause."""
     decoder = decoder_of(model)
     kinds = rope_types(model.config) | _types_in_use(decoder)
@@ -119,7 +119,7 @@ def _prove(model: Any, architecture: Architecture, held: list[Tensor]) -> Rotati
         if not distance < TOLERANCE.get(architecture.dtype, ROUNDED):
             return f"moved by {shift} positions, keys of layer {layer} are {distance:.2g} off, relative to their size"
         chosen[layer] = [still, *tables][best]
-    return Rotation(torch.stack(chosen))
+    return RopeShift(torch.stack(chosen))
 
 
 def rope_types(config: Any) -> set[str]:

@@ -24,12 +24,12 @@ def decode_attention_reference(
     window: int | None = None,
     positions: Tensor | None = None,
     query_positions: Tensor | None = None,
-    lenders: Tensor | None = None,
-    borrowed: Tensor | None = None,
+    prefix_row: Tensor | None = None,
+    prefix_len: Tensor | None = None,
 ) -> Tensor:
     slots = keys.shape[2]
-    if lenders is not None and borrowed is not None:
-        keys, values = (_where_they_lie(t, lenders, borrowed) for t in (keys, values))
+    if prefix_row is not None and prefix_len is not None:
+        keys, values = (_where_they_lie(t, prefix_row, prefix_len) for t in (keys, values))
     seen = torch.arange(slots, device=keys.device) < lengths[:, None]
     if window is not None:
         assert positions is not None
@@ -44,10 +44,10 @@ def decode_attention_reference(
     return torch.einsum("bhs,bhsd->bhd", shares.to(v.dtype), v).flatten(1)
 
 
-def _where_they_lie(store: Tensor, lenders: Tensor, borrowed: Tensor) -> Tensor:
+def _where_they_lie(store: Tensor, prefix_row: Tensor, prefix_len: Tensor) -> Tensor:
     """Each row's slots in a buffer of its own, those that it borrows too."""
     rows, slots = (torch.arange(n, device=store.device) for n in (store.shape[0], store.shape[2]))
-    source = torch.where(slots < borrowed[:, None], lenders[:, None].long(), rows[:, None])
+    source = torch.where(slots < prefix_len[:, None], prefix_row[:, None].long(), rows[:, None])
     return store.transpose(1, 2)[source, slots].transpose(1, 2)
 
 
@@ -61,24 +61,24 @@ def _decode_attention(
     window: int | None,
     positions: Tensor | None,
     query_positions: Tensor | None,
-    lenders: Tensor | None,
-    borrowed: Tensor | None,
+    prefix_row: Tensor | None,
+    prefix_len: Tensor | None,
 ) -> Tensor:
     if not runs_on(queries):
         return decode_attention_reference(
-            queries, keys, values, lengths, scale, window, positions, query_positions, lenders, borrowed
+            queries, keys, values, lengths, scale, window, positions, query_positions, prefix_row, prefix_len
         ).contiguous()
-    from latentmas_kernels.ops.triton.decode_attention import Partials, splits_for
+    from latentmas_kernels.ops.triton.decode_attention import Partials, num_kv_splits
     from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
     from latentmas_kernels.ops.triton.kv_table import memory_of
 
     target = target_of(queries.device)
     out = torch.empty_like(queries).flatten(1)
-    splits = splits_for(target, len(queries), keys.shape[1], queries.element_size())
+    splits = num_kv_splits(target, len(queries), keys.shape[1], queries.element_size())
     kernel(
         queries, memory_of(keys, values, positions), 0, keys.shape[1], lengths,
         lengths if query_positions is None else query_positions, window, scale, Partials(queries, splits), out,
-        target=target, lenders=lenders, borrowed=borrowed,
+        target=target, prefix_row=prefix_row, prefix_len=prefix_len,
     )  # fmt: skip
     return out
 
@@ -93,8 +93,8 @@ def _(
     window: int | None,
     positions: Tensor | None,
     query_positions: Tensor | None,
-    lenders: Tensor | None,
-    borrowed: Tensor | None,
+    prefix_row: Tensor | None,
+    prefix_len: Tensor | None,
 ) -> Tensor:
     return queries.new_empty(queries.shape[0], queries.shape[1] * queries.shape[2])
 
@@ -109,8 +109,8 @@ def decode_attention(
     window: int | None = None,
     positions: Tensor | None = None,
     query_positions: Tensor | None = None,
-    lenders: Tensor | None = None,
-    borrowed: Tensor | None = None,
+    prefix_row: Tensor | None = None,
+    prefix_len: Tensor | None = None,
 ) -> Tensor:
     """Attend from one position per row.
 
@@ -123,8 +123,8 @@ def decode_attention(
         window: positions that a query sees, its own included; needs the two below.
         positions: int64 [B, S], of the slots, rising along each row.
         query_positions: int32 [B].
-        lenders, borrowed: int32 [B], both or none. The first borrowed[b] slots of row b, a multiple of 64 and no more than
-            its length, lie in row lenders[b] of keys and values; their positions do not.
+        prefix_row, prefix_len: int32 [B], both or none. The first prefix_len[b] slots of row b, a multiple of 64 and no more
+            than its length, lie in row prefix_row[b] of keys and values; their positions do not.
 
     Returns:
         [B, Hq hd].
@@ -154,15 +154,15 @@ def decode_attention(
                 f"decode_attention: query_positions must be int32 [{batch}]; got {query_positions.dtype} "
                 f"{list(query_positions.shape)}"
             )
-    if (lenders is None) != (borrowed is None):
-        raise ValueError("decode_attention: pass both lenders and borrowed, or neither")
-    for name, rows in (("lenders", lenders), ("borrowed", borrowed)):
+    if (prefix_row is None) != (prefix_len is None):
+        raise ValueError("decode_attention: pass both prefix_row and prefix_len, or neither")
+    for name, rows in (("prefix_row", prefix_row), ("prefix_len", prefix_len)):
         if rows is not None and (list(rows.shape) != [batch] or rows.dtype != torch.int32):
             raise ValueError(f"decode_attention: {name} must be int32 [{batch}]; got {rows.dtype} {list(rows.shape)}")
-    query_positions, lenders, borrowed = (
-        None if t is None else t.contiguous() for t in (query_positions, lenders, borrowed)
+    query_positions, prefix_row, prefix_len = (
+        None if t is None else t.contiguous() for t in (query_positions, prefix_row, prefix_len)
     )
     return _decode_attention(
         queries.contiguous(), keys, values, lengths.contiguous(), width**-0.5 if scale is None else scale, window, positions,
-        query_positions, lenders, borrowed,
+        query_positions, prefix_row, prefix_len,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentmas.chain.agent import Agent
     from latentmas.chain.chain import Chain
-    from latentmas.chain.memory_policy import Budget, HandOver
+    from latentmas.chain.memory_policy import Budget, MemoryPolicy
     from latentmas.chain.progress import Progress
     from latentmas.chain.results import AgentMetrics, Answer, ChainResult, Turn
     from latentmas.chain_files.methods import METHODS, latent_agents, single_agent, text_agents
@@ -19,7 +19,7 @@ _HOME = {
     "Budget": "chain.memory_policy",
     "Chain": "chain.chain",
     "ChainResult": "chain.results",
-    "HandOver": "chain.memory_policy",
+    "MemoryPolicy": "chain.memory_policy",
     "METHODS": "chain_files.methods",
     "Progress": "chain.progress",
     "Turn": "chain.results",
@@ -37,7 +37,7 @@ __all__ = [
     "Budget",
     "Chain",
     "ChainResult",
-    "HandOver",
+    "MemoryPolicy",
     "Progress",
     "Turn",
     "latent_agents",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentmas.backends.base import Embeds, Steps, TextRequest, check_requests
+from latentmas.backends.base import Embeds, GenerationRequest, Steps, check_requests
 from tiny_models import TINY, tiny_model
 
 from latentmas_kernels import LatentCache
@@ -19,7 +19,7 @@ def thought(number, width=WIDTH, dtype=torch.float32):
 
 
 def request(prompt=(5, 6), *, fed=(), row=None, most=4):
-    return TextRequest(list(prompt), most, (2,), row=row, fed=fed)
+    return GenerationRequest(list(prompt), most, (2,), row=row, fed=fed)
 
 
 # ---- embeddings and tokens -----------------------------------------------------------------------------------------

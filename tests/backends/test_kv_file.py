@@ -21,12 +21,12 @@ from latentmas.backends.kv_file import (
     ROW,
     SLOTS,
     SUFFIX,
-    Handed,
-    Parcel,
+    KVFile,
+    KVFileRow,
     check_finite,
-    check_plain,
-    heads_of,
-    read_parcel,
+    check_transferable,
+    kv_heads_of_rank,
+    read_kv_rows,
     shared_folder,
     sweep,
 )
@@ -34,11 +34,11 @@ from tiny_models import FAMILIES, tiny_model
 
 import latentmas_kernels.models.rope  # noqa: F401  what keys_are_moved_by_torch replaces
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import Stamp
-from latentmas_kernels.cache.latent_cache import NoRoomError
+from latentmas_kernels.cache.file import ModelFingerprint
+from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
 from latentmas_kernels.models.architecture import UnsupportedModelError
 
-STAMPS = {dtype: Stamp.of(model) for dtype, model in MODELS.items()}
+STAMPS = {dtype: ModelFingerprint.of(model) for dtype, model in MODELS.items()}
 STAMP = STAMPS[torch.float32]
 DTYPES = list(MODELS)
 
@@ -52,9 +52,9 @@ def ragged_memory(dtype=torch.float32, lengths=(9, 4, 1)):
 
 def spread_memory(dtype):
     """Rows that borrow their first 64 slots from the first one, and go on by themselves."""
-    memory = ragged_memory(dtype, [70]).spread(3, 90)
+    memory = ragged_memory(dtype, [70]).fork_rows(3, 90)
     append(memory, [5, 0, 9], "prompt", torch.Generator().manual_seed(4))
-    assert int(memory.borrowed.sum()) == 128
+    assert int(memory.prefix_len.sum()) == 128
     return memory
 
 
@@ -74,7 +74,7 @@ def cut_memory(dtype):
     return memory
 
 
-MEMORIES = {"ragged": ragged_memory, "borrowed": spread_memory, "forked": forked_memory, "cut": cut_memory}
+MEMORIES = {"ragged": ragged_memory, "prefix_len": spread_memory, "forked": forked_memory, "cut": cut_memory}
 
 
 def row_of(memory, row):
@@ -85,7 +85,7 @@ def row_of(memory, row):
 
 @pytest.fixture
 def parcel(tmp_path):
-    with Parcel(ragged_memory(), STAMP, tmp_path) as parcel:
+    with KVFile(ragged_memory(), STAMP, tmp_path) as parcel:
         yield parcel
 
 
@@ -98,22 +98,22 @@ def parcel(tmp_path):
 def test_a_parcel_holds_what_the_memory_held(tmp_path, name, dtype):
     """Bit for bit, and the memory is as it was."""
     memory = MEMORIES[name](dtype)
-    before = memory.buffer.clone(), memory.lengths.clone(), memory.borrowed.clone(), list(memory.segments)
-    with Parcel(memory, STAMPS[dtype], tmp_path) as parcel:
+    before = memory.buffer.clone(), memory.lengths.clone(), memory.prefix_len.clone(), list(memory.segments)
+    with KVFile(memory, STAMPS[dtype], tmp_path) as parcel:
         assert [(handed.row, handed.slots) for handed in parcel.rows] == list(enumerate(memory.lengths.tolist()))
         for row, handed in enumerate(parcel.rows):
-            got = read_parcel(tmp_path, handed, STAMPS[dtype].fingerprint)
+            got = read_kv_rows(tmp_path, handed, STAMPS[dtype].fingerprint)
             assert got.dtype == dtype
             assert torch.equal(got, row_of(memory, row))
     assert torch.equal(memory.buffer.view(torch.uint8), before[0].view(torch.uint8))
     assert torch.equal(memory.lengths, before[1])
-    assert torch.equal(memory.borrowed, before[2])
+    assert torch.equal(memory.prefix_len, before[2])
     assert memory.segments == before[3]
 
 
 def test_a_parcel_is_read_where_it_lies(tmp_path, parcel):
     """What the reader gets are the pages of the file, not a copy."""
-    kv = read_parcel(tmp_path, parcel.rows[0], STAMP.fingerprint)
+    kv = read_kv_rows(tmp_path, parcel.rows[0], STAMP.fingerprint)
     maps = [m.addr.split("-") for m in psutil.Process().memory_maps(grouped=False) if m.path == str(parcel.path)]
     assert any(int(low, 16) <= kv.data_ptr() < int(high, 16) for low, high in maps)
 
@@ -132,7 +132,7 @@ def test_what_is_not_finite_is_refused_with_its_row(tmp_path, name, dtype, value
     memory = MEMORIES[name](dtype)
     memory.keys[1, 2, 0, int(memory.lengths[2]) - 1, 5] = value
     with pytest.raises(ValueError, match="row 2 of the memory holds NaN or Inf"):
-        Parcel(memory, STAMPS[dtype], tmp_path)
+        KVFile(memory, STAMPS[dtype], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,7 +141,7 @@ def test_what_a_lender_holds_is_looked_at_for_every_row(tmp_path, value):
     memory = spread_memory(torch.float32)
     memory.values[0, 0, 1, 63, 0] = value
     with pytest.raises(ValueError, match="row 0 of the memory holds NaN or Inf"):
-        Parcel(memory, STAMP, tmp_path)
+        KVFile(memory, STAMP, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -158,10 +158,10 @@ def test_large_values_are_finite(dtype):
 def test_rows_that_vllm_could_not_go_on_from_are_refused(tmp_path):
     empty = ragged_memory(lengths=[3, 0, 2])
     with pytest.raises(ValueError, match="row 1 of the memory holds nothing; send its prompt as tokens"):
-        Parcel(empty, STAMP, tmp_path)
+        KVFile(empty, STAMP, tmp_path)
     gaps = example()
     with pytest.raises(ValueError, match=r"positions 0, 1, 2, .*next positions \[9, 10, 5\].*rebase\(model\)"):
-        Parcel(gaps, STAMP, tmp_path)
+        KVFile(gaps, STAMP, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,10 +170,10 @@ def test_layers_with_windows_cannot_be_handed_over():
         model = tiny_model(name)
         windowed = {"qwen2-mixed": 2, "qwen3-mixed": 2, "mistral-window": 3}.get(name)
         if windowed is None:
-            check_plain(model)
+            check_transferable(model)
             continue
         with pytest.raises(UnsupportedModelError, match=f"a sliding window in {windowed} of its 3 layers.*embeds"):
-            check_plain(model)
+            check_transferable(model)
 
 
 def test_keys_whose_angles_change_with_the_length_cannot_be_handed_over():
@@ -183,22 +183,22 @@ def test_keys_whose_angles_change_with_the_length_cannot_be_handed_over():
         with pytest.raises(
             UnsupportedModelError, match=f"RoPE of type {kind}, whose angles change with the length.*embeds"
         ):
-            check_plain(model)
+            check_transferable(model)
 
 
 def test_a_memory_of_another_model_is_refused(tmp_path):
     other = replace(STAMP, model=STAMP.model.replace("3 layers", "4 layers"))
     with pytest.raises(ValueError, match="got a cache of 3 layers.* writes a cache of 4 layers"):
-        Parcel(ragged_memory(), other, tmp_path)
+        KVFile(ragged_memory(), other, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(
-        NoRoomError, match="a memory of 0 MB does not fit .*, where 0 MB are free: .*--shm-size.*--folder"
+        InsufficientMemoryError, match="a memory of 0 MB does not fit .*, where 0 MB are free: .*--shm-size.*--folder"
     ):
-        Parcel(ragged_memory(), STAMP, tmp_path)
+        KVFile(ragged_memory(), STAMP, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,15 +207,15 @@ def test_a_folder_without_room_is_said_before_anything_is_written(tmp_path, monk
 
 @pytest.mark.parametrize(("row", "slots"), [(3, 9), (0, 8), (0, 10), (1, 9), (10**30, 9)])
 def test_rows_are_what_the_request_said(tmp_path, parcel, row, slots):
-    handed = Handed(parcel.path.name, row, slots)
+    handed = KVFileRow(parcel.path.name, row, slots)
     with pytest.raises(ValueError, match=rf"holds rows of \[9, 4, 1\] slots; got row {row} of {slots}"):
-        read_parcel(tmp_path, handed, STAMP.fingerprint)
+        read_kv_rows(tmp_path, handed, STAMP.fingerprint)
 
 
 def test_the_memory_of_another_model_is_refused(tmp_path, parcel):
     other = STAMPS[torch.bfloat16].fingerprint
     with pytest.raises(ValueError, match=f"another model: .*{STAMP.fingerprint[:12]}.*started for {other[:12]}"):
-        read_parcel(tmp_path, parcel.rows[0], other)
+        read_kv_rows(tmp_path, parcel.rows[0], other)
 
 
 @pytest.mark.parametrize("path", [FILE, "cut", "damaged", "empty", "folder"])
@@ -229,7 +229,7 @@ def test_files_that_cannot_be_read_are_errors_that_a_worker_survives(tmp_path, p
         parts = {"cut": whole[:-7], "damaged": whole[:8] + b"x" + whole[9:], "empty": b""}
         parcel.path.write_bytes(parts[path])
     with pytest.raises((OSError, ValueError), match=parcel.path.name):
-        read_parcel(tmp_path, handed, STAMP.fingerprint)
+        read_kv_rows(tmp_path, handed, STAMP.fingerprint)
     if path == "folder":
         parcel.path.rmdir()
 
@@ -239,9 +239,9 @@ def test_gaps_in_positions_are_refused_by_the_reader(tmp_path):
     memory = example()
     file = tmp_path / f"x{SUFFIX}"
     memory.save(file, MODELS[torch.float32])
-    read_parcel(tmp_path, Handed(file.name, 2, 5), STAMP.fingerprint)
+    read_kv_rows(tmp_path, KVFileRow(file.name, 2, 5), STAMP.fingerprint)
     with pytest.raises(ValueError, match="gaps in its positions; rebase"):
-        read_parcel(tmp_path, Handed(file.name, 1, 5), STAMP.fingerprint)
+        read_kv_rows(tmp_path, KVFileRow(file.name, 1, 5), STAMP.fingerprint)
 
 
 # ---- how requests name it ------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_only_a_plain_name_is_read_from_what_anyone_may_send(file, row, slots, k
     everything = {FILE: file, ROW: row, SLOTS: slots, "other": 1}
     params = {key: everything[key] for key in keys}
     if not keys - {"other"}:
-        assert Handed.read(params) is None
+        assert KVFileRow.read(params) is None
         return
     good = (
         isinstance(file, str)
@@ -279,20 +279,20 @@ def test_only_a_plain_name_is_read_from_what_anyone_may_send(file, row, slots, k
         and slots >= 1
     )
     if good and keys >= {FILE, ROW, SLOTS}:
-        handed = Handed.read(params)
-        assert handed == Handed(file, row, slots)
+        handed = KVFileRow.read(params)
+        assert handed == KVFileRow(file, row, slots)
         folder = Path("/some/folder")
         assert (folder / handed.file).parent == folder
         assert os.path.normpath(folder / handed.file) == str(folder / handed.file)
     else:
         with pytest.raises(ValueError, match=f"{FILE}=.*supported are the name of a file"):
-            Handed.read(params)
+            KVFileRow.read(params)
 
 
 @pytest.mark.parametrize("file", ["../a", "/etc/a", "a/b", "a\0b", "a/../b", "./a"])
 def test_names_that_lead_out_of_the_folder(file):
     with pytest.raises(ValueError, match="supported are the name of a file in the folder"):
-        Handed.read({FILE: file + SUFFIX, ROW: 0, SLOTS: 1})
+        KVFileRow.read({FILE: file + SUFFIX, ROW: 0, SLOTS: 1})
 
 
 @pytest.mark.parametrize(
@@ -300,22 +300,22 @@ def test_names_that_lead_out_of_the_folder(file):
 )
 def test_numbers_that_are_none(row, slots):
     with pytest.raises(ValueError, match="its number of slots"):
-        Handed.read({FILE: "a" + SUFFIX, ROW: row, SLOTS: slots})
+        KVFileRow.read({FILE: "a" + SUFFIX, ROW: row, SLOTS: slots})
 
 
 @given(st.text(alphabet="abc-09").map(lambda n: n + SUFFIX), st.integers(0), st.integers(1))
 def test_what_is_said_of_a_row_is_read_again(file, row, slots):
-    handed = Handed(file, row, slots)
-    assert Handed.read(handed.params) == handed
-    assert Handed.read({**handed.params, "of someone else": 1}) == handed
-    assert Handed.read(None) is None
-    assert Handed.read({}) is None
+    handed = KVFileRow(file, row, slots)
+    assert KVFileRow.read(handed.params) == handed
+    assert KVFileRow.read({**handed.params, "of someone else": 1}) == handed
+    assert KVFileRow.read(None) is None
+    assert KVFileRow.read({}) is None
 
 
 def test_no_two_rows_have_the_same_salt(tmp_path):
     """Of one parcel, nor of two of the same memory."""
     memory = ragged_memory()
-    rows = [handed for _ in range(3) for handed in Parcel(memory, STAMP, tmp_path).rows]
+    rows = [handed for _ in range(3) for handed in KVFile(memory, STAMP, tmp_path).rows]
     assert len({handed.salt for handed in rows}) == 9
 
 
@@ -323,7 +323,7 @@ def test_no_two_rows_have_the_same_salt(tmp_path):
 
 
 def test_the_file_is_there_within_the_block_only_and_for_its_owner_only(tmp_path):
-    with Parcel(ragged_memory(), STAMP, tmp_path) as parcel:
+    with KVFile(ragged_memory(), STAMP, tmp_path) as parcel:
         assert list(tmp_path.iterdir()) == [parcel.path]
         assert stat.S_IMODE(parcel.path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == []
@@ -332,7 +332,7 @@ def test_the_file_is_there_within_the_block_only_and_for_its_owner_only(tmp_path
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_the_file_is_gone_behind_an_error(tmp_path, error):
-    with pytest.raises(error), Parcel(ragged_memory(), STAMP, tmp_path):
+    with pytest.raises(error), KVFile(ragged_memory(), STAMP, tmp_path):
         raise error
     assert list(tmp_path.iterdir()) == []
 
@@ -342,7 +342,7 @@ def test_nothing_is_left_where_the_file_could_not_be_written(tmp_path, monkeypat
         "latentmas_kernels.cache.file.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
     )
     with pytest.raises(OSError, match="full"):
-        Parcel(ragged_memory(), STAMP, tmp_path)
+        KVFile(ragged_memory(), STAMP, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -350,7 +350,7 @@ def test_sweep_removes_what_dead_processes_of_this_host_left(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     here, dead, alive = socket.gethostname(), child.pid, os.getpid()
-    own = Parcel(ragged_memory(), STAMP, tmp_path).path.name
+    own = KVFile(ragged_memory(), STAMP, tmp_path).path.name
     gone = [f"{here}-{dead}-0a{SUFFIX}", f".{here}-{dead}-0b{SUFFIX}.tmp1"]
     stay = [
         own,
@@ -381,11 +381,11 @@ def test_heads_of_ranks():
     for ranks, heads in itertools.product(range(1, 17), repeat=2):
         if ranks % heads and heads % ranks:
             with pytest.raises(ValueError, match=f"got {heads} KV heads and tensor_parallel_size {ranks}"):
-                heads_of(0, ranks, heads)
+                kv_heads_of_rank(0, ranks, heads)
             continue
         served = [[] for _ in range(heads)]
         for rank in range(ranks):
-            for head in range(heads)[heads_of(rank, ranks, heads)]:
+            for head in range(heads)[kv_heads_of_rank(rank, ranks, heads)]:
                 served[head].append(rank)
         if ranks <= heads:
             want = [[head // (heads // ranks)] for head in range(heads)]

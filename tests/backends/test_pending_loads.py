@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from latentmas.backends.kv_file import FILE, ROW, SLOTS, SUFFIX, Handed
+from latentmas.backends.kv_file import FILE, ROW, SLOTS, SUFFIX, KVFileRow
 from latentmas.backends.vllm.pending_loads import Ledger, Load
 
 BLOCKS = 300
@@ -20,7 +20,7 @@ class Request:
     """As the scheduler knows it; `tokens` are those of the prompt, which begins with a placeholder for every slot."""
 
     name: str
-    handed: Handed | None
+    handed: KVFileRow | None
     tokens: int
     written: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Scheduler(RuleBasedStateMachine):
     @precondition(lambda self: len(self.waiting) + len(self.running) < 6)
     def arrives(self, file, row, prompt):
         """Several may go on from the same row; a row always has the same number of slots."""
-        handed = Handed(f"{file}{SUFFIX}", row, 1 + (file * 97 + row * 61) % 170)
+        handed = KVFileRow(f"{file}{SUFFIX}", row, 1 + (file * 97 + row * 61) % 170)
         self._arrive(handed, handed.slots + prompt)
 
     @rule(prompt=st.integers(1, 60))
@@ -168,7 +168,7 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadl
 
 # ---- requests with a fault -----------------------------------------------------------------------------------------
 
-HANDED = Handed(f"a{SUFFIX}", 0, 20)
+HANDED = KVFileRow(f"a{SUFFIX}", 0, 20)
 FAULTS = {
     "salt of another row": (HANDED.params, "b:0", 30, r"got cache_salt 'b:0'; it must be 'a\.latentmas-kv:0'"),
     "no salt": (HANDED.params, None, 30, "got cache_salt None; it must be"),

@@ -191,21 +191,21 @@ def test_what_a_window_dropped_does_not_come_back(tmp_path):
     """A cut, a move or a merge would let later positions see zeros; what was added behind may be edited."""
     model = tiny_model("mistral-window")
     cache = windowed(model)
-    assert cache.whole_from.tolist() == [30, 0, 30]
+    assert cache.complete_from.tolist() == [30, 0, 30]
     cache.name_segments("reader")
     more = latent_generate(model, *ragged([2, 2, 2]), latent_steps=3, past_key_values=cache).past_key_values
     more.name_segments("thinker")
     more.save(tmp_path / "memory.safetensors", model)
     loaded = LatentCache.load(tmp_path / "memory.safetensors", model)
     copies = [
-        more, loaded, more.fork(90), more.branch(), more.select([0, 1, 2]), more.spread(1, 70), copy.deepcopy(more),
+        more, loaded, more.fork(90), more.branch(), more.select([0, 1, 2]), more.fork_rows(1, 70), copy.deepcopy(more),
         copy.copy(more),
     ]  # fmt: skip
     front = torch.arange(35).expand(3, -1) > 2
     for memory in copies:
-        assert memory.whole_from.tolist() == [30, 0, 30]
+        assert memory.complete_from.tolist() == [30, 0, 30]
         for refused in (
-            lambda c: c.cut_to(torch.tensor([30, 5, 29])),
+            lambda c: c.truncate(torch.tensor([30, 5, 29])),
             lambda c: c.crop(-6),
             lambda c: c.keep("thinker"),
             lambda c: c.keep(front),
@@ -222,21 +222,21 @@ def test_what_a_window_dropped_does_not_come_back(tmp_path):
         assert memory.lengths.tolist() == [33, 8, 33]
         memory.rewind("reader")
         assert memory.lengths.tolist() == [30, 5, 30]
-    assert more.select([1, 0]).whole_from.tolist() == [0, 30]
-    assert more.spread(2, 60).whole_from.tolist() == [30, 30, 0, 0, 30, 30]
+    assert more.select([1, 0]).complete_from.tolist() == [0, 30]
+    assert more.fork_rows(2, 60).complete_from.tolist() == [30, 30, 0, 0, 30, 30]
     more.reset()
-    assert more.whole_from.tolist() == [0, 0, 0]
-    assert windowed(tiny_model("llama")).whole_from.tolist() == [0, 0, 0]
-    assert windowed(model, (6, 5, 3)).whole_from.tolist() == [0, 0, 0]
+    assert more.complete_from.tolist() == [0, 0, 0]
+    assert windowed(tiny_model("llama")).complete_from.tolist() == [0, 0, 0]
+    assert windowed(model, (6, 5, 3)).complete_from.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("value", [[31, 0, 0], [-1, 0, 0], [1, 0], [1.0, 0, 0], [True, 0, 0], "30", None])
 def test_a_file_does_not_say_more_than_can_be(tmp_path, value):
     model = tiny_model("mistral-window")
     cache = windowed(model)
-    cache.whole_from = SimpleNamespace(any=lambda: True, tolist=lambda: value)
+    cache.complete_from = SimpleNamespace(any=lambda: True, tolist=lambda: value)
     cache.save(tmp_path / "memory.safetensors", model)
-    with pytest.raises(ValueError, match=r"found whole_from .*0 to the length, for each of 3 rows"):
+    with pytest.raises(ValueError, match=r"found complete_from .*0 to the length, for each of 3 rows"):
         LatentCache.load(tmp_path / "memory.safetensors", model)
 
 

@@ -16,7 +16,7 @@ from tiny_models import ragged, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentmas_kernels import LatentCache, Segment, generate, latent_generate
-from latentmas_kernels.cache.latent_cache import LENT_SLOTS, NoRoomError
+from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK, InsufficientMemoryError
 
 SHAPE = {"layers": 2, "kv_heads": 2, "head_dim": 4, "dtype": torch.float32}
 MODEL = tiny_model("llama", num_hidden_layers=2, head_dim=4)
@@ -83,7 +83,7 @@ class Plain:
 
 def place(cache, row, slot):
     """The row whose memory holds this slot."""
-    return int(cache.lenders[row]) if slot < int(cache.borrowed[row]) else row
+    return int(cache.prefix_row[row]) if slot < int(cache.prefix_len[row]) else row
 
 
 def check(cache, plain):
@@ -195,10 +195,10 @@ class World:
         rows = self.data.draw(st.lists(st.integers(0, len(plain.rows) - 1), min_size=1, max_size=4))
         self.pairs.append((cache.select(rows), plain.copy(rows)))
 
-    def spread(self, cache, plain):
+    def fork_rows(self, cache, plain):
         times, used = self.choose(1, 2, 3), max(map(len, plain.rows))
         if len(plain.rows) * times <= 6:
-            wide = cache.spread(times, used + 10)
+            wide = cache.fork_rows(times, used + 10)
             self.pairs.append((wide, plain.copy([r for r in range(len(plain.rows)) for _ in range(times)])))
 
     def branch(self, cache, plain):
@@ -240,7 +240,7 @@ ACTIONS = ["cut_by_name", "cut_by_mask", "crop", "rebase", "fork", "select", "sp
 def test_any_sequence_of_edits_equals_lists_of_slots(data):
     """Whatever is done to one cache, all that live beside it hold what their own lists hold."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentmas_kernels.cache.edits.LENT_SLOTS", 4)
+        patch.setattr("latentmas_kernels.cache.edits.PREFIX_BLOCK", 4)
         world = World(data, data.draw(st.integers(1, 3)))
         for _ in range(data.draw(st.integers(2, 12))):
             getattr(world, world.choose("append", "append", "append", *ACTIONS))(*world.choose(*world.pairs))
@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_refused():
             call([])
     for times, capacity in ((0, 20), (2, 7)):
         with pytest.raises(ValueError, match=f"of 8 slots here or more; got times={times}, capacity={capacity}"):
-            cache.spread(times, capacity)
+            cache.fork_rows(times, capacity)
     cache.crop(-3)
     with pytest.raises(ValueError, match=r"first slots \[7, 0\] of rows \[0, 1\].*length \(\[5, 1\]\)"):
         LatentCache.concat([early], MODEL)
@@ -350,7 +350,7 @@ def test_names_are_looked_up_in_the_order_that_they_are_given_in():
 
 def test_a_cut_to_more_than_there_is_changes_nothing():
     cache = filled([2, 1])
-    cache.cut_to(torch.tensor([99, 3]))
+    cache.truncate(torch.tensor([99, 3]))
     assert cache.lengths.tolist() == [8, 3]
     assert cache.next_position.tolist() == [8, 3]
     assert cache.segments[-1] == Segment("critic", "latent", (6, 3), (8, 3))
@@ -522,9 +522,10 @@ def test_a_donation_without_room_for_a_copy_is_not_used_up(monkeypatch):
     home = cache.buffer.data_ptr()
     with monkeypatch.context() as patch:
         patch.setattr(
-            "latentmas_kernels.cache.latent_cache.check_room", lambda *_: (_ for _ in ()).throw(NoRoomError("none"))
+            "latentmas_kernels.cache.latent_cache.check_free_memory",
+            lambda *_: (_ for _ in ()).throw(InsufficientMemoryError("none")),
         )
-        with pytest.raises(NoRoomError):
+        with pytest.raises(InsufficientMemoryError):
             branch.take(14)
     assert cache.rewind("critic") is None
     go_on(cache)
@@ -545,7 +546,7 @@ def test_branches_are_made_while_others_look_at_each_other():
         for worker in workers:
             worker.start()
         for _ in range(3000):
-            errors.extend(_raised(lambda: cache.own(since=cache.lengths)))
+            errors.extend(_raised(lambda: cache.make_private(since=cache.lengths)))
     finally:
         done.set()
         for worker in workers:
@@ -602,7 +603,7 @@ def test_a_transaction_looks_at_the_branches_once_more():
 
 
 def spread_cache():
-    wide = filled([LENT_SLOTS // 4 + 1, 2]).spread(3, 120)
+    wide = filled([PREFIX_BLOCK // 4 + 1, 2]).fork_rows(3, 120)
     poison([wide])
     return wide
 
@@ -675,5 +676,5 @@ def test_cutting_takes_no_more_memory_than_the_keys_of_one_layer():
             cache.rebase(model)
         assert made.largest <= one * (296 - first) / 300
     with Allocations() as made:
-        cache.cut_to(torch.tensor([100, 100]))
+        cache.truncate(torch.tensor([100, 100]))
     assert made.largest < one / 10

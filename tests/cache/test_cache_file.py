@@ -25,9 +25,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from latentmas_kernels import LatentCache, Segment, generate, latent_generate
 from latentmas_kernels.cache import file as cache_file
-from latentmas_kernels.cache.file import HEADER_LIMIT, Stamp, model_fingerprint, read_rows
+from latentmas_kernels.cache.file import HEADER_LIMIT, ModelFingerprint, model_fingerprint, read_file
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import read_weights
+from latentmas_kernels.models.packed_weights import pack_weights
 
 MODEL = MODELS[torch.float32]
 
@@ -217,7 +217,7 @@ def test_the_fingerprint_is_that_of_the_checkpoint(name, tmp_path):
 def test_engines_that_merge_weights_leave_the_fingerprint(name):
     model = tiny_model(name)
     before = model_fingerprint(model)
-    read_weights(model, Architecture.of(model))
+    pack_weights(model, Architecture.of(model))
     assert model_fingerprint(model) == before
 
 
@@ -616,8 +616,12 @@ def test_rows_are_read_without_a_model(tmp_path, dtype):
     """For a reader that has no model of transformers: what was saved, and whose it is."""
     cache, path = example(dtype), tmp_path / "memory"
     cache.save(path, MODELS[dtype])
-    saved = read_rows(path)
-    assert saved.stamp == Stamp.of(MODELS[dtype]) == Stamp(model_fingerprint(MODELS[dtype]), saved.stamp.model)
+    saved = read_file(path)
+    assert (
+        saved.stamp
+        == ModelFingerprint.of(MODELS[dtype])
+        == ModelFingerprint(model_fingerprint(MODELS[dtype]), saved.stamp.model)
+    )
     assert saved.stamp.model == f"LlamaForCausalLM of 3 layers, 2 KV heads of 16, {dtype}"
     assert saved.kv.dtype == dtype
     assert torch.equal(saved.lengths, cache.lengths)
@@ -629,7 +633,7 @@ def test_rows_are_read_without_a_model(tmp_path, dtype):
 
 def test_what_was_checked_stays_as_it_was_read(path):
     """Whoever writes into the file afterwards: lengths and positions are copies; only keys and values are mapped."""
-    saved = read_rows(path)
+    saved = read_file(path)
     before = saved.lengths.clone(), saved.next_position.clone(), saved.positions.clone()
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -659,7 +663,7 @@ def test_rows_of_another_kind_are_refused_without_a_model(path, kv):
     with pytest.raises(
         ValueError, match=r"found keys and values \[.*supported is \[2, layers, B, kv_heads, slots, head_dim\]"
     ):
-        read_rows(path)
+        read_file(path)
 
 
 def test_the_fingerprint_looks_everywhere_in_a_matrix():

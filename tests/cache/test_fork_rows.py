@@ -7,8 +7,8 @@ from test_cache_edits import MODEL, assert_holds, go_on, held, poison
 from tiny_models import ragged, tiny_model
 
 from latentmas_kernels import LatentCache, generate, latent_generate
-from latentmas_kernels.cache.latent_cache import LENT_SLOTS
-from latentmas_kernels.models.rope import Rotation
+from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK
+from latentmas_kernels.models.rope import RopeShift
 
 
 def spread_of(model, lengths, times, *, room=30):
@@ -16,41 +16,41 @@ def spread_of(model, lengths, times, *, room=30):
     ids, mask = ragged(lengths)
     memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", engine="eager").past_key_values
     memory.name_segments("planner")
-    wide = memory.spread(times, memory.capacity + room)
+    wide = memory.fork_rows(times, memory.capacity + room)
     poison([wide])
     plain = memory.select([r for r in range(len(lengths)) for _ in range(times)]).fork(memory.capacity + room)
     return wide, plain
 
 
 def test_whole_runs_are_lent_and_counted_once():
-    wide, plain = spread_of(MODEL, [2 * LENT_SLOTS + 1, LENT_SLOTS - 2, LENT_SLOTS - 3, 4], 3)
-    lent = [2 * LENT_SLOTS, LENT_SLOTS, 0, 0]
-    assert wide.borrowed.tolist() == [n for count in lent for n in (0, count, count)]
-    assert wide.lenders.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+    wide, plain = spread_of(MODEL, [2 * PREFIX_BLOCK + 1, PREFIX_BLOCK - 2, PREFIX_BLOCK - 3, 4], 3)
+    lent = [2 * PREFIX_BLOCK, PREFIX_BLOCK, 0, 0]
+    assert wide.prefix_len.tolist() == [n for count in lent for n in (0, count, count)]
+    assert wide.prefix_row.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
     assert plain.kv_bytes - wide.kv_bytes == 2 * sum(lent) * wide.slot_bytes
     assert wide.segments == plain.segments
     for other in (wide, wide.fork(), wide.fork(400), LatentCache.from_hf(wide)):
         assert_holds(other, held(plain))
         assert other.kv_bytes == wide.kv_bytes
-    again = wide.spread(2, 200)
+    again = wide.fork_rows(2, 200)
     assert_holds(again, held(plain.select(torch.arange(12).repeat_interleave(2))))
-    assert again.borrowed.tolist() == [n for count in lent for n in [0, count] * 3]
+    assert again.prefix_len.tolist() == [n for count in lent for n in [0, count] * 3]
     chosen = wide.select([2, 1, 11])
-    assert not chosen.borrowed.any()
+    assert not chosen.prefix_len.any()
     assert_holds(chosen, held(plain.select([2, 1, 11])))
 
 
 def test_a_file_of_rows_that_borrow_holds_all_of_them(tmp_path):
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 1, 4], 2)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, 4], 2)
     wide.save(tmp_path / "memory.safetensors", MODEL)
     loaded = LatentCache.load(tmp_path / "memory.safetensors", MODEL)
     assert_holds(loaded, held(plain))
     assert loaded.segments == plain.segments
-    assert wide.borrowed.any()
+    assert wide.prefix_len.any()
 
 
 def test_to_hf_of_rows_that_borrow():
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 1, 4], 2)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, 4], 2)
     for ours, theirs in zip(wide.to_hf().layers, plain.to_hf().layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
@@ -58,12 +58,12 @@ def test_to_hf_of_rows_that_borrow():
 
 @torch.no_grad()
 def test_rows_that_borrow_inside_a_transformers_model():
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 1, LENT_SLOTS + 1], 2)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
     ids = ragged([3, 3, 3, 3])[0]
     ours, theirs = (MODEL(ids, past_key_values=c, use_cache=True).logits for c in (wide, plain))
     assert torch.equal(ours, theirs)
     assert_holds(wide, held(plain))
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 1, LENT_SLOTS + 1], 2)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
     wide.reorder_cache(torch.tensor([3, 1, 0, 0]))
     plain.reorder_cache(torch.tensor([3, 1, 0, 0]))
     assert_holds(wide, held(plain))
@@ -74,7 +74,7 @@ def test_rows_that_borrow_inside_a_transformers_model():
     [
         (lambda c: c.crop(-2), True),
         (lambda c: c.crop(-7), False),
-        (lambda c: c.cut_to(c.lengths - torch.tensor([6, 0, 0, 0, 0, 0])), False),
+        (lambda c: c.truncate(c.lengths - torch.tensor([6, 0, 0, 0, 0, 0])), False),
         (lambda c: c.drop("planner:latent"), True),
         (lambda c: c.keep("planner:latent"), False),
         (lambda c: c.reset(), False),
@@ -82,26 +82,26 @@ def test_rows_that_borrow_inside_a_transformers_model():
     ids=["own part", "borrowed part", "lender below what it lends", "end", "beginning", "reset"],
 )
 def test_cuts_of_rows_that_borrow(edit, borrows):
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 3, 9], 3)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 3, 9], 3)
     edit(wide)
     edit(plain)
-    assert bool(wide.borrowed.any()) == borrows
+    assert bool(wide.prefix_len.any()) == borrows
     assert_holds(wide, held(plain))
     assert wide.segments == plain.segments
     assert [torch.equal(a, b) for a, b in zip(go_on(wide), go_on(plain), strict=True)] == [True] * 6
 
 
 def test_asking_for_sizes_leaves_what_is_lent():
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 1, LENT_SLOTS + 1], 2)
-    layer, lent = wide.layers[0], wide.borrowed.tolist()
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
+    layer, lent = wide.layers[0], wide.prefix_len.tolist()
     length = plain.uniform_length()
     assert (layer.batch_size, layer.get_seq_length(), layer.get_max_length()) == (4, length, wide.capacity)
     assert layer.get_mask_sizes(1) == (length + 1, 0)
     assert wide.get_seq_length() == length
-    assert wide.borrowed.tolist() == lent
+    assert wide.prefix_len.tolist() == lent
     assert torch.equal(layer.keys, plain.layers[0].keys)
     assert torch.equal(layer.values, plain.layers[0].values)
-    assert not wide.borrowed.any()
+    assert not wide.prefix_len.any()
 
 
 @pytest.mark.usefixtures("keys_are_moved_by_torch")
@@ -109,18 +109,18 @@ def test_asking_for_sizes_leaves_what_is_lent():
     ("kept", "still"),
     [
         (lambda n: n % 3 > 0, False),
-        (lambda n: (n < 2) | (n > LENT_SLOTS // 2), False),
-        (lambda n: (n < LENT_SLOTS) | (n > LENT_SLOTS + 1), False),
-        (lambda n: n > LENT_SLOTS, False),
+        (lambda n: (n < 2) | (n > PREFIX_BLOCK // 2), False),
+        (lambda n: (n < PREFIX_BLOCK) | (n > PREFIX_BLOCK + 1), False),
+        (lambda n: n > PREFIX_BLOCK, False),
         (None, True),
-        (lambda n: n < LENT_SLOTS - 3, False),
+        (lambda n: n < PREFIX_BLOCK - 3, False),
     ],
     ids=["all over", "lent part", "own part", "nothing that is lent", "nothing", "end"],
 )
 def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still, monkeypatch):
     """What they borrow is read from where it lies; their own memory under it is NaN."""
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 5, 2 * LENT_SLOTS + 9, 12], 3)
-    Rotation.of(MODEL)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 5, 2 * PREFIX_BLOCK + 9, 12], 3)
+    RopeShift.of(MODEL)
     made = count_buffers(monkeypatch)
     home = wide.buffer.data_ptr()
     for cache in (plain, wide):
@@ -133,13 +133,13 @@ def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still,
             mask[6:, :9] = True
             cache.keep(mask)
         else:  # gaps behind what is lent: it stays lent
-            far = cache.positions >= 2 * LENT_SLOTS + 3
+            far = cache.positions >= 2 * PREFIX_BLOCK + 3
             cache.positions[far] += 7
             cache.next_position += 7
         cache.rebase(MODEL)
     assert made[0] == 0
     assert wide.buffer.data_ptr() == home
-    assert bool(wide.borrowed.any()) == still
+    assert bool(wide.prefix_len.any()) == still
     assert wide.segments == plain.segments
     assert torch.equal(wide.lengths, plain.lengths)
     assert_holds(wide, held(plain))
@@ -148,7 +148,7 @@ def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still,
 
 @pytest.mark.usefixtures("keys_are_moved_by_torch")
 def test_lent_slots_that_move_are_taken_over_in_place(monkeypatch):
-    wide, plain = spread_of(MODEL, [LENT_SLOTS + 5, LENT_SLOTS], 3)
+    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 5, PREFIX_BLOCK], 3)
     made = count_buffers(monkeypatch)
     for cache in (plain, wide):
         made[0] = 0
@@ -156,18 +156,18 @@ def test_lent_slots_that_move_are_taken_over_in_place(monkeypatch):
         cache.next_position += 3
         cache.rebase(MODEL)
     assert made[0] == 0
-    assert not wide.borrowed.any()
+    assert not wide.prefix_len.any()
     assert_holds(wide, held(plain))
 
 
 @pytest.mark.usefixtures("keys_are_moved_by_torch")
 def test_a_branch_of_rows_that_borrow_is_left_alone_by_cuts_and_moves():
-    wide, _ = spread_of(MODEL, [LENT_SLOTS + 5, LENT_SLOTS], 3)
+    wide, _ = spread_of(MODEL, [PREFIX_BLOCK + 5, PREFIX_BLOCK], 3)
     branch = wide.branch()
     before = held(branch)
     wide.keep(torch.arange(int(wide.lengths.max())).expand(6, -1) % 3 > 0)
     wide.rebase(MODEL)
-    assert branch.borrowed.any()
+    assert branch.prefix_len.any()
     assert_holds(branch, before)
 
 
@@ -186,10 +186,10 @@ def test_spread_rows_go_on_as_copies_do_bit_for_bit(lengths, engine, threads, dt
     options = {"aligner": "ridge", "engine": engine}
     ids, mask = ragged(lengths)
     memory = latent_generate(model, ids, mask, latent_steps=2, **options).past_key_values
-    wide = memory.spread(times, memory.capacity + 40)
+    wide = memory.fork_rows(times, memory.capacity + 40)
     poison([wide])
     plain = memory.select([r for r in range(len(lengths)) for _ in range(times)]).fork(memory.capacity + 40)
-    assert wide.borrowed.any()
+    assert wide.prefix_len.any()
     ids, mask = ragged([1 + 3 * n % 5 for n in range(count)], seed=3)
     steps = [1 + n % 4 for n in range(count)]
     thoughts, said = [], []
@@ -203,7 +203,7 @@ def test_spread_rows_go_on_as_copies_do_bit_for_bit(lengths, engine, threads, dt
         past = out.past_key_values
         said.append(generate(model, ids, mask, past_key_values=past, max_new_tokens=5, eos_token_id=[9], engine=engine))
     assert thoughts[2].past_key_values is wide
-    assert wide.borrowed.any()
+    assert wide.prefix_len.any()
     for out, text in zip(thoughts[1:], said[1:], strict=True):
         assert torch.equal(out.latents, thoughts[0].latents)
         assert torch.equal(out.last_hidden, thoughts[0].last_hidden)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentmas.chain.agent import Agent
-from latentmas.chain.memory_policy import EVERYTHING, HandOver
+from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy
 from latentmas.chain_files.methods import METHODS, hierarchical_agents, latent_agents, single_agent, text_agents
-from latentmas.chain_files.reader import read_shipped, serial
+from latentmas.chain_files.reader import read_builtin, serial
 
 PLACES = ["{question}", "{notes}", "{domain}"]
 BRACES = st.text("{}ab\\1g<>\n", max_size=4)  # spells no place; \1 and \g<> mean something to re.sub
@@ -102,8 +102,8 @@ def test_agent_that_cannot_be_is_refused(options, message):
 
 
 def test_agents_get_all_of_the_memory_unless_they_say_otherwise():
-    assert Agent("critic", "-", latent_steps=1).memory == EVERYTHING == HandOver("all", "all", None)
-    assert Agent("critic", "-", latent_steps=1, memory=HandOver("last")).memory != EVERYTHING
+    assert Agent("critic", "-", latent_steps=1).memory == KEEP_ALL == MemoryPolicy("all", "all", None)
+    assert Agent("critic", "-", latent_steps=1, memory=MemoryPolicy("last")).memory != KEEP_ALL
 
 
 @pytest.mark.parametrize("settle", [-1, 0.999, 1, None])
@@ -175,7 +175,7 @@ def test_methods_are_found_by_name():
     assert METHODS["latent"](3, 7) == latent_agents(3, 7)
     assert METHODS["hierarchical"](3, 7) == hierarchical_agents(3, 7)
     for name in ("debate", "mix"):
-        assert METHODS[name](3, 7) == read_shipped(name, latent_steps=3, max_new_tokens=7).agents
+        assert METHODS[name](3, 7) == read_builtin(name, latent_steps=3, max_new_tokens=7).agents
 
 
 def test_methods_do_not_read_files_of_their_names(tmp_path, monkeypatch):

@@ -435,9 +435,9 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
         Agent("judger", "{notes}", max_new_tokens=10),
     ]
     questions = ["Why?", "What?", "w" * 100]
-    with pytest.warns(UserWarning, match="handover_tokens") as caught:
-        result = Chain(model, tokenizer, agents, handover_tokens=7).run(questions)
-    says = "{} wrote 10 tokens, of which the agents after it read the first 7; raise handover_tokens to hand on more"
+    with pytest.warns(UserWarning, match="max_note_tokens") as caught:
+        result = Chain(model, tokenizer, agents, max_note_tokens=7).run(questions)
+    says = "{} wrote 10 tokens, of which the agents after it read the first 7; raise max_note_tokens to hand on more"
     assert [str(warning.message) for warning in caught] == [
         f"{says.format('scout')} (question: 'Why?')",
         f"{says.format('critic')} (question: 'What?')",
@@ -464,7 +464,7 @@ def test_what_nobody_reads_as_notes_is_not_cut(model, tokenizer, script):
     agents = [Agent("scout", "Look: {question}", max_new_tokens=10), Agent("judger", "Answer.", max_new_tokens=10)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = Chain(model, tokenizer, agents, handover_tokens=3).run(["Why?"])
+        result = Chain(model, tokenizer, agents, max_note_tokens=3).run(["Why?"])
     assert [turn.handed_over for turn in result.answers[0].turns] == [None, None]
 
 
@@ -478,7 +478,7 @@ def test_only_what_is_handed_on_counts_against_the_limit(model, tokenizer, calls
     agents = [Agent("scout", "Look: {question}", max_new_tokens=40), Agent("judger", "{notes}", max_new_tokens=9)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Chain(model, tokenizer, agents, handover_tokens=7).run(["Why?", "x"])
+        Chain(model, tokenizer, agents, max_note_tokens=7).run(["Why?", "x"])
     assert [tokenizer.decode(row) for row in calls[1][0]] == [
         f"<user>scout:\n{text}|<assistant>" for text in ("ab", "th" * 6)
     ]
@@ -615,10 +615,10 @@ def test_text_behind_text_is_what_one_plain_loop_says(model, tokenizer):
     alone = PlainLoop(model, feed_back(model, "identity"))
     first, second, third, fourth = prompts(tokenizer, MIXED, "How many?")
     with torch.no_grad():
-        alone.think(torch.tensor([first]), 4)
-        said = alone.speak(torch.tensor([second]), 6)
-        alone.think(torch.tensor([said[-1:] + third]), 3)
-        answer = alone.speak(torch.tensor([fourth]), 9)
+        alone.run_latent(torch.tensor([first]), 4)
+        said = alone.decode(torch.tensor([second]), 6)
+        alone.run_latent(torch.tensor([said[-1:] + third]), 3)
+        answer = alone.decode(torch.tensor([fourth]), 9)
     turns = result.answers[0].turns
     assert turns[1].text == tokenizer.decode(said, skip_special_tokens=True).strip()
     assert turns[3].text == tokenizer.decode(answer, skip_special_tokens=True).strip()
@@ -842,19 +842,19 @@ def test_check_counts_notes_as_long_as_they_may_become(model, tokenizer, script,
         Agent("judger", "{notes} Answer: {question}", max_new_tokens=4),
     ]
     script(["abcdefgh"], ["abcdefgh"], ["abcdefgh"])
-    with pytest.warns(UserWarning, match="handover_tokens"):
-        result = Chain(model, tokenizer, agents, handover_tokens=handover).run(["Why?"])
+    with pytest.warns(UserWarning, match="max_note_tokens"):
+        result = Chain(model, tokenizer, agents, max_note_tokens=handover).run(["Why?"])
     need = result.answers[0].turns[-1].prompt_tokens + 4 - 1
     assert need == int(result.memory.lengths[0]) > max(t.prompt_tokens + 8 for t in result.answers[0].turns[:-1])
     need += 2 * RESPLIT
-    Chain(endless(need), tokenizer, agents, handover_tokens=handover).check("Why?")
-    with pytest.raises(ValueError, match=f"up to {need} positions .* made for {need - 1}; .*, or handover_tokens"):
-        Chain(endless(need - 1), tokenizer, agents, handover_tokens=handover).check("Why?")
+    Chain(endless(need), tokenizer, agents, max_note_tokens=handover).check("Why?")
+    with pytest.raises(ValueError, match=f"up to {need} positions .* made for {need - 1}; .*, or max_note_tokens"):
+        Chain(endless(need - 1), tokenizer, agents, max_note_tokens=handover).check("Why?")
 
 
 def test_short_texts_are_not_counted_up_to_the_handover_limit(tokenizer):
     """An agent that may write little leaves little: a higher limit changes nothing."""
-    chains = [Chain(endless(130), tokenizer, READERS, handover_tokens=tokens) for tokens in (6, 10**6)]
+    chains = [Chain(endless(130), tokenizer, READERS, max_note_tokens=tokens) for tokens in (6, 10**6)]
     for chain in chains:
         chain.check("Why?")
     told = []
@@ -897,7 +897,7 @@ def test_what_check_accepts_runs_to_its_end(agents, handover, question, template
 
     def chain_for(positions):
         model.config.max_position_embeddings = positions  # each chain reads it anew
-        return Chain(model, tokenizer, agents, aligner="identity", handover_tokens=handover)
+        return Chain(model, tokenizer, agents, aligner="identity", max_note_tokens=handover)
 
     def accepts(positions):
         try:
@@ -992,7 +992,7 @@ def test_writers_may_come_anywhere(model, tokenizer, agents):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"handover_tokens": 0}, "handover_tokens must be 1 or more; got 0"),
+        ({"max_note_tokens": 0}, "max_note_tokens must be 1 or more; got 0"),
         ({"engine": "warp"}, "engine='warp'; supported are 'auto', 'eager'"),
         ({"aligner": "magic"}, "aligner='magic'"),
     ],
@@ -1039,8 +1039,8 @@ def test_default_model_equals_plain_loop(default_model, default_tokenizer, calls
     alone = PlainLoop(default_model, feed_back(default_model, "identity"))
     turns = [torch.tensor([ids]) for ids in prompts(default_tokenizer, agents, question)]
     for ids in turns[:-1]:
-        alone.think(ids, 4)
-    want = alone.speak(turns[-1], 12)
+        alone.run_latent(ids, 4)
+    want = alone.decode(turns[-1], 12)
     end = default_model.generation_config.eos_token_id
     want = want[: want.index(end) + 1] if end in want else want
     assert calls[-1][2].sequences[0, turns[-1].shape[1] :].tolist() == want

@@ -5,15 +5,15 @@ import torch
 from buffers import count_buffers
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from latentmas import Agent, Chain, HandOver
-from latentmas.backends.base import Embeds, Steps, Written, check_requests
+from latentmas import Agent, Chain, MemoryPolicy
+from latentmas.backends.base import Completion, Embeds, Steps, check_requests
 from latentmas.chain_files.methods import METHODS
 from latentmas.chain_files.reader import serial
 from tiny_models import VOCAB, tiny_model
 from tokenizers_offline import character_tokenizer, with_tokens
 
 from latentmas_kernels import generate, latent_generate
-from latentmas_kernels.cache.file import Stamp
+from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
@@ -47,12 +47,12 @@ class Fake:
     `cached` has it say that all but one token of each prompt were found in a cache.
     """
 
-    def __init__(self, model, hand_over="kv", *, max_model_len=4096, cached=False):
-        self.model, self.hand_over, self.max_model_len, self.cached = model, hand_over, max_model_len, cached
-        self.stamp, self.calls, self.slots = Stamp.of(model), [], {}
+    def __init__(self, model, kv_transfer="kv", *, max_model_len=4096, cached=False):
+        self.model, self.kv_transfer, self.max_model_len, self.cached = model, kv_transfer, max_model_len, cached
+        self.stamp, self.calls, self.slots = ModelFingerprint.of(model), [], {}
 
     def write(self, memory, requests, on_tokens=None):
-        check_requests(requests, memory, self.max_model_len, self.hand_over)
+        check_requests(requests, memory, self.max_model_len, self.kv_transfer)
         assert len({id(memory) for memory in [memory, *(None for r in requests if r.row is None)]}) == 1
         self.calls.append((memory, requests))
         self.slots[id(memory)] = [] if memory is None else memory.lengths.tolist()
@@ -74,7 +74,7 @@ class Fake:
         ends = self.model.generation_config.eos_token_id or ()
         assert set(request.end_ids) == set(ends)
         ids, past, read = list(request.prompt), None, len(request.prompt)
-        if self.hand_over == "kv":
+        if self.kv_transfer == "kv":
             assert not request.fed
             past = None if request.row is None else memory.select([request.row])
         else:
@@ -90,7 +90,7 @@ class Fake:
                 ids = ids[-1:]
         said = generate(self.model, torch.tensor([ids]), past_key_values=past, max_new_tokens=request.max_new_tokens)
         new = said.sequences[0, len(ids) :].tolist()
-        return Written(new, said.finish_reasons[0], 1 if self.cached else read)
+        return Completion(new, said.finish_reasons[0], 1 if self.cached else read)
 
 
 def counts(result):
@@ -109,10 +109,12 @@ def read_again(chain, calls, counts):
     return [(*row[:-1], row[-1] + added[row[0]]) for row in counts]
 
 
-def assert_same(model, agents, questions=QUESTIONS, hand_over="kv", *, writer=None, cached=False, told=True, **options):
+def assert_same(
+    model, agents, questions=QUESTIONS, kv_transfer="kv", *, writer=None, cached=False, told=True, **options
+):
     """With a decoder and without, in one go and prepared; the result with it, and what the decoder was given."""
     progress = [], []
-    fake = Fake(writer or model, hand_over, cached=cached)
+    fake = Fake(writer or model, kv_transfer, cached=cached)
     own = Chain(model, TOKENIZER, agents, aligner="ridge", **options)
     chain = Chain(model, TOKENIZER, agents, aligner="ridge", decoder=fake, **options)
     want = own.run(questions, on_progress=lambda p: progress[0].append((p.names, p.number, p.step)))
@@ -148,13 +150,13 @@ def assert_same(model, agents, questions=QUESTIONS, hand_over="kv", *, writer=No
 @pytest.mark.parametrize("hand_over", ["kv", "embeds"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_answer_as_without_a_decoder(method, model, hand_over):
+def test_methods_answer_as_without_a_decoder(method, model, kv_transfer):
     """Serial where embeddings are handed over; two of them with a prefix cache that has all but one token."""
     agents = METHODS[method](3, 7)
-    if hand_over == "embeds":
+    if kv_transfer == "embeds":
         agents = serial(agents)
     cached = method in ("single", "latent")
-    result, _ = assert_same(MODELS[model], agents, hand_over=hand_over, cached=cached)
+    result, _ = assert_same(MODELS[model], agents, kv_transfer=kv_transfer, cached=cached)
     texts = {turn.text for answer in result.answers for turn in answer.turns if turn.text is not None}
     assert len(texts) > 1, "answers that are all alike show nothing"
     if cached:
@@ -196,9 +198,9 @@ def test_writers_anywhere(chain, model, questions):
 
 @pytest.mark.parametrize("hand_over", ["kv", "embeds"])
 @pytest.mark.parametrize("chain", ["a writer first", "writers one after the other", "writers side by side at the end"])
-def test_a_beginning_that_all_questions_share_is_read_once(chain, hand_over):
+def test_a_beginning_that_all_questions_share_is_read_once(chain, kv_transfer):
     """And is not sent again to a decoder that has it in its memory."""
-    result, calls = assert_same(ENDLESS, CHAINS[chain], SHARED, hand_over)
+    result, calls = assert_same(ENDLESS, CHAINS[chain], SHARED, kv_transfer)
     assert result.agents[0].shared_tokens >= 2 * 64
     memory, requests = calls[0]
     assert memory is not None
@@ -210,12 +212,14 @@ def test_a_beginning_that_all_questions_share_is_read_once(chain, hand_over):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("chain", ["a writer first", "writers one after the other", "writers side by side at the end"])
 def test_embeddings_of_writers_anywhere(chain, model):
-    assert_same(MODELS[model], CHAINS[chain], hand_over="embeds")
+    assert_same(MODELS[model], CHAINS[chain], kv_transfer="embeds")
 
 
 @pytest.mark.parametrize("budget", [None, "90 slots", "500 KB"])
 @pytest.mark.parametrize(
-    "memory", [HandOver(), HandOver("last"), HandOver(kinds="latent"), HandOver(slots=20), HandOver("last", "latent", 5)],
+    "memory",
+    [MemoryPolicy(), MemoryPolicy("last"), MemoryPolicy(kinds="latent"), MemoryPolicy(slots=20),
+     MemoryPolicy("last", "latent", 5)],
     ids=str,
 )  # fmt: skip
 def test_memories_that_were_cut_go_to_a_decoder_as_they_are(memory, budget):
@@ -233,11 +237,11 @@ def test_windows_take_embeddings():
 
 
 @pytest.mark.parametrize("hand_over", ["kv", "embeds"])
-def test_a_decoder_stops_where_the_template_ends_a_turn(hand_over):
+def test_a_decoder_stops_where_the_template_ends_a_turn(kv_transfer):
     tokenizer = with_tokens(character_tokenizer(TEMPLATE.replace("'|'", "'<|end|>'")), "<|end|>")
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     for model, ends in ((ENDLESS, {end}), (STOPS, {*STOPS.generation_config.eos_token_id, end})):
-        chain = Chain(model, tokenizer, [THINKER, JUDGER], aligner="ridge", decoder=Fake(model, hand_over))
+        chain = Chain(model, tokenizer, [THINKER, JUDGER], aligner="ridge", decoder=Fake(model, kv_transfer))
         requests = chain.prepare(QUESTIONS).requests
         assert [set(request.end_ids) for request in requests] == [ends] * 3
 
@@ -265,11 +269,11 @@ def on_big(agent):
         ([THINKER, Agent("j", "Say.", max_new_tokens=4, model="same")], {"same": (made(None, "qwen2"), TOKENIZER)}, 1),
     ],
 )
-def test_texts_on_the_last_model_go_to_the_decoder_and_others_do_not(agents, models, written, hand_over):
+def test_texts_on_the_last_model_go_to_the_decoder_and_others_do_not(agents, models, written, kv_transfer):
     """Thoughts reach it as embeddings of that model, whatever it is called; of another width or not."""
     last = agents[-1].model
     writer = ENDLESS if last is None else models[last][0]
-    _, calls = assert_same(ENDLESS, agents, hand_over=hand_over, writer=writer, models=models)
+    _, calls = assert_same(ENDLESS, agents, kv_transfer=kv_transfer, writer=writer, models=models)
     assert [len(requests) for _, requests in calls] == [len(QUESTIONS)] * written
 
 
@@ -282,7 +286,7 @@ def chains(draw):
     for _ in range(draw(st.integers(0, 4))):
         wrote = entries and all(not agent.thinks for agent in serial(entries[-1:]))
         reads = bool(wrote) and draw(st.booleans())
-        memory = HandOver(
+        memory = MemoryPolicy(
             draw(st.sampled_from(["all", "all", "last"])),
             draw(st.sampled_from(["all", "all", "latent"])),
             draw(st.sampled_from([None, None, 1, 30])),
@@ -296,18 +300,21 @@ def chains(draw):
             steps = {kind: draw(st.integers(kind != "latent_steps", 5))}
             group.append(Agent(f"agent{count}", prompt, **steps, memory=memory, model=model))
         entries.append(group if len(group) > 1 else group[0])
-    return [*entries, Agent("last", "Answer: {question}", max_new_tokens=7, memory=memory if entries else HandOver())]
+    return [
+        *entries,
+        Agent("last", "Answer: {question}", max_new_tokens=7, memory=memory if entries else MemoryPolicy()),
+    ]
 
 
 @settings(max_examples=36, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     agents=chains(),
-    hand_over=st.sampled_from(["kv", "embeds"]),
+    kv_transfer=st.sampled_from(["kv", "embeds"]),
     model=st.sampled_from([ENDLESS, STOPS]),
     questions=st.sampled_from([QUESTIONS, SHARED, ["Why?"]]),
     budget=st.sampled_from([None, None, "150 slots"]),
 )
-def test_any_chain_answers_as_without_a_decoder(agents, hand_over, model, questions, budget):
+def test_any_chain_answers_as_without_a_decoder(agents, kv_transfer, model, questions, budget):
     """Or is refused before any work, for embeddings of a memory that they cannot bring back."""
     options = {"aligner": "ridge", "budget": budget, "models": BIG}
     try:
@@ -316,19 +323,19 @@ def test_any_chain_answers_as_without_a_decoder(agents, hand_over, model, questi
         event(f"refused: {str(error)[:9]}")
         return
     try:
-        Chain(model, TOKENIZER, agents, decoder=Fake(model, hand_over), **options)
+        Chain(model, TOKENIZER, agents, decoder=Fake(model, kv_transfer), **options)
     except ValueError as error:
-        assert hand_over == "embeds"
+        assert kv_transfer == "embeds"
         event(f"refused: {str(error)[:20]}")
         return
-    event(f"run with {hand_over}")
-    assert_same(model, agents, questions, hand_over, told=False, budget=budget, models=BIG)
+    event(f"run with {kv_transfer}")
+    assert_same(model, agents, questions, kv_transfer, told=False, budget=budget, models=BIG)
 
 
 # ---- what is refused before any work -------------------------------------------------------------------------------
 
-CUT = Agent("cut", "Answer: {question}", max_new_tokens=3, memory=HandOver("last"))
-BEHIND_A_CUT = Agent("behind", "Answer.", latent_steps=1, memory=HandOver(slots=9))
+CUT = Agent("cut", "Answer: {question}", max_new_tokens=3, memory=MemoryPolicy("last"))
+BEHIND_A_CUT = Agent("behind", "Answer.", latent_steps=1, memory=MemoryPolicy(slots=9))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +379,7 @@ def test_embeddings_of_a_memory_that_they_do_not_bring_back_are_refused(agents, 
 )
 def test_embeddings_of_what_is_read_in_one_go_are_taken(agents, options):
     """Behind a crossing, at the beginning of a memory, for texts alone."""
-    assert_same(ENDLESS, agents, hand_over="embeds", models=BIG, **options)
+    assert_same(ENDLESS, agents, kv_transfer="embeds", models=BIG, **options)
 
 
 def test_windows_are_refused_by_name_for_keys_and_values():
@@ -383,8 +390,8 @@ def test_windows_are_refused_by_name_for_keys_and_values():
 
 @pytest.mark.parametrize("other", [WIDE, made(None, "qwen2"), made(None).bfloat16()], ids=["shape", "family", "dtype"])
 @pytest.mark.parametrize("hand_over", ["kv", "embeds"])
-def test_a_decoder_of_another_model_is_refused(other, hand_over):
-    fake = Fake(other, hand_over)
+def test_a_decoder_of_another_model_is_refused(other, kv_transfer):
+    fake = Fake(other, kv_transfer)
     words = f"decoder runs .*{fake.stamp.fingerprint[:12]}.*the last agent .*Llama.*model and dtype"
     with pytest.raises(ValueError, match=words):
         Chain(ENDLESS, TOKENIZER, [on_big(WRITER), READER], models=BIG, decoder=fake)
@@ -392,25 +399,25 @@ def test_a_decoder_of_another_model_is_refused(other, hand_over):
 
 @pytest.mark.parametrize("hand_over", ["kv", "embeds"])
 @pytest.mark.parametrize("chain", [[JUDGER], [JUDGER, THINKER, SHORT], *CHAINS.values()])
-def test_a_chain_may_take_what_the_decoder_was_started_for_to_the_token(chain, hand_over):
+def test_a_chain_may_take_what_the_decoder_was_started_for_to_the_token(chain, kv_transfer):
     """Texts that end by their length come to just what was counted."""
-    fake = Fake(ENDLESS, hand_over)
+    fake = Fake(ENDLESS, kv_transfer)
     try:
         Chain(ENDLESS, TOKENIZER, chain, aligner="ridge", decoder=fake).run(QUESTIONS[:1])
     except ValueError:
-        assert hand_over == "embeds"
+        assert kv_transfer == "embeds"
         return
     need = 0
     for memory, requests in fake.calls:
         for request in requests:
             slots = 0 if request.row is None else fake.slots[id(memory)][request.row]
             need = max(need, slots + len(request.prompt) + request.max_new_tokens)
-    least = Chain(ENDLESS, TOKENIZER, chain, aligner="ridge", decoder=Fake(ENDLESS, hand_over, max_model_len=need))
+    least = Chain(ENDLESS, TOKENIZER, chain, aligner="ridge", decoder=Fake(ENDLESS, kv_transfer, max_model_len=need))
     reads = any(agent.reads_notes for agent in least.agents)
     if not reads:  # notes are counted as long as they may become
         least.check(QUESTIONS[0])
     least.run(QUESTIONS[:1])
-    less = Chain(ENDLESS, TOKENIZER, chain, aligner="ridge", decoder=Fake(ENDLESS, hand_over, max_model_len=need - 1))
+    less = Chain(ENDLESS, TOKENIZER, chain, aligner="ridge", decoder=Fake(ENDLESS, kv_transfer, max_model_len=need - 1))
     for call in (less.check, lambda question: less.run([question])):
         with pytest.raises(
             ValueError, match=f"goes up to {need if not reads else '.*'} tokens .*started for {need - 1}"
@@ -426,7 +433,7 @@ class Canned(Fake):
 
     def write(self, memory, requests, on_tokens=None):
         assert memory is None
-        return [Written([9] * request.max_new_tokens, "length", 5) for request in requests]
+        return [Completion([9] * request.max_new_tokens, "length", 5) for request in requests]
 
 
 @pytest.mark.parametrize("method", ["single", "text"])
@@ -459,7 +466,7 @@ def test_sampling_is_asked_of_the_decoder_with_seeds_of_its_own():
 
 
 def test_what_a_run_warns_of_is_said_as_it_is_prepared():
-    chain = Chain(ENDLESS, TOKENIZER, [OTHER, READER], decoder=Fake(ENDLESS), handover_tokens=2)
+    chain = Chain(ENDLESS, TOKENIZER, [OTHER, READER], decoder=Fake(ENDLESS), max_note_tokens=2)
     with pytest.warns(
         UserWarning, match="other wrote . tokens, of which the agents after it read the first 2"
     ) as caught:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from buffers import count_buffers
-from latentmas import Agent, Chain, HandOver
+from latentmas import Agent, Chain, MemoryPolicy
 from latentmas.chain.prompts import turn_ids
 from tiny_models import VOCAB, PlainLoop, tiny_model
 from tokenizers_offline import character_tokenizer
@@ -60,7 +60,7 @@ def crossed(source, target, seeds, kind):
 class Thinker(PlainLoop):
     """The plain loop, which also keeps what each embedding was made of."""
 
-    def think(self, ids, steps):
+    def run_latent(self, ids, steps):
         self.seeds = []
         hidden, logits = self.forward(input_ids=ids)
         for _ in range(steps):
@@ -85,13 +85,13 @@ def test_thoughts_go_on_in_another_model(narrow, wide, tokenizer, kind, engine):
             for turn, agent in enumerate((PLANNER, CRITIC, judger))
         )
         first = Thinker(narrow, lambda h, z: own[narrow](z if kind == "soft" else h))
-        first.think(torch.tensor([plan]), 4)
+        first.run_latent(torch.tensor([plan]), 4)
         seeds = torch.stack([z if kind == "soft" else h for h, z in first.seeds])
         second = Thinker(wide, lambda h, z: own[wide](z if kind == "soft" else h))
         embeds = torch.cat([wide.get_input_embeddings()(torch.tensor(plan)), crossed(narrow, wide, seeds, kind)])
         second.forward(inputs_embeds=embeds[None])
-        second.think(torch.tensor([criticise]), 3)
-        said = second.speak(torch.tensor([answer]), 6)
+        second.run_latent(torch.tensor([criticise]), 3)
+        said = second.decode(torch.tensor([answer]), 6)
         assert result.answers[row].text == tokenizer.decode(said, skip_special_tokens=True).strip()
     assert [s.name for s in result.memory.segments] == [
         "planner:prompt", "planner:latent", "critic:prompt", "critic:latent", "judger:prompt", "judger:text"
@@ -132,15 +132,15 @@ def test_texts_cross_as_tokens(narrow, wide, tokenizer):
     chain = Chain(narrow, tokenizer, [writer, judger], models={"wide": (wide, tokenizer)})
     result = chain.run(QUESTIONS[:1])
     ids = turn_ids(tokenizer, writer.text(QUESTIONS[0]), first=True)
-    said = PlainLoop(narrow, lambda h, z: h).speak(torch.tensor([ids]), 5)
+    said = PlainLoop(narrow, lambda h, z: h).decode(torch.tensor([ids]), 5)
     turn = turn_ids(tokenizer, judger.text(QUESTIONS[0]), first=False)
-    want = PlainLoop(wide, lambda h, z: h).speak(torch.tensor([[*ids, *said, *turn]]), 6)
+    want = PlainLoop(wide, lambda h, z: h).decode(torch.tensor([[*ids, *said, *turn]]), 6)
     assert result.answers[0].text == tokenizer.decode(want, skip_special_tokens=True).strip()
     assert chain.seats[None].across == {}
 
 
 def test_cut_memory_crosses_as_it_was_cut(narrow, wide, tokenizer):
-    judger = Agent("judger", "Answer: {question}", max_new_tokens=6, model="wide", memory=HandOver(kinds="latent"))
+    judger = Agent("judger", "Answer: {question}", max_new_tokens=6, model="wide", memory=MemoryPolicy(kinds="latent"))
     chain = Chain(narrow, tokenizer, [PLANNER, judger], aligner="ridge", models={"wide": (wide, tokenizer)})
     result = chain.run(QUESTIONS)
     assert [(s.name, s.stop[0] - s.start[0]) for s in result.memory.segments][:2] == [

@@ -10,7 +10,7 @@ import torch
 from buffers import count_buffers
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from latentmas import Agent, Budget, Chain, HandOver
+from latentmas import Agent, Budget, Chain, MemoryPolicy
 from latentmas.chain.plan import SINK
 from latentmas.chain.prompts import turn_ids
 from latentmas.chain_files.methods import METHODS
@@ -234,16 +234,16 @@ def test_what_all_questions_have_in_common_is_read_once(model, tokenizer, monkey
         got = shared.memory.select([row]).keys[:, 0, :, :length]
         torch.testing.assert_close(got, unshared.memory.keys[:, row, :, :length], rtol=1e-5, atol=1e-5)
     if not isinstance(agents[0], list):
-        assert int(shared.memory.borrowed.min()) == 0
-        assert int(shared.memory.borrowed.max()) == beginning // 64 * 64, "and held once"
+        assert int(shared.memory.prefix_len.min()) == 0
+        assert int(shared.memory.prefix_len.max()) == beginning // 64 * 64, "and held once"
 
 
 # ---- what is handed on ---------------------------------------------------------------------------------------------
 
 KEPT = {
-    "last": (HandOver(agents="last"), {"critic"}, {"prompt", "latent"}),
-    "latent": (HandOver(kinds="latent"), {"planner", "critic"}, {"latent"}),
-    "latent of the last": (HandOver(agents="last", kinds="latent"), {"critic"}, {"latent"}),
+    "last": (MemoryPolicy(agents="last"), {"critic"}, {"prompt", "latent"}),
+    "latent": (MemoryPolicy(kinds="latent"), {"planner", "critic"}, {"latent"}),
+    "latent of the last": (MemoryPolicy(agents="last", kinds="latent"), {"critic"}, {"latent"}),
 }
 
 
@@ -251,7 +251,7 @@ KEPT = {
 @pytest.mark.parametrize("what", [*KEPT, 20])
 def test_memory_is_cut_as_asked_for_and_moves_to_the_first_positions(model, tokenizer, what, engine):
     """Against the cut written out: the slots to keep, their keys moved in float64."""
-    over, names, kinds = KEPT[what] if what in KEPT else (HandOver(slots=what), set(), set())
+    over, names, kinds = KEPT[what] if what in KEPT else (MemoryPolicy(slots=what), set(), set())
     agents = [
         Agent("planner", "Plan: {question}", latent_steps=4),
         Agent("critic", "{question} Criticise.", latent_steps=3),
@@ -341,7 +341,7 @@ NESTED = ["What is 12 times 7?", "What is 12 times 7? And 8 times 9?", "What", "
 LONG = "Read all of this with care, and more than once, before you say anything about it. "
 PROMPTS = ["Q: {question} Go on.", "Q: {question} Say!", "Go.", "{question}", LONG + "{question}"]
 HANDED = st.builds(
-    HandOver, st.sampled_from(["all", "all", "last"]), st.sampled_from(["all", "all", "latent"]),
+    MemoryPolicy, st.sampled_from(["all", "all", "last"]), st.sampled_from(["all", "all", "latent"]),
     st.none() | st.integers(1, 60),
 )  # fmt: skip
 
@@ -452,8 +452,8 @@ def test_what_ends_early_leaves_more_of_others_behind_a_cut(tokenizer):
     agents = [
         Agent("thinker", "Think: {question}", latent_steps=40),
         Agent("writer", "Write.", max_new_tokens=60),
-        Agent("cutter", "Go on.", latent_steps=1, memory=HandOver(slots=100)),
-        Agent("judger", "Answer: {question}", max_new_tokens=6, memory=HandOver(kinds="latent")),
+        Agent("cutter", "Go on.", latent_steps=1, memory=MemoryPolicy(slots=100)),
+        Agent("judger", "Answer: {question}", max_new_tokens=6, memory=MemoryPolicy(kinds="latent")),
     ]
     STOPS.generation_config.eos_token_id = list(range(VOCAB))
     try:
@@ -480,7 +480,7 @@ def test_a_budget_of_exactly_what_is_needed_cuts_nothing(model, tokenizer):
 def test_agents_that_nothing_goes_on_from_need_positions_for_each_alone(tokenizer):
     group = [Agent(f"w{n}", "Q: {question} Say.", max_new_tokens=40) for n in range(4)]
     reader = Agent("judger", "{notes}", max_new_tokens=2)
-    chain = Chain(endless(max_position_embeddings=128), tokenizer, [group, reader], handover_tokens=5)
+    chain = Chain(endless(max_position_embeddings=128), tokenizer, [group, reader], max_note_tokens=5)
     chain.check("x")
     with pytest.warns(UserWarning, match=r"wrote \d+ tokens"):
         assert len(chain.run(["x"]).answers[0].turns) == 5
@@ -497,7 +497,7 @@ def test_notes_to_a_model_of_other_tokens_are_counted_and_cut_in_its_own(model, 
     talker.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))
     with torch.no_grad():
         talker.lm_head.bias[long_word] = 1e4
-    chain = Chain(model, tokenizer, [writer, reader], models={"words": (talker, words)}, handover_tokens=20)
+    chain = Chain(model, tokenizer, [writer, reader], models={"words": (talker, words)}, max_note_tokens=20)
     need = chain.kv_bytes(["Why?"])
     with pytest.warns(UserWarning, match="what writer wrote is 96 tokens to judger, of which 20 are read"):
         result = chain.run(["Why?"])
@@ -520,7 +520,7 @@ def test_no_agent_is_called_like_a_group(model, tokenizer, name):
     ("make", "words"),
     [
         (lambda: Agent("a", "x", latent_steps=1.5), "latent_steps must be an integer of 0 or more; got 1.5"),
-        (lambda: Agent("a", "x", latent_steps=1, memory="last"), r"memory must be a HandOver, .*; got 'last'"),
+        (lambda: Agent("a", "x", latent_steps=1, memory="last"), r"memory must be a MemoryPolicy, .*; got 'last'"),
         (lambda: Chain(MODEL, character_tokenizer(None), [JUDGER], budget=64), "budget must be a Budget, .*; got int"),
         (lambda: Chain(MODEL, character_tokenizer(None), [JUDGER], budget="64"), "got a budget of '64'"),
     ],

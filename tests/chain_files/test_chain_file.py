@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentmas.chain.agent import Agent
-from latentmas.chain.memory_policy import Budget, HandOver
+from latentmas.chain.memory_policy import Budget, MemoryPolicy
 from latentmas.chain_files import reader as chain_file
-from latentmas.chain_files.reader import LIMIT, ChainFile, read_chain, serial, shipped_chains
+from latentmas.chain_files.reader import LIMIT, ChainFile, builtin_chains, read_chain, serial
 
 CHAINS = Path(__file__).parents[2] / "python" / "latentmas" / "chain_files"
 
@@ -104,7 +104,7 @@ agents:
   - {name: d, output: text, prompt: x, think: false}
 """)
     fields = {"domain": "algebra", "grade": "7", "share": "0.50"}
-    last = HandOver(agents="last")
+    last = MemoryPolicy(agents="last")
     assert (chain.name, chain.description, chain.budget) == ("everything", "Two lines\nof text.", Budget(bytes=2**26))
     assert chain.agents == [
         Agent(
@@ -113,10 +113,10 @@ agents:
         ),
         Agent(
             "b", "{domain} {own}", latent_steps=20, system="Take your time.", settle=-1.0,
-            memory=HandOver("last", "latent", 64), model="large", enable_thinking=True,
+            memory=MemoryPolicy("last", "latent", 64), model="large", enable_thinking=True,
             fields={**fields, "domain": "geometry", "own": "yes"},
         ),
-        Agent("c", "{{notes}}", max_new_tokens=64, memory=HandOver(kinds="latent"), fields=fields),
+        Agent("c", "{{notes}}", max_new_tokens=64, memory=MemoryPolicy(kinds="latent"), fields=fields),
         Agent("d", "x", max_new_tokens=5, system="Be brief.", memory=last, fields=fields),
     ]  # fmt: skip
     assert chain.agents[1].text("?") == "geometry yes"
@@ -201,7 +201,9 @@ agents:
   - {name: a, output: latent, prompt: &p "Think of {question}", memory: &m {slots: 3}}
   - {name: b, output: text, prompt: *p, memory: *m}
 """)
-    assert [(agent.prompt, agent.memory) for agent in chain.agents] == [("Think of {question}", HandOver(slots=3))] * 2
+    assert [(agent.prompt, agent.memory) for agent in chain.agents] == [
+        ("Think of {question}", MemoryPolicy(slots=3))
+    ] * 2
 
 
 def test_notes_after_a_step_that_writes(read):
@@ -588,7 +590,7 @@ agents:
       - {name: b, output: latent, prompt: x, model: large, memory: {agents: last}}
 """
     [[a, b], _] = read(text + LAST).agents
-    assert (a.model, a.memory) == (b.model, b.memory) == ("large", HandOver(agents="last"))
+    assert (a.model, a.memory) == (b.model, b.memory) == ("large", MemoryPolicy(agents="last"))
 
 
 def test_all_faults_are_told_in_the_order_of_their_lines(faults):
@@ -679,7 +681,7 @@ def refusal(file):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    name=st.sampled_from(shipped_chains()),
+    name=st.sampled_from(builtin_chains()),
     where=st.floats(0, 1),
     cut=st.integers(0, 40),
     put=st.sampled_from(PIECES + WORDS) | st.text(max_size=6),

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from latentmas.chain_files.reader import read_chain, read_shipped, serial, shipped_chains
+from latentmas.chain_files.reader import builtin_chains, read_builtin, read_chain, serial
 from test_chain_file import JUDGER
 
 CHAINS = Path(__file__).parents[2] / "python" / "latentmas" / "chain_files"
@@ -15,10 +15,10 @@ CHAINS = Path(__file__).parents[2] / "python" / "latentmas" / "chain_files"
 
 def test_shipped_chains_are_read_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert shipped_chains() == ["debate", "hierarchical", "mix", "sequential", "single", "text"]
-    for name in shipped_chains():
+    assert builtin_chains() == ["debate", "hierarchical", "mix", "sequential", "single", "text"]
+    for name in builtin_chains():
         chain = read_chain(name, latent_steps=3, max_new_tokens=7)
-        assert chain == read_shipped(name, latent_steps=3, max_new_tokens=7)
+        assert chain == read_builtin(name, latent_steps=3, max_new_tokens=7)
         assert (chain.name, chain.source, chain.budget) == (name, name, None)
         assert chain.description
         assert {agent.steps for agent in serial(chain.agents)} <= {3, 7}
@@ -29,7 +29,7 @@ def test_a_file_comes_before_a_shipped_name_and_a_folder_does_not(monkeypatch, t
     Path("debate").write_text("agents:\n" + JUDGER.replace("Answer.", "Answer {question}."))
     Path("single").mkdir()
     assert [agent.name for agent in read_chain("debate").agents] == ["judger"]
-    assert len(read_shipped("debate").agents) == 3
+    assert len(read_builtin("debate").agents) == 3
     assert [agent.name for agent in read_chain("single").agents] == ["solver"]
 
 
@@ -68,7 +68,7 @@ def test_shipped_files_begin_with_a_comment(path):
 @pytest.mark.parametrize("name", ["hierarchical", "debate"])
 def test_agents_of_a_shipped_group_begin_alike(name):
     """What they have in common is computed once."""
-    groups = [entry for entry in read_shipped(name).agents if isinstance(entry, list)]
+    groups = [entry for entry in read_builtin(name).agents if isinstance(entry, list)]
     assert groups
     for group in groups:
         assert all(agent.prompt.startswith("Question: {question}\n\n") for agent in group)
@@ -76,13 +76,13 @@ def test_agents_of_a_shipped_group_begin_alike(name):
 
 
 def test_rounds_of_the_shipped_debate():
-    names = [agent.name for agent in serial(read_shipped("debate").agents)]
+    names = [agent.name for agent in serial(read_builtin("debate").agents)]
     assert names == ["first 1", "second 1", "first 2", "second 2", "judger"]
-    assert "round 2 of a debate" in read_shipped("debate").agents[1][0].text("?")
+    assert "round 2 of a debate" in read_builtin("debate").agents[1][0].text("?")
 
 
 def test_the_shipped_mix_thinks_and_writes_in_turns():
-    agents = read_shipped("mix", latent_steps=3, max_new_tokens=7).agents
+    agents = read_builtin("mix", latent_steps=3, max_new_tokens=7).agents
     assert [(agent.name, agent.thinks, agent.reads_notes) for agent in agents] == [
         ("planner", True, False), ("writer", False, False), ("critic", True, False), ("judger", False, False),
     ]  # fmt: skip

@@ -20,7 +20,7 @@ import latentmas.loading
 import pytest
 import torch
 from latentmas.chain.chain import Chain
-from latentmas.chain.memory_policy import HandOver
+from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain_files.methods import METHODS, latent_agents
 from latentmas.chain_files.reader import read_chain, serial
 from latentmas.cli.app import app as cli
@@ -506,7 +506,7 @@ def test_hierarchical(command, tiny, mode):
     assert any(agent["shared_tokens"] for agent in document["agents"]) == (mode == "parallel")
 
 
-@pytest.mark.parametrize(("memory", "over"), [("last", HandOver(agents="last")), ("30", HandOver(slots=30))])
+@pytest.mark.parametrize(("memory", "over"), [("last", MemoryPolicy(agents="last")), ("30", MemoryPolicy(slots=30))])
 def test_memory_goes_for_every_agent(command, tiny, memory, over):
     document = document_of(command("run", QUESTION, *FAST, "--memory", memory, "--json"))
     agents = [replace(agent, memory=over) for agent in latent_agents(2, 6)]

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from latentmas_kernels import LatentCache, accelerate, build_aligner, generate, latent_generate
-from latentmas_kernels.engines import Decoding, EagerEngine, Thinking, cuda, open_engine
+from latentmas_kernels.engines import EagerEngine, LatentParams, SamplingParams, cuda, open_engine
 from latentmas_kernels.engines.cuda import CudaEngine, memory_report
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import unmerge
+from latentmas_kernels.models.packed_weights import unpack_weights
 from latentmas_kernels.warn_once import warn_once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def small_model(name="llama", **overrides):
 
 def every(batch, steps, **options):
     """So many steps for each row."""
-    return Thinking(torch.full((batch,), steps), **options)
+    return LatentParams(torch.full((batch,), steps), **options)
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_interpreter_rows_are_bit_identical_alone_and_in_a_batch(small):
     aligner = build_aligner(small, "ridge")
     engine = CudaEngine(small, Architecture.of(small))
     memory = read.past_key_values
-    together = engine.think(memory.fork(), read.last_hidden, aligner, every(3, 2), None)
+    together = engine.run_latent(memory.fork(), read.last_hidden, aligner, every(3, 2), None)
     for row in range(3):
-        alone = engine.think(memory.select([row]), read.last_hidden[row : row + 1], aligner, every(1, 2), None)
+        alone = engine.run_latent(memory.select([row]), read.last_hidden[row : row + 1], aligner, every(1, 2), None)
         assert torch.equal(alone.latents[0], together.latents[row])
 
 
@@ -145,7 +145,7 @@ def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
     for row, length in enumerate(cache.lengths.tolist()):
         cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     engine = CudaEngine(small, Architecture.of(small))
-    thought = engine.think(cache, read.last_hidden, build_aligner(small, "ridge"), every(2, 2), None)
+    thought = engine.run_latent(cache, read.last_hidden, build_aligner(small, "ridge"), every(2, 2), None)
     assert thought.latents.isfinite().all()
     assert thought.last_hidden.isfinite().all()
     for row, length in enumerate([8, 5]):
@@ -174,8 +174,8 @@ def test_interpreter_one_capture_serves_every_call(small, monkeypatch):
                 temperature=temperature, engine="cuda",
             )  # fmt: skip
     engine, memory = CudaEngine(small, Architecture.of(small)), out.past_key_values.fork(20)
-    for thinking in (Thinking(torch.tensor([1, 2]), record=True), every(2, 2, settle=0.5)):
-        engine.think(memory, out.last_hidden, build_aligner(small, "ridge"), thinking, None)
+    for thinking in (LatentParams(torch.tensor([1, 2]), record=True), every(2, 2, settle=0.5)):
+        engine.run_latent(memory, out.last_hidden, build_aligner(small, "ridge"), thinking, None)
     assert captured == [(2, "latent"), (2, "token")]
     report = memory_report(small)
     assert report["tensors of batch 2"] > 0
@@ -287,7 +287,7 @@ class Count(TorchDispatchMode):
 
 def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypatch):
     """Each of these is a call of torch, and more steps make no more of them; of what a step itself does: see test_step."""
-    monkeypatch.setattr(cuda.PlainCalls, "__call__", lambda self, body: lambda: None)
+    monkeypatch.setattr(cuda.EagerReplay, "__call__", lambda self, body: lambda: None)
     engine = CudaEngine(small, Architecture.of(small))
     aligner, seed = build_aligner(small, "ridge"), torch.ones(2, 24, device=DEVICE)
 
@@ -297,23 +297,23 @@ def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypa
             run()
         return count.calls
 
-    def think(steps, **options):
+    def run_latent(steps, **options):
         thinking = every(2, steps, **options)
         return calls(
-            lambda: engine.think(LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, thinking, None)
+            lambda: engine.run_latent(LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, thinking, None)
         )
 
-    def speak(tokens):
-        decoding = Decoding(tokens, 0, False, 1.0, 0, 1.0, ends=[1], padding=0)
+    def decode(tokens):
+        decoding = SamplingParams(tokens, 0, False, 1.0, 0, 1.0, ends=[1], padding=0)
         cache = LatentCache.for_model(engine.architecture, 2, 40)
-        return calls(lambda: engine.speak(cache, torch.zeros(2, 97, device=DEVICE), decoding, None))
+        return calls(lambda: engine.decode(cache, torch.zeros(2, 97, device=DEVICE), decoding, None))
 
-    assert think(30) == think(3)
-    assert think(30, record=True) == think(3, record=True)
-    assert think(15, settle=0.5) == think(3, settle=0.5)
-    assert think(35, settle=0.5) > think(15, settle=0.5)  # as below
-    assert speak(15) == speak(2)
-    assert speak(35) > speak(15)  # a look at whether all have ended, every 16 tokens
+    assert run_latent(30) == run_latent(3)
+    assert run_latent(30, record=True) == run_latent(3, record=True)
+    assert run_latent(15, settle=0.5) == run_latent(3, settle=0.5)
+    assert run_latent(35, settle=0.5) > run_latent(15, settle=0.5)  # as below
+    assert decode(15) == decode(2)
+    assert decode(35) > decode(15)  # a look at whether all have ended, every 16 tokens
 
 
 # ---- rows that end at steps of their own ---------------------------------------------------------------------------
@@ -321,9 +321,9 @@ def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypa
 
 def poison(cache):
     """NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
-    for row, (length, borrowed) in enumerate(zip(cache.lengths.tolist(), cache.borrowed.tolist(), strict=True)):
+    for row, (length, prefix_len) in enumerate(zip(cache.lengths.tolist(), cache.prefix_len.tolist(), strict=True)):
         for store in (cache.keys, cache.values):
-            store[:, row, :, length:] = store[:, row, :, :borrowed] = float("nan")
+            store[:, row, :, length:] = store[:, row, :, :prefix_len] = float("nan")
     return cache
 
 
@@ -349,37 +349,37 @@ class Both:
         self.aligner = build_aligner(model, aligner)
         ids, mask = prompt(lengths)
         read = latent_generate(model, ids, mask, latent_steps=0, engine="eager").past_key_values
-        self.start = read.spread(times, max(lengths) + room)
+        self.start = read.fork_rows(times, max(lengths) + room)
         tokens = torch.arange(5, 5 + len(lengths) * times, device=DEVICE)[:, None]
         one_each = Prompt(torch.ones(len(tokens), dtype=torch.int64), tokens)
         self.seed = self.engines[1].extend(self.start, one_each, logits=self.aligner.needs_logits)
 
     @torch.no_grad()
     def ours(self, thinking, on_step=None):
-        return self.engines[0].think(poison(self.start.fork()), self.seed, self.aligner, thinking, on_step)
+        return self.engines[0].run_latent(poison(self.start.fork()), self.seed, self.aligner, thinking, on_step)
 
     @torch.no_grad()
-    def think(self, thinking):
+    def run_latent(self, thinking):
         """What both think, and the memories that they leave; what ours left unused is as it was."""
         caches = [poison(self.start.fork()) for _ in self.engines]
         thoughts = [
-            engine.think(cache, self.seed, self.aligner, thinking, None)
+            engine.run_latent(cache, self.seed, self.aligner, thinking, None)
             for engine, cache in zip(self.engines, caches, strict=True)
         ]
-        for row, (length, borrowed) in enumerate(
-            zip(caches[0].lengths.tolist(), caches[0].borrowed.tolist(), strict=True)
+        for row, (length, prefix_len) in enumerate(
+            zip(caches[0].lengths.tolist(), caches[0].prefix_len.tolist(), strict=True)
         ):
             for store in (caches[0].keys, caches[0].values):
-                assert store[:, row, :, borrowed:length].isfinite().all()
+                assert store[:, row, :, prefix_len:length].isfinite().all()
                 assert store[:, row, :, length:].isnan().all()
-                assert store[:, row, :, :borrowed].isnan().all()
+                assert store[:, row, :, :prefix_len].isnan().all()
         return thoughts, caches
 
     def assert_same(self, thinking):
-        thoughts, caches = self.think(thinking)
+        thoughts, caches = self.run_latent(thinking)
         assert_same_thought(*thoughts)
         for cache in caches:
-            cache.own()
+            cache.make_private()
         assert_same_cache(*caches)
         return thoughts[0].steps.tolist()
 
@@ -399,18 +399,18 @@ def parting(latents):
 @pytest.mark.parametrize(("family", "aligner"), [("llama", "ridge"), ("llama", "soft"), ("qwen3-mixed", "identity")])
 def test_interpreter_rows_end_as_on_eager(family, aligner):
     both = Both(small_model(family), [6, 3, 8], aligner)
-    assert both.assert_same(Thinking(torch.tensor([3, 1, 5]), record=True)) == [3, 1, 5]
-    assert both.assert_same(Thinking(torch.tensor([3, 1, 3]), settle=-1.0)) == [2, 1, 2]
-    assert both.assert_same(Thinking(torch.tensor([2, 1, 3]), settle=1.0)) == [2, 1, 3]
+    assert both.assert_same(LatentParams(torch.tensor([3, 1, 5]), record=True)) == [3, 1, 5]
+    assert both.assert_same(LatentParams(torch.tensor([3, 1, 3]), settle=-1.0)) == [2, 1, 2]
+    assert both.assert_same(LatentParams(torch.tensor([2, 1, 3]), settle=1.0)) == [2, 1, 3]
     with torch.no_grad():
-        free = both.engines[1].think(both.start.fork(), both.seed, both.aligner, every(3, 5), None)
+        free = both.engines[1].run_latent(both.start.fork(), both.seed, both.aligner, every(3, 5), None)
     ends = both.assert_same(every(3, 5, settle=parting(free.latents), record=True))
     assert min(ends) < max(ends)
 
 
 def test_interpreter_settled_batches_are_looked_at_now_and_then(small, monkeypatch):
     """Steps behind the last row's end change nothing, and a look ends them."""
-    monkeypatch.setattr(cuda, "CHECK_EVERY", 3)
+    monkeypatch.setattr(cuda, "SYNC_EVERY", 3)
     monkeypatch.setattr(cuda._all_ended, "__defaults__", (3,))
     both, seen = Both(small, [6, 3], "ridge"), []
     thinking = every(2, 12, settle=-1.0)
@@ -429,7 +429,7 @@ def test_interpreter_settling_goes_by_what_was_fed(small):
                 parameter.zero_()
             if name == "model.norm.weight":
                 parameter.fill_(1)
-    thoughts, _ = both.think(every(2, 4, settle=0.999999))
+    thoughts, _ = both.run_latent(every(2, 4, settle=0.999999))
     assert [t.steps.tolist() for t in thoughts] == [[2, 2], [2, 2]]
 
 
@@ -438,11 +438,11 @@ def test_interpreter_settling_goes_by_what_was_fed(small):
 def test_interpreter_rows_that_end_are_bit_identical_alone_and_in_a_batch(small, aligner):
     both = Both(small, [70, 6], aligner, times=2)
     engine = both.engines[0]
-    for thinking in (Thinking(torch.tensor([3, 2, 1, 1]), record=True), every(4, 3, settle=0.9, record=True)):
+    for thinking in (LatentParams(torch.tensor([3, 2, 1, 1]), record=True), every(4, 3, settle=0.9, record=True)):
         together = both.ours(thinking)
         for row in (1, 3):
-            only = Thinking(thinking.steps[[row]], thinking.settle, record=True)
-            alone = engine.think(both.start.select([row]), both.seed[[row]], both.aligner, only, None)
+            only = LatentParams(thinking.steps[[row]], thinking.settle, record=True)
+            alone = engine.run_latent(both.start.select([row]), both.seed[[row]], both.aligner, only, None)
             steps = int(together.steps[row])
             assert alone.steps.tolist() == [steps]
             assert torch.equal(alone.latents[0], together.latents[row, :steps])
@@ -463,18 +463,18 @@ def test_interpreter_lent_slots_are_read_where_they_lie(family, aligner):
         small_model(family, sliding_window=20) if family in ("qwen3-mixed", "mistral-window") else small_model(family)
     )
     both = Both(model, [66, 40, 129], aligner, times=2)
-    assert both.start.borrowed.tolist() == [0, 64, 0, 0, 0, 128]
-    both.assert_same(Thinking(torch.tensor([2, 3, 1, 2, 3, 3]), record=True))
+    assert both.start.prefix_len.tolist() == [0, 64, 0, 0, 0, 128]
+    both.assert_same(LatentParams(torch.tensor([2, 3, 1, 2, 3, 3]), record=True))
 
 
 def test_interpreter_lenders_may_lie_in_another_part(small):
     state_of(small).buckets = [1, 2]
     both = Both(small, [66, 70], "ridge", times=3)
-    assert both.start.lenders.tolist() == [0, 0, 0, 3, 3, 3]
+    assert both.start.prefix_row.tolist() == [0, 0, 0, 3, 3, 3]
     seen = []
     with expecting("a batch of 6 rows runs in parts of 2"):
-        both.assert_same(Thinking(torch.tensor([1, 2, 2, 1, 3, 2]), record=True))
-    thinking = Thinking(torch.tensor([1, 1, 3, 1, 1, 2]), settle=-1.0)
+        both.assert_same(LatentParams(torch.tensor([1, 2, 2, 1, 3, 2]), record=True))
+    thinking = LatentParams(torch.tensor([1, 1, 3, 1, 1, 2]), settle=-1.0)
     thought = both.ours(thinking, seen.append)
     assert seen == [0, 1, 2]
     assert thought.steps.tolist() == [1, 1, 2, 1, 1, 2]
@@ -490,7 +490,7 @@ def test_interpreter_text_behind_lent_slots_equals_eager(small):
         for options in ({}, {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([7], device=DEVICE)])})
     ]  # fmt: skip
     for ours, theirs in zip(outs[:2], outs[2:], strict=True):
-        assert ours.past_key_values.borrowed.tolist() == [0, 64, 0, 0]
+        assert ours.past_key_values.prefix_len.tolist() == [0, 64, 0, 0]
         assert torch.equal(ours.sequences, theirs.sequences)
 
 
@@ -630,7 +630,7 @@ def test_interpreter_copies_are_models_of_their_own(small):
 
 def test_interpreter_unmerge_and_save(small, tmp_path):
     before = one_latent(small)
-    unmerge(small)
+    unpack_weights(small)
     assert one_latent(small, "eager").shape == before.shape
     assert torch.equal(one_latent(small), before)
     small.save_pretrained(tmp_path)

@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 from transformers.models.gemma2 import modeling_gemma2
 
 from latentmas_kernels import build_aligner, generate, latent_generate
-from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking
+from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams
 from latentmas_kernels.engines import hf_graph as generic
-from latentmas_kernels.engines.cuda_graphs import PlainCalls
+from latentmas_kernels.engines.cuda_graphs import EagerReplay
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.warn_once import warn_once
@@ -19,7 +19,7 @@ from latentmas_kernels.warn_once import warn_once
 
 def both(model):
     architecture = Architecture.of(model)
-    return GenericEngine(model, architecture), EagerEngine(model, architecture)
+    return HFGraphEngine(model, architecture), EagerEngine(model, architecture)
 
 
 def read(model, lengths, room=40):
@@ -37,7 +37,7 @@ def assert_same(ours, theirs):
 
 def every(batch, steps, **options):
     """So many steps for each row."""
-    return Thinking(torch.full((batch,), steps), **options)
+    return LatentParams(torch.full((batch,), steps), **options)
 
 
 def assert_same_thought(ours, theirs):
@@ -63,7 +63,8 @@ def test_latent_and_token_steps_equal_eager(name):
         for row, length in enumerate(cache.lengths.tolist()):
             cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     ours, theirs = (
-        e.think(c, start.last_hidden, aligner, every(3, 3), None) for e, c in zip((engine, eager), caches, strict=True)
+        e.run_latent(c, start.last_hidden, aligner, every(3, 3), None)
+        for e, c in zip((engine, eager), caches, strict=True)
     )
     assert_same_thought(ours, theirs)
     for counts in ([1, 1, 1], [1, 0, 1], [0, 0, 1]):
@@ -76,22 +77,22 @@ def test_latent_and_token_steps_equal_eager(name):
 def poisoned(cache):
     """A copy with NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
     cache = cache.fork()
-    for row, (length, borrowed) in enumerate(zip(cache.lengths.tolist(), cache.borrowed.tolist(), strict=True)):
+    for row, (length, prefix_len) in enumerate(zip(cache.lengths.tolist(), cache.prefix_len.tolist(), strict=True)):
         for store in (cache.keys, cache.values):
-            store[:, row, :, length:] = store[:, row, :, :borrowed] = float("nan")
+            store[:, row, :, length:] = store[:, row, :, :prefix_len] = float("nan")
     return cache
 
 
 def think_both(engines, start, seed, aligner, thinking, on_step=None):
     """The same thought and the same memory from both, and what is not the rows' own left alone; the steps taken."""
     caches = [poisoned(start) for _ in engines]
-    thoughts = [e.think(c, seed, aligner, thinking, on_step) for e, c in zip(engines, caches, strict=True)]
+    thoughts = [e.run_latent(c, seed, aligner, thinking, on_step) for e, c in zip(engines, caches, strict=True)]
     assert_same_thought(*thoughts)
-    for row, (length, borrowed) in enumerate(zip(caches[0].lengths.tolist(), start.borrowed.tolist(), strict=True)):
+    for row, (length, prefix_len) in enumerate(zip(caches[0].lengths.tolist(), start.prefix_len.tolist(), strict=True)):
         assert caches[0].keys[:, row, :, length:].isnan().all()
-        assert caches[0].values[:, row, :, :borrowed].isnan().all()
+        assert caches[0].values[:, row, :, :prefix_len].isnan().all()
     for cache in caches:
-        cache.own()
+        cache.make_private()
     assert_same(*caches)
     return thoughts[0].steps.tolist()
 
@@ -99,8 +100,8 @@ def think_both(engines, start, seed, aligner, thinking, on_step=None):
 @pytest.fixture
 def captures(monkeypatch):
     """The graphs that are captured."""
-    captured, real = [], PlainCalls.__call__
-    monkeypatch.setattr(PlainCalls, "__call__", lambda self, body: (captured.append(body), real(self, body))[1])
+    captured, real = [], EagerReplay.__call__
+    monkeypatch.setattr(EagerReplay, "__call__", lambda self, body: (captured.append(body), real(self, body))[1])
     return captured
 
 
@@ -111,15 +112,15 @@ def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
     engines = both(model)
     read_in = read(model, [12, 5, 9])
     start, seed, aligner = read_in.past_key_values, read_in.last_hidden, build_aligner(model, "identity")
-    free = engines[1].think(start.fork(), seed, aligner, every(3, 6), None).latents
+    free = engines[1].run_latent(start.fork(), seed, aligner, every(3, 6), None).latents
     cosines = torch.cosine_similarity(free[:, 1:], free[:, :-1], dim=-1)
     levels = [(cosines[:, i].sort().values[:2].mean().item()) for i in range(5)]  # between two rows
     ends = set()
-    monkeypatch.setattr(engines[0].eager, "think", None)  # it must not be needed
+    monkeypatch.setattr(engines[0].eager, "run_latent", None)  # it must not be needed
     for thinking in (
-        every(3, 2), Thinking(torch.tensor([3, 1, 5])), Thinking(torch.tensor([3, 1, 5]), record=True),
+        every(3, 2), LatentParams(torch.tensor([3, 1, 5])), LatentParams(torch.tensor([3, 1, 5]), record=True),
         every(3, 3, settle=-1.0), every(3, 3, settle=1.0, record=True),
-        *(Thinking(torch.tensor([6, 6, 4]), settle=level, record=True) for level in levels),
+        *(LatentParams(torch.tensor([6, 6, 4]), settle=level, record=True) for level in levels),
     ):  # fmt: skip
         taken = think_both(engines, start, seed, aligner, thinking)
         ends.add(tuple(taken))
@@ -131,11 +132,11 @@ def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
 
 @torch.no_grad()
 def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
-    monkeypatch.setattr(generic, "CHECK_EVERY", 4)
+    monkeypatch.setattr(generic, "SYNC_EVERY", 4)
     model = tiny_model("olmo2")
     engine, _ = both(model)
     start, seen = read(model, [4, 6]), []
-    thought = engine.think(
+    thought = engine.run_latent(
         start.past_key_values,
         start.last_hidden,
         build_aligner(model, "identity"),
@@ -154,25 +155,25 @@ def test_lent_slots_are_copied_in_from_where_they_lie(name):
     model = tiny_model(name)
     engines = both(model)
     read_in = read(model, [66, 40, 129], 140)
-    start = read_in.past_key_values.spread(2, 145)
-    assert start.borrowed.tolist() == [0, 64, 0, 0, 0, 128]
+    start = read_in.past_key_values.fork_rows(2, 145)
+    assert start.prefix_len.tolist() == [0, 64, 0, 0, 0, 128]
     # Rows that start alike must not stay alike.
     seed = read_in.last_hidden.repeat_interleave(2, 0) + 0.1 * torch.randn(
         6, 48, generator=torch.Generator().manual_seed(0)
     )
     aligner = build_aligner(model, "identity")
-    think_both(engines, start, seed, aligner, Thinking(torch.tensor([2, 3, 1, 2, 4, 3]), record=True))
+    think_both(engines, start, seed, aligner, LatentParams(torch.tensor([2, 3, 1, 2, 4, 3]), record=True))
     caches = [poisoned(start) for _ in engines]
     prompt = Prompt(torch.tensor([1, 1, 0, 1, 1, 1]), torch.arange(5, 11)[:, None])
     a, b = (e.extend(c, prompt, logits=True) for e, c in zip(engines, caches, strict=True))
     torch.testing.assert_close(a[prompt.counts > 0], b[prompt.counts > 0], rtol=1e-4, atol=5e-5)
     for cache in caches:
-        cache.own()
+        cache.make_private()
     assert_same(*caches)
 
 
 @pytest.mark.parametrize(
-    "thinking", [Thinking(torch.tensor([3, 1])), every(2, 3, record=True), every(2, 3, settle=-1.0), every(2, 1)]
+    "thinking", [LatentParams(torch.tensor([3, 1])), every(2, 3, record=True), every(2, 3, settle=-1.0), every(2, 1)]
 )
 @torch.no_grad()
 def test_soft_feedback_of_rows_that_end_equals_eager(thinking):
@@ -193,8 +194,8 @@ def test_soft_feedback_equals_eager():
     seen = []
     caches = [read(model, [6, 3]).past_key_values.fork(20) for _ in range(2)]
     seed = eager.extend(caches[0].fork(20), Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]])), logits=True)
-    ours = engine.think(caches[0], seed, aligner, every(2, 3), seen.append)
-    theirs = eager.think(caches[1], seed, aligner, every(2, 3), None)
+    ours = engine.run_latent(caches[0], seed, aligner, every(2, 3), seen.append)
+    theirs = eager.run_latent(caches[1], seed, aligner, every(2, 3), None)
     assert_same_thought(ours, theirs)
     assert seen == [0, 1, 2]
     assert_same(*caches)
@@ -211,7 +212,7 @@ def test_windows_are_kept_and_caches_told_apart():
         caches = [start.past_key_values.fork(room) for _ in range(2)]
         for _ in range(2):
             ours, theirs = (
-                e.think(c, start.last_hidden, aligner, every(2, 1), None)
+                e.run_latent(c, start.last_hidden, aligner, every(2, 1), None)
                 for e, c in zip((engine, eager), caches, strict=True)
             )
             assert_same_thought(ours, theirs)
@@ -227,12 +228,12 @@ def interrupted(step):
 def think_on_another(engine, eager, cache, start):
     """A call on another memory that uses the same window and is interrupted, its graph being there."""
     seed, aligner = torch.ones(1, 48), build_aligner(eager.model, "identity")
-    engine.think(start.fork(40), seed, aligner, every(1, 1), None)
+    engine.run_latent(start.fork(40), seed, aligner, every(1, 1), None)
     engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[8]])), logits=True)
     other = start.fork(40)
     other.crop(-9)
     with pytest.raises(KeyboardInterrupt), other.transaction():
-        engine.think(other, seed, aligner, every(1, 5), interrupted)
+        engine.run_latent(other, seed, aligner, every(1, 5), interrupted)
 
 
 def read_again(engine, eager, cache, start):
@@ -305,10 +306,10 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(monkeypatch):
     with pytest.warns(
         RuntimeWarning, match=r"could not be captured \(operation not permitted when stream is capturing\)"
     ):
-        ours = engine.think(
+        ours = engine.run_latent(
             start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
         )
-    theirs = eager.think(
+    theirs = eager.run_latent(
         start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
     )
     assert torch.equal(ours.latents, theirs.latents)
@@ -344,7 +345,7 @@ def test_a_step_is_captured_again_where_the_model_was_edited(edit):
         engine, eager = both(model)
         start = read(model, [12, 5])
         ours, theirs = (
-            one.think(start.past_key_values.fork(20), start.last_hidden, aligner, every(2, 3), None)
+            one.run_latent(start.past_key_values.fork(20), start.last_hidden, aligner, every(2, 3), None)
             for one in (engine, eager)
         )
         assert_same_thought(ours, theirs)
@@ -412,7 +413,7 @@ def test_a_graph_stays_with_what_no_forward_reads():
 def test_what_is_no_candidate_says_why():
     model = tiny_model("gpt2")
     architecture = Architecture.of(model)
-    assert generic.why_not(model, architecture) == "the model is on cpu, not on a CUDA device"
+    assert generic.unsupported_reason(model, architecture) == "the model is on cpu, not on a CUDA device"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

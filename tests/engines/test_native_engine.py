@@ -16,7 +16,7 @@ from torch import nn
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
 from latentmas_kernels import extension as native
-from latentmas_kernels.engines import Decoding, EagerEngine, NativeEngine, Thinking, open_engine
+from latentmas_kernels.engines import EagerEngine, LatentParams, NativeEngine, SamplingParams, open_engine
 from latentmas_kernels.engines.native import memory_report, quantize_rows
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
@@ -126,7 +126,7 @@ def test_logits_of_nan_give_latents_of_nan():
     cache = LatentCache.for_model(Architecture.of(model), 2, 4)
     logits = torch.randn(2, 97)
     logits[1] = float("nan")
-    thought = engine.think(cache, logits, build_aligner(model, "soft"), Thinking(torch.tensor([2, 2])), None)
+    thought = engine.run_latent(cache, logits, build_aligner(model, "soft"), LatentParams(torch.tensor([2, 2])), None)
     assert thought.latents[0].isfinite().all()
     assert thought.latents[1].isnan().all()
     assert thought.last_hidden[1].isnan().all()
@@ -264,7 +264,7 @@ def test_reads_and_writes_no_slot_but_its_own(run):
         cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     before = cache.fork()
     aligner = build_aligner(model, "ridge")
-    thought = engine.think(cache, read.last_hidden, aligner, Thinking(torch.tensor([2, 2])), None)
+    thought = engine.run_latent(cache, read.last_hidden, aligner, LatentParams(torch.tensor([2, 2])), None)
     with torch.no_grad():
         engine.extend(cache, Prompt(torch.tensor([3, 0]), torch.tensor([[4, 5, 6], [0, 0, 0]])), logits=True)
     assert thought.latents.isfinite().all()
@@ -337,9 +337,9 @@ def test_samples_what_the_op_would():
     ids, mask = ragged([5, 3])
     read = latent_generate(model, ids, mask, latent_steps=0, max_cache_len=16, engine="native")
     logits = torch.randn(2, 97, generator=torch.Generator().manual_seed(3)) * 3
-    decoding = Decoding(4, 0, True, 0.8, 20, 0.9, ends=[], padding=0)
+    decoding = SamplingParams(4, 0, True, 0.8, 20, 0.9, ends=[], padding=0)
     torch.manual_seed(11)
-    tokens = engine.speak(read.past_key_values.fork(16), logits, decoding, None)
+    tokens = engine.decode(read.past_key_values.fork(16), logits, decoding, None)
     torch.manual_seed(11)
     seed = int(torch.randint(2**62, ()).item())
     cache = read.past_key_values.fork(16)
@@ -358,7 +358,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_token(do_sample, fault):
     logits = torch.randn(2, 97)
     logits[1] = fault
     with pytest.raises(ValueError, match="the logits hold NaN or Inf"):
-        engine.speak(cache, logits, Decoding(2, 0, do_sample, 1.0, 5, 0.9, ends=[], padding=0), None)
+        engine.decode(cache, logits, SamplingParams(2, 0, do_sample, 1.0, 5, 0.9, ends=[], padding=0), None)
 
 
 @settings(max_examples=40, deadline=None)

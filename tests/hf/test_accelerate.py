@@ -214,7 +214,9 @@ def test_return_sequences_are_neighbours(pair, batch):
 )
 def test_engine_draws_from_transformers_distribution(pair, options, monkeypatch):
     """Where the engine draws by itself, its first two tokens come as often as transformers' scores say."""
-    monkeypatch.setattr("latentmas_kernels.hf.decode.speak_stepwise", lambda *a, **k: pytest.fail("one step at a time"))
+    monkeypatch.setattr(
+        "latentmas_kernels.hf.decode.decode_stepwise", lambda *a, **k: pytest.fail("one step at a time")
+    )
     draws, ids = 4000, ragged([6])[0]
     scored = pair.plain.generate(
         ids, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **options
@@ -502,7 +504,7 @@ def test_engine_is_the_native_one(pair, batch, monkeypatch):
     """What the tests above rest on: no call of theirs ran in transformers' forward."""
     spoken = []
     speak = NativeEngine.speak
-    monkeypatch.setattr(NativeEngine, "speak", lambda self, *a: spoken.append(1) or speak(self, *a))
+    monkeypatch.setattr(NativeEngine, "decode", lambda self, *a: spoken.append(1) or speak(self, *a))
     monkeypatch.setattr(EagerEngine, "extend", lambda *a, **k: pytest.fail("the eager engine"))
     pair.ours.generate(**batch, max_new_tokens=4)
     assert spoken

@@ -36,12 +36,14 @@ def raising(error: Exception) -> Any:
 
 # Where a call is set up, what goes wrong there, and what the reason says.
 PLACES = {
-    "inputs": ("latentmas_kernels.hf.decode.why_not", AttributeError("no such mask"), "AttributeError: no such mask"),
+    "inputs": (
+        "latentmas_kernels.hf.decode.unsupported_reason", AttributeError("no such mask"), "AttributeError: no such mask"
+    ),
     "configuration": (
         "latentmas_kernels.models.architecture.find_layout", TypeError("None"), "could not be read (TypeError: None)"
     ),
-    "families": ("latentmas_kernels.engines.native.why_not", KeyError("rope_type"), "KeyError: 'rope_type'"),
-    "weights": ("latentmas_kernels.engines.native.read_weights", RuntimeError("shape\nmore"), "in RuntimeError: shape"),
+    "families": ("latentmas_kernels.engines.native.unsupported_reason", KeyError("rope_type"), "KeyError: 'rope_type'"),
+    "weights": ("latentmas_kernels.engines.native.pack_weights", RuntimeError("shape\nmore"), "in RuntimeError: shape"),
     "memory": ("latentmas_kernels.engines.NativeEngine.__init__", MemoryError(), "in MemoryError"),
     "device": ("latentmas_kernels.engines.NativeEngine.__init__", torch.OutOfMemoryError("3 GiB"), "OutOfMemoryError: 3 GiB"),
     "values": ("latentmas_kernels.engines.NativeEngine.__init__", ValueError("a table"), "ValueError: a table"),
@@ -125,7 +127,7 @@ def test_unknown_engines_and_weights_that_are_not_finite_are_errors_still(pair: 
     assert not pair.left
 
 
-@pytest.mark.parametrize("method", ["extend", "speak"])
+@pytest.mark.parametrize("method", ["extend", "decode"])
 def test_what_goes_wrong_at_work_is_not_swallowed(pair: Pair, monkeypatch: pytest.MonkeyPatch, method: str):
     """The prompt or tokens are done, a streamer may have them: transformers does not begin anew."""
     monkeypatch.setattr(NativeEngine, method, raising(RuntimeError("a core went away")))
@@ -135,7 +137,7 @@ def test_what_goes_wrong_at_work_is_not_swallowed(pair: Pair, monkeypatch: pytes
 
 
 def test_doctor_names_what_goes_wrong(model: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("latentmas_kernels.engines.native.why_not", raising(KeyError("rope_type")))
+    monkeypatch.setattr("latentmas_kernels.engines.native.unsupported_reason", raising(KeyError("rope_type")))
     assert doctor(model).lines["native engine"] == "off: looking at the model ended in KeyError: 'rope_type'"
 
 

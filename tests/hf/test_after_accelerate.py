@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from latentmas_kernels import latent_generate
 from latentmas_kernels.hf import ModelWrapper, accelerate, restore
-from latentmas_kernels.models.packed_weights import read_weights
+from latentmas_kernels.models.packed_weights import pack_weights
 
 IDS, MASK = ragged([4, 11, 2])
 
@@ -515,7 +515,7 @@ def test_two_threads_merge_weights_once(model):
 
     def work() -> None:
         start.wait()
-        found.append(read_weights(model, architecture).key)
+        found.append(pack_weights(model, architecture).key)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -64,15 +64,15 @@ def test_ragged_chain_equals_plain_loop(name, side):
     assert embeddings.shape == (4, columns + STEPS, 48)
     for row in range(4):
         alone = plain(wrapper)
-        alone.think(real(*turns[0], row), STEPS)
+        alone.run_latent(real(*turns[0], row), STEPS)
         ids = real(*turns[1], row)
-        latents, _ = alone.think(ids, STEPS)
+        latents, _ = alone.run_latent(ids, STEPS)
         fed = torch.cat([wrapper.model.get_input_embeddings()(ids)[0], latents])
         padding = columns + STEPS - len(fed)
         assert_close(embeddings[row, padding:], fed)
         assert torch.equal(embeddings[row, padding:-STEPS], fed[:-STEPS]), "of the prompt to the last bit"
         assert not embeddings[row, :padding].any()
-        assert texts[row] == text_of(wrapper, alone.speak(real(*last, row), NEW))
+        assert texts[row] == text_of(wrapper, alone.decode(real(*last, row), NEW))
         length = sum(int(mask[row].sum()) for _, mask in (*turns, last)) + 2 * STEPS + NEW - 1
         assert memory.lengths[row] == length
         assert_close(memory.keys[-1, row, :, length - 1], alone.cache.layers[-1].keys[0, :, -1])
@@ -154,7 +154,7 @@ def test_text_ends_at_each_rows_end_token():
     """Rows end at different places; neither the end nor what fills a row behind it is part of its text."""
     wrapper = wrapped()
     ids, mask = ragged(LENGTHS)
-    spoken = [plain(wrapper).speak(real(ids, mask, row), 12) for row in range(4)]
+    spoken = [plain(wrapper).decode(real(ids, mask, row), 12) for row in range(4)]
     end = spoken[0][4]
     assert wrapper.tokenizer.decode([end]).strip(), "a token that shows"
     wrapper.model.generation_config.eos_token_id = end
@@ -171,7 +171,7 @@ def test_text_ends_where_the_chat_template_ends_a_turn(named):
     """A checkpoint may not name that token; what it names ends texts as well."""
     wrapper = wrapped()
     ids, mask = ragged(LENGTHS)
-    spoken = [plain(wrapper).speak(real(ids, mask, row), 12) for row in range(4)]
+    spoken = [plain(wrapper).decode(real(ids, mask, row), 12) for row in range(4)]
     end, own = spoken[0][4], spoken[1][2]
     assert end != own
     token = wrapper.tokenizer.convert_ids_to_tokens(end)
@@ -242,7 +242,7 @@ def test_sampling_is_repeated_by_a_seed_and_temperature_zero_is_greedy():
         torch.manual_seed(seed)
         return wrapper.generate_text_batch(ids, mask, max_new_tokens=24, **options)[0]
 
-    greedy = [text_of(wrapper, plain(wrapper).speak(real(ids, mask, row), 24)) for row in range(4)]
+    greedy = [text_of(wrapper, plain(wrapper).decode(real(ids, mask, row), 24)) for row in range(4)]
     assert said(1, temperature=0) == said(2, temperature=0) == greedy
     assert said(1, temperature=5.0) == said(1, temperature=5.0)
     assert said(1, temperature=5.0) != said(2, temperature=5.0)
@@ -338,9 +338,9 @@ def test_goes_on_from_a_padded_transformers_cache(name):
     for row in range(4):
         alone = plain(wrapper)
         alone.forward(input_ids=real(*first, row))
-        latents, _ = alone.think(real(new, new_mask, row), STEPS)
+        latents, _ = alone.run_latent(real(new, new_mask, row), STEPS)
         assert_close(embeddings[row, -STEPS:], latents)
-        assert texts[row] == text_of(wrapper, alone.speak(torch.tensor([[9]]), NEW))
+        assert texts[row] == text_of(wrapper, alone.decode(torch.tensor([[9]]), NEW))
 
 
 @torch.no_grad()
@@ -591,8 +591,8 @@ def test_two_agents_on_the_default_model(default_model, default_tokenizer):
         want = default_tokenizer(prompts[row], add_special_tokens=False, return_tensors="pt").input_ids
         assert torch.equal(real(ids, mask, row), want)
         alone = PlainLoop(default_model, feed_back(default_model, "identity"))
-        alone.think(want, 6)
-        spoken = alone.speak(real(answer_ids, answer_mask, row), 24)
+        alone.run_latent(want, 6)
+        spoken = alone.decode(real(answer_ids, answer_mask, row), 24)
         stop = next((place for place, token in enumerate(spoken) if token in ends), len(spoken))
         assert texts[row] == default_tokenizer.decode(spoken[:stop], skip_special_tokens=True).strip()
         assert texts[row]

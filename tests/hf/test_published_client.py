@@ -79,13 +79,13 @@ def published(wrapper, question, *, latent_only=False, sequential_info_only=Fals
     client = Client(wrapper)
     for role in ROLES[:-1]:
         before = loop.cache.get_seq_length()
-        loop.think(client.tokens(role, [question])[0], STEPS)
+        loop.run_latent(client.tokens(role, [question])[0], STEPS)
         if latent_only or sequential_info_only:
             keep = STEPS if latent_only else loop.cache.get_seq_length() - before
             loop.cache = DynamicCache(
                 ddp_cache_data=[(x.keys[..., -keep:, :], x.values[..., -keep:, :]) for x in loop.cache.layers]
             )
-    tokens = loop.speak(client.tokens(ROLES[-1], [question])[0], NEW)
+    tokens = loop.decode(client.tokens(ROLES[-1], [question])[0], NEW)
     return wrapper.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
@@ -501,7 +501,7 @@ def test_latents_and_states_on_request(side):
     assert states["latent_vectors"][0] is states["input_hidden"]
     for row in range(4):
         loop = PlainLoop(wrapper.model, feed_back(wrapper.model, "ridge"))
-        want, last = loop.think(real(ids, mask, row), STEPS)
+        want, last = loop.run_latent(real(ids, mask, row), STEPS)
         assert close(latents[row], want)
         assert close(states["final_hidden"][row], last)
         assert torch.equal(states["input_hidden"][row], wrapper.embedding_layer(real(ids, mask, row))[0, -1])

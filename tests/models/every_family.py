@@ -125,8 +125,8 @@ def _think(plain: Any) -> tuple[str, str]:
     for row in range(len(ids)):
         with torch.no_grad():
             loop = WholeLoop(plain)
-            latents, hidden = loop.think(real(ids, mask, row), STEPS)
-            tokens = loop.speak(more[row : row + 1], TOKENS)
+            latents, hidden = loop.run_latent(real(ids, mask, row), STEPS)
+            tokens = loop.decode(more[row : row + 1], TOKENS)
         assert _apart(out.latents[row], latents) < TOLERANCE, f"latents of row {row}"
         assert _apart(out.last_hidden[row], hidden) < TOLERANCE, f"last hidden state of row {row}"
         assert said.sequences[row, 3:].tolist() == tokens, f"tokens of row {row}"

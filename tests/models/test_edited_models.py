@@ -590,7 +590,8 @@ def test_places_without_a_layer_are_zeros_however_a_memory_is_copied(tmp_path, m
     memory.save(tmp_path / "memory.safetensors", model)
     theirs = memory.to_hf()
     for copied in (
-        memory, memory.fork(40), memory.select([1, 0]), memory.spread(2, capacity=40), memory.branch(), copy.deepcopy(memory),
+        memory, memory.fork(40), memory.select([1, 0]), memory.fork_rows(2, capacity=40), memory.branch(),
+        copy.deepcopy(memory),
         LatentCache.load(tmp_path / "memory.safetensors", model), LatentCache.concat([memory], model),
         LatentCache.from_hf(theirs, capacity=40), latent_generate(model, IDS, past_key_values=theirs).past_key_values,
     ):  # fmt: skip

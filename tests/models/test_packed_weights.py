@@ -8,11 +8,11 @@ from tiny_models import FAMILIES, ragged, tiny_model
 from torch import nn
 
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import NotPackable, read_weights, unmerge, why_not
+from latentmas_kernels.models.packed_weights import UnsupportedWeights, pack_weights, unpack_weights, unsupported_reason
 
 
 def pack(model):
-    return read_weights(model, Architecture.of(model))
+    return pack_weights(model, Architecture.of(model))
 
 
 def storages(model):
@@ -60,7 +60,7 @@ def test_unmerge_gives_every_parameter_its_own_storage(family):
     model = tiny_model(family)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     merged = pack(model)  # held: its addresses are not given away
-    unmerge(model)
+    unpack_weights(model)
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (family == "llama-tied")
@@ -149,15 +149,15 @@ def test_what_is_not_covered_has_a_reason(change, reason):
     model = tiny_model("llama")
     change(model)
     architecture = Architecture.of(model)
-    with pytest.raises(NotPackable, match=reason):
-        read_weights(model, architecture)
-    assert why_not(model, architecture)
+    with pytest.raises(UnsupportedWeights, match=reason):
+        pack_weights(model, architecture)
+    assert unsupported_reason(model, architecture)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "mixtral", "olmo2"])
 def test_other_families_have_a_reason(family):
     model = tiny_model(family)
-    assert "is none of LlamaForCausalLM, MistralForCausalLM" in why_not(model, Architecture.of(model))
+    assert "is none of LlamaForCausalLM, MistralForCausalLM" in unsupported_reason(model, Architecture.of(model))
 
 
 def test_subclasses_are_not_taken_for_their_base():
@@ -168,7 +168,7 @@ def test_subclasses_are_not_taken_for_their_base():
 
     model = tiny_model("llama")
     model.__class__ = Other
-    assert why_not(model, Architecture.of(model)) == (
+    assert unsupported_reason(model, Architecture.of(model)) == (
         "Other is none of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
     )
 
@@ -179,4 +179,4 @@ def test_transformers_own_hooks_are_no_obstacle():
     model = tiny_model("llama")
     model(torch.tensor([[3, 4]]), output_hidden_states=True)
     assert any(module._forward_hooks for module in model.modules())
-    assert why_not(model, Architecture.of(model)) is None
+    assert unsupported_reason(model, Architecture.of(model)) is None

@@ -6,7 +6,7 @@ from tiny_models import VOCAB, PlainLoop, feed_back, ragged, real, tiny_model
 from torch import nn
 
 from latentmas_kernels import accelerate, build_aligner, generate, latent_generate
-from latentmas_kernels.engines import EagerEngine, GenericEngine, Thinking
+from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.trace import trace_of
@@ -53,7 +53,7 @@ def test_text_is_that_of_the_model_without_them(name, engine, bias):
     assert torch.equal(generate(padded, ids, mask, max_new_tokens=8, engine=engine).sequences, want)
     for row in range(3):
         loop = PlainLoop(plain, feed_back(plain, "identity"))
-        assert loop.speak(real(ids, mask, row), 8) == want[row, -8:].tolist()
+        assert loop.decode(real(ids, mask, row), 8) == want[row, -8:].tolist()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -145,12 +145,12 @@ def test_the_generic_tier_leaves_them_out():
     plain, padded = padded_model()
     ids, mask = ragged([3, 7])
     outcomes = []
-    for kind, model in ((EagerEngine, plain), (GenericEngine, padded)):
+    for kind, model in ((EagerEngine, plain), (HFGraphEngine, padded)):
         engine = kind(model, Architecture.of(model))
         cache = latent_generate(model, ids, mask, latent_steps=0, max_cache_len=20, engine="eager").past_key_values
         logits = engine.extend(cache, Prompt(torch.ones(2, dtype=torch.int64), ids[:, -1:]), logits=True)
-        thinking = Thinking(torch.tensor([3, 3]))
-        thought = engine.think(cache, logits, build_aligner(model, "soft"), thinking, None)
+        thinking = LatentParams(torch.tensor([3, 3]))
+        thought = engine.run_latent(cache, logits, build_aligner(model, "soft"), thinking, None)
         outcomes.append((logits, thought.latents))
     for want, got in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)

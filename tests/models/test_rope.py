@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.rope import Rotation
+from latentmas_kernels.models.rope import RopeShift
 
 # Relative, over the latents of a row. One slot in 13 that is turned by one position too many makes 1e-3 and more where it is
 # seen; rounding makes 2e-6, and 2e-5 in OLMo 2, which normalises what each layer adds.
@@ -42,15 +42,15 @@ def tables_of(model):
 @pytest.mark.parametrize("name", [*FAMILIES, *MOVABLE])
 def test_frequencies_are_those_of_each_layer(name):
     model = tiny_model(name)
-    assert torch.equal(Rotation.of(model).inv_freq, tables_of(model))
-    assert Rotation.of(model) is Rotation.of(model), "proved once"
-    half = Rotation.of(model.bfloat16())
+    assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
+    assert RopeShift.of(model) is RopeShift.of(model), "proved once"
+    half = RopeShift.of(model.bfloat16())
     assert torch.equal(half.inv_freq, tables_of(model).float())
 
 
 def test_layers_of_different_frequencies():
     """Gemma 3 turns its sliding layers faster than the others."""
-    frequencies = Rotation.of(tiny_model("gemma3")).inv_freq
+    frequencies = RopeShift.of(tiny_model("gemma3")).inv_freq
     assert torch.equal(frequencies[0], frequencies[2])
     assert not torch.equal(frequencies[0], frequencies[1])
 
@@ -59,31 +59,31 @@ def test_a_refusal_is_not_kept():
     model = tiny_model("llama")
     hook = model.model.layers[0].register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
     with pytest.raises(ValueError, match="cannot be moved"):
-        Rotation.of(model)
+        RopeShift.of(model)
     hook.remove()
-    assert torch.equal(Rotation.of(model).inv_freq, tables_of(model))
+    assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
 
 
 def test_it_is_proved_in_the_dtype_of_the_model():
     """Under autocast keys of float32 would be as rough as those of bfloat16."""
     model = tiny_model("llama")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(Rotation.of(model).inv_freq, tables_of(model))
+        assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_frequencies_that_change_are_seen(inference):
     model = tiny_model("llama")
     with torch.inference_mode(inference):
-        first = Rotation.of(model)
+        first = RopeShift.of(model)
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 2
-        second = Rotation.of(model)
-        assert Rotation.of(model) is second
+        second = RopeShift.of(model)
+        assert RopeShift.of(model) is second
         assert torch.equal(second.inv_freq, tables_of(model))
         assert torch.equal(first.inv_freq, 2 * second.inv_freq)
     if not inference:
         model.model.rotary_emb.inv_freq.mul_(0.5)
-        assert torch.equal(Rotation.of(model).inv_freq, second.inv_freq / 2)
+        assert torch.equal(RopeShift.of(model).inv_freq, second.inv_freq / 2)
 
 
 FACTOR_32 = {
@@ -101,7 +101,7 @@ def test_wrong_low_frequencies_are_seen_in_every_dtype(dtype):
     right, forward = rope.inv_freq, rope.forward
     unscaled = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **options)
     wrong = unscaled.model.rotary_emb.inv_freq.to(right.dtype)
-    assert torch.equal(Rotation.of(model).inv_freq[0], right.float())
+    assert torch.equal(RopeShift.of(model).inv_freq[0], right.float())
 
     def turned(x, position_ids):
         rope.inv_freq = right
@@ -112,7 +112,7 @@ def test_wrong_low_frequencies_are_seen_in_every_dtype(dtype):
 
     rope.inv_freq, rope.forward = wrong, turned
     with pytest.raises(ValueError, match="moved by 1061 positions, keys of layer 0 are 0.[23456]"):
-        Rotation.of(model)
+        RopeShift.of(model)
 
 
 def test_layers_are_moved_one_by_one_from_the_first_slot_that_moves_on(monkeypatch):
@@ -122,7 +122,7 @@ def test_layers_are_moved_one_by_one_from_the_first_slot_that_moves_on(monkeypat
     )
     keys = torch.zeros(3, 2, 1, 10, 4)
     shifts = torch.tensor([[0, 0, 0, 2, 0, 2], [0, 0, 0, 0, 1, 1]])
-    rotation = Rotation(torch.tensor([[1.0, 0.5], [0.0, 0.0], [1.0, 0.5]]))
+    rotation = RopeShift(torch.tensor([[1.0, 0.5], [0.0, 0.0], [1.0, 0.5]]))
     rotation.move(keys, torch.zeros_like(shifts))
     assert not seen
     rotation.move(keys, shifts)
@@ -133,7 +133,7 @@ def test_layers_are_moved_one_by_one_from_the_first_slot_that_moves_on(monkeypat
 @pytest.mark.parametrize("rope", ROPES)
 def test_scaled_frequencies_can_be_moved(rope):
     model = tiny_model("llama", rope_parameters=ROPES[rope])
-    assert torch.equal(Rotation.of(model).inv_freq, tables_of(model))
+    assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
     plain = tiny_model("llama")
     assert not torch.equal(tables_of(model), tables_of(plain)), "or the test would say nothing"
 
@@ -160,7 +160,7 @@ def test_keys_that_cannot_be_moved_are_refused_with_the_reason(name, overrides, 
     """And only where something has to move; the memory stays as it was."""
     model = tiny_model(name, **overrides).to(dtype)
     with pytest.raises(ValueError, match=f"{words}.*Cut without rebase\\(\\), which keeps positions"):
-        Rotation.of(model)
+        RopeShift.of(model)
     cache = latent_generate(model, *ragged([5, 3]), latent_steps=2, aligner="identity", engine="eager").past_key_values
     cache.rebase(model)
     cache.keep(torch.arange(7).expand(2, 7) % 2 == 1)
@@ -215,7 +215,7 @@ class PlainMemory:
         )  # fmt: skip
         return out.hidden_states[-1][:, -1], out.logits[:, -1]
 
-    def think(self, ids, steps):
+    def run_latent(self, ids, steps):
         hidden, logits = self.forward(input_ids=ids)
         latents = []
         for _ in range(steps):
@@ -223,7 +223,7 @@ class PlainMemory:
             hidden, logits = self.forward(inputs_embeds=latents[-1][:, None])
         return torch.cat(latents), hidden[0]
 
-    def speak(self, ids, count):
+    def decode(self, ids, count):
         _, logits = self.forward(input_ids=ids)
         tokens = [int(logits.argmax())]
         while len(tokens) < count:
@@ -283,7 +283,7 @@ def plain_agents(model, turns=TURNS):
     plain = [PlainMemory(model) for _ in turns[0][0]]
     for (ids, mask), steps in zip(turns, STEPS, strict=False):
         for row, memory in enumerate(plain):
-            memory.think(real(ids, mask, row), steps)
+            memory.run_latent(real(ids, mask, row), steps)
     return plain
 
 
@@ -300,10 +300,10 @@ def assert_goes_on_like(model, engine, memory, plain, tolerance, turns=TURNS):
         model, *turns[3], past_key_values=thought.past_key_values, max_new_tokens=6, eos_token_id=None, engine=engine
     )
     for row, alone in enumerate(plain):
-        latents, last = alone.think(real(*turns[2], row), 3)
+        latents, last = alone.run_latent(real(*turns[2], row), 3)
         assert relative(thought.latents[row], latents) < tolerance
         assert relative(thought.last_hidden[row], last) < tolerance
-        assert said.sequences[row, -6:].tolist() == alone.speak(real(*turns[3], row), 6)
+        assert said.sequences[row, -6:].tolist() == alone.decode(real(*turns[3], row), 6)
 
 
 def cut(memory, plain, *, close, model):
@@ -388,7 +388,7 @@ def test_bfloat16_error_is_that_of_plain_bfloat16(name, engine):
     cut(memory, plain, close=True, model=half)
     ours = latent_generate(half, *TURNS[2], latent_steps=1, past_key_values=memory, aligner="ridge", engine=engine)
     theirs, want = (
-        torch.stack([alone.think(real(*TURNS[2], row), 1)[1] for row, alone in enumerate(each)]).double()
+        torch.stack([alone.run_latent(real(*TURNS[2], row), 1)[1] for row, alone in enumerate(each)]).double()
         for each in (plain, exact)
     )
     assert (ours.last_hidden.double() - want).norm() <= 2 * (theirs - want).norm()
@@ -434,11 +434,11 @@ def test_parts_of_rows_that_borrow_merge_to_what_each_row_holds(engine):
     ids, mask = ragged([70, 66])
     options = {"aligner": "ridge", "engine": engine}
     common = latent_generate(model, ids, mask, latent_steps=2, **options).past_key_values
-    wide = common.spread(2, 90)
+    wide = common.fork_rows(2, 90)
     wide = latent_generate(
         model, *ragged([3, 5, 2, 4]), latent_steps=2, past_key_values=wide, **options
     ).past_key_values
-    assert wide.borrowed.tolist() == [0, 64, 0, 64]
+    assert wide.prefix_len.tolist() == [0, 64, 0, 64]
     before = wide.buffer.clone()
     ends = [72, 68]
     merged = LatentCache.concat([wide.part([0, 2]), wide.part([1, 3], torch.tensor(ends))], model)

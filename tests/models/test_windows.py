@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 from latentmas_kernels import UnsupportedModelError, accelerate, doctor, generate, latent_generate
-from latentmas_kernels.engines import GenericEngine
+from latentmas_kernels.engines import HFGraphEngine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models import windows
 from latentmas_kernels.models.architecture import Architecture, cache_argument
@@ -195,7 +195,7 @@ def test_no_model_is_kept_alive_by_what_is_kept_of_it(kind):
     else:
         latent_generate(model, IDS, MASK, latent_steps=2, aligner="identity")
         start = latent_generate(model, IDS, MASK, latent_steps=0, max_cache_len=40, engine="eager")
-        engine = GenericEngine(model, Architecture.of(model))
+        engine = HFGraphEngine(model, Architecture.of(model))
         engine.extend(start.past_key_values, Prompt(torch.tensor([1, 1]), torch.tensor([[5], [6]])), logits=True)
         assert engine.state.windows
         del engine, start

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numerics import DEVICE, DOT_DTYPES, TARGET, assert_as_good_as_torch, integers, normal, poisoned
 
 from latentmas_kernels.ops.decode_attention import decode_attention, decode_attention_reference
-from latentmas_kernels.ops.triton.decode_attention import Partials, splits_for
+from latentmas_kernels.ops.triton.decode_attention import Partials, num_kv_splits
 from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
 from latentmas_kernels.ops.triton.kv_table import describe
 from latentmas_kernels.ops.triton.launch import INTERPRETER, Target
@@ -90,16 +90,16 @@ def test_interpreter_reads_lent_slots_in_the_row_that_they_lie_in(dtype, window)
     """Rows borrow from those before and behind them, all of what they hold or some; what lies under it is NaN."""
     lengths, slots = [64, 200, 130, 70, 131], 210
     queries, keys, values, rows = inputs((4, 2, 16), lengths, slots, dtype=dtype)
-    lenders, borrowed = [1, 1, 4, 1, 4], [64, 0, 128, 64, 0]
+    prefix_row, prefix_len = [1, 1, 4, 1, 4], [64, 0, 128, 64, 0]
     positions, query_positions = gapped(lengths, slots)
     want = [t.clone() for t in (keys, values)]
-    for row, (lender, count) in enumerate(zip(lenders, borrowed, strict=True)):
+    for row, (lender, count) in enumerate(zip(prefix_row, prefix_len, strict=True)):
         for store, full in zip((keys, values), want, strict=True):
             full[row, :, :count] = store[lender, :, :count]
-    for row, count in enumerate(borrowed):
+    for row, count in enumerate(prefix_len):
         keys[row, :, :count] = values[row, :, :count] = float("nan")
     options = {"window": window, "positions": positions, "query_positions": query_positions}
-    lent = {"lenders": integers(*lenders), "borrowed": integers(*borrowed)}
+    lent = {"prefix_row": integers(*prefix_row), "prefix_len": integers(*prefix_len)}
     out = decode_attention(queries, keys, values, rows, scale=0.25, **options, **lent)
     assert_right(out, queries, *want, rows, 0.25, **options)
     # Where they lie makes no difference in any bit.
@@ -113,13 +113,13 @@ def test_interpreter_lenders_may_lie_outside_of_the_rows(part):
     """They count from the first row that the table describes."""
     lengths = [70, 66, 66, 64, 130]
     queries, keys, values, rows = inputs((4, 2, 16), lengths, 140)
-    lenders, borrowed = integers(0, 0, 4, 4, 4), integers(0, 64, 64, 64, 0)
-    want = decode_attention(queries, keys, values, rows, lenders=lenders, borrowed=borrowed)
+    prefix_row, prefix_len = integers(0, 0, 4, 4, 4), integers(0, 64, 64, 64, 0)
+    want = decode_attention(queries, keys, values, rows, prefix_row=prefix_row, prefix_len=prefix_len)
     memory = torch.tensor(describe(keys[None, part], values[None, part]), device=DEVICE)
     partials, out = Partials(queries[part], 2), poisoned(len(queries[part]), 64)
     kernel(
         queries[part].contiguous(), memory, 0, 2, rows[part], rows[part], None, 0.25, partials, out,
-        target=TARGET, lenders=lenders[part] - part.start, borrowed=borrowed[part],
+        target=TARGET, prefix_row=prefix_row[part] - part.start, prefix_len=prefix_len[part],
     )  # fmt: skip
     torch.testing.assert_close(out, want[part])
 
@@ -224,9 +224,9 @@ def test_interpreter_takes_strided_arguments():
 
 def test_splits_do_not_depend_on_the_batch_in_float32():
     device = Target("some device", 132, overlap=True)
-    assert {splits_for(device, batch, 8, 4) for batch in (1, 3, 64)} == {16}
-    assert [splits_for(device, batch, 8, 2) for batch in (1, 3, 8, 64)] == [64, 16, 8, 1]
-    assert splits_for(INTERPRETER, 3, 2, 4) == 2
+    assert {num_kv_splits(device, batch, 8, 4) for batch in (1, 3, 64)} == {16}
+    assert [num_kv_splits(device, batch, 8, 2) for batch in (1, 3, 8, 64)] == [64, 16, 8, 1]
+    assert num_kv_splits(INTERPRETER, 3, 2, 4) == 2
 
 
 def test_empty_batch_interpreter():
@@ -275,9 +275,9 @@ WINDOW = {"window": 3, "positions": POSITIONS, "query_positions": INT}
         ({**WINDOW, "positions": POSITIONS.int()}, r"positions must be int64 \[2, 5\]; got torch.int32"),
         ({**WINDOW, "positions": POSITIONS[:, :4]}, r"got torch.int64 \[2, 4\]"),
         ({**WINDOW, "query_positions": INT.long()}, r"query_positions must be int32 \[2\]; got torch.int64"),
-        ({"lenders": INT}, "pass both lenders and borrowed, or neither"),
-        ({"lenders": INT.long(), "borrowed": INT}, r"lenders must be int32 \[2\]; got torch.int64"),
-        ({"lenders": INT, "borrowed": INT[:1]}, r"borrowed must be int32 \[2\]; got torch.int32 \[1\]"),
+        ({"prefix_row": INT}, "pass both prefix_row and prefix_len, or neither"),
+        ({"prefix_row": INT.long(), "prefix_len": INT}, r"prefix_row must be int32 \[2\]; got torch.int64"),
+        ({"prefix_row": INT, "prefix_len": INT[:1]}, r"prefix_len must be int32 \[2\]; got torch.int32 \[1\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, words):

@@ -35,7 +35,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from tokenizers_offline import character_tokenizer
 
-from latentmas_kernels.cache.latent_cache import NoRoomError
+from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
 
 SECONDS = 20.0
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -47,10 +47,10 @@ class House:
     """A gateway in front of a fake server."""
 
     def __init__(
-        self, model: Any, folder: Path, *, hand_over: str = "kv", timeout: float = 60.0, **options: Any
+        self, model: Any, folder: Path, *, kv_transfer: str = "kv", timeout: float = 60.0, **options: Any
     ) -> None:
         self.tokenizer = character_tokenizer()
-        self.upstream = Upstream(model, self.tokenizer, hand_over=hand_over, folder=folder, timeout=timeout)
+        self.upstream = Upstream(model, self.tokenizer, kv_transfer=kv_transfer, folder=folder, timeout=timeout)
         self.fake, self.folder = Fake(next(iter(self.upstream._probe.likely))), folder
         self.chains = {
             name: Chain(model, self.tokenizer, agents, aligner="identity", decoder=self.upstream)
@@ -304,7 +304,7 @@ def test_agents_that_write_in_the_middle_let_others_think(house: House) -> None:
 
 
 def test_embeddings_are_what_the_memory_was_fed(model: Any, tmp_path: Path) -> None:
-    with House(model, tmp_path, hand_over="embeds") as house:
+    with House(model, tmp_path, kv_transfer="embeds") as house:
         assert house.fake.probes == 2
         assert house.ask().status_code == 200
         (body,) = house.fake.seen
@@ -506,14 +506,14 @@ def test_no_room(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return fail
 
-    for error in (OSError(errno.ENOSPC, "full"), NoRoomError("full")):
+    for error in (OSError(errno.ENOSPC, "full"), InsufficientMemoryError("full")):
         with monkeypatch.context() as patch:
             patch.setattr("latentmas.backends.vllm.server.Parcel", raising(error))
             response = house.ask()
         assert "--folder" in error_of(response, 503)["message"]
         assert response.json()["error"]["code"] == "folder_unwritable"
         assert int(response.headers["retry-after"]) > 0
-    for error in (MemoryError(), NoRoomError("none"), torch.OutOfMemoryError("none")):
+    for error in (MemoryError(), InsufficientMemoryError("none"), torch.OutOfMemoryError("none")):
         with monkeypatch.context() as patch:
             patch.setattr(house.chains["thinks"], "prepare", raising(error))
             response = house.ask()
@@ -618,8 +618,8 @@ def test_a_server_that_is_away_for_a_while(house: House) -> None:
 
 
 @pytest.mark.parametrize("hand_over", ["kv", "embeds"])
-def test_other_servers_are_refused_at_once(model: Any, tmp_path: Path, hand_over: str) -> None:
-    house = House(model, tmp_path, hand_over=hand_over)
+def test_other_servers_are_refused_at_once(model: Any, tmp_path: Path, kv_transfer: str) -> None:
+    house = House(model, tmp_path, kv_transfer=kv_transfer)
     fake, likely = house.fake, house.fake.probe_token
 
     async def app() -> Any:
@@ -635,7 +635,7 @@ def test_other_servers_are_refused_at_once(model: Any, tmp_path: Path, hand_over
         with pytest.raises(ValueError, match="another model"):
             asyncio.run(connect(below.url))
         fake.probe_token = likely
-        if hand_over == "kv":
+        if kv_transfer == "kv":
             fake.cached = lambda slots: 0
             with pytest.raises(ValueError, match="latentmas serve --kv-config"):
                 asyncio.run(connect(below.url))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentmas import METHODS, Budget, Chain, HandOver
+from latentmas import METHODS, Budget, Chain, MemoryPolicy
 from latentmas.backends.vllm.engine import Vllm
 from latentmas.default_model import default_model_folder
 from logprobs import logprobs_of
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 @pytest.fixture(scope="module")
 def vllm(float32: tuple[Any, Any]) -> Iterator[Vllm]:
     with Vllm(
-        str(default_model_folder()), float32[0], hand_over="embeds", logprobs=True,
+        str(default_model_folder()), float32[0], kv_transfer="embeds", logprobs=True,
         settings={"max_model_len": 2048, "max_num_seqs": 8},
     ) as engine:  # fmt: skip
         yield engine
@@ -50,15 +50,15 @@ def test_chains_say_what_they_say_here(method: str, vllm: Vllm, float32: tuple[A
 @pytest.mark.parametrize(
     ("method", "memory", "budget", "why"),
     [
-        ("latent", HandOver(kinds="latent"), None, "the memory is cut before critic"),
-        ("latent", HandOver(slots=40), None, "the memory is cut before critic"),
+        ("latent", MemoryPolicy(kinds="latent"), None, "the memory is cut before critic"),
+        ("latent", MemoryPolicy(slots=40), None, "the memory is cut before critic"),
         ("latent", None, Budget(slots=400), "a budget may cut the memory before judger"),
         ("hierarchical", None, None, "work side by side"),
         ("debate", None, None, "work side by side"),
     ],
 )
 def test_what_cannot_be_right_is_refused(
-    method: str, memory: HandOver | None, budget: Budget | None, why: str, vllm: Vllm, float32: tuple[Any, Any]
+    method: str, memory: MemoryPolicy | None, budget: Budget | None, why: str, vllm: Vllm, float32: tuple[Any, Any]
 ) -> None:
     with pytest.raises(ValueError, match=why) as refusal:
         Chain(*float32, agents_of(method, memory), decoder=vllm, budget=budget)

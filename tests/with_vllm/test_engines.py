@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentmas.backends.base import TextRequest
+from latentmas.backends.base import GenerationRequest
 from latentmas.backends.vllm.engine import Vllm
 from logprobs import logprobs_of, rows_of
 from test_hand_over import here, prepared
@@ -28,7 +28,7 @@ def test_preempted_requests_get_their_memory_again(
         ready = [prepared(engine, float32, None, f"What is {number} times {number + 3}?") for number in range(5)]
         memories = [of.memory for of in ready if of.memory is not None]
         together = rows_of(memories, model)
-        requests = [TextRequest(of.requests[0].prompt, 80, (), row=row) for row, of in enumerate(ready)]
+        requests = [GenerationRequest(of.requests[0].prompt, 80, (), row=row) for row, of in enumerate(ready)]
         written = engine.write(together, requests)
         (preemptions,) = [m for m in engine._engine.get_metrics() if m.name == "vllm:num_preemptions"]
         assert preemptions.value > 0
@@ -54,7 +54,7 @@ def test_ranks_take_their_own_heads(kv_heads: int, tmp_path: Path, monkeypatch: 
         str(tmp_path / "model"), model, folder=tmp_path, logprobs=True,
         settings={"max_model_len": 512, "tensor_parallel_size": 2, "skip_tokenizer_init": True},
     ) as engine:  # fmt: skip
-        (written,) = engine.write(memory, [TextRequest([5, 6], 12, (), row=0)])
+        (written,) = engine.write(memory, [GenerationRequest([5, 6], 12, (), row=0)])
     expected = here(model, memory, [5, 6], 12)
     assert written.ids == expected
     assert written.computed_tokens == 2

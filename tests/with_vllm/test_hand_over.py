@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from latentmas import METHODS, Chain, HandOver
-from latentmas.backends.base import EngineError, Steps, TextRequest
-from latentmas.backends.kv_file import SUFFIX, Handed, Parcel
+from latentmas import METHODS, Chain, MemoryPolicy
+from latentmas.backends.base import EngineError, GenerationRequest, Steps
+from latentmas.backends.kv_file import SUFFIX, KVFile, KVFileRow
 from latentmas.backends.vllm.engine import Vllm
 from latentmas.chain.chain import Prepared
 from latentmas.default_model import default_model_folder
@@ -26,7 +26,7 @@ QUESTIONS = [
     "Name the capital of France and say why it is famous.",
     "What is 12 times 7?",
 ]
-MEMORIES = {"full": None, "cut": HandOver(slots=40), "latent-only": HandOver(kinds="latent")}
+MEMORIES = {"full": None, "cut": MemoryPolicy(slots=40), "latent-only": MemoryPolicy(kinds="latent")}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def nothing_is_left(folder: Path) -> Iterator[None]:
     assert list(folder.iterdir()) == []
 
 
-def agents_of(method: str, memory: HandOver | None, steps: int = 6, tokens: int = 16) -> list[Any]:
+def agents_of(method: str, memory: MemoryPolicy | None, steps: int = 6, tokens: int = 16) -> list[Any]:
     def with_memory(agent: Any) -> Any:
         return agent if memory is None else replace(agent, memory=memory)
 
@@ -59,7 +59,7 @@ def agents_of(method: str, memory: HandOver | None, steps: int = 6, tokens: int 
 
 
 def prepared(
-    vllm: Vllm, float32: tuple[Any, Any], memory: HandOver | None, question: str, method: str = "latent"
+    vllm: Vllm, float32: tuple[Any, Any], memory: MemoryPolicy | None, question: str, method: str = "latent"
 ) -> Prepared:
     return Chain(*float32, agents_of(method, memory), decoder=vllm).prepare([question])
 
@@ -75,7 +75,7 @@ def test_tokens_and_logprobs_are_those_of_our_own_engine(memory: str, vllm: Vllm
     ready = prepared(vllm, float32, MEMORIES[memory], QUESTIONS[0])
     assert ready.memory is not None
     prompt = ready.requests[0].prompt
-    (written,) = vllm.write(ready.memory, [TextRequest(prompt, 48, (), row=0)])
+    (written,) = vllm.write(ready.memory, [GenerationRequest(prompt, 48, (), row=0)])
     expected = here(float32[0], ready.memory, prompt, 48)
     assert written.ids == expected
     error = (torch.tensor(written.logprobs) - logprobs_of(float32[0], ready.memory, prompt, expected)).abs().max()
@@ -115,7 +115,7 @@ def test_32_chains_in_one_batch_twice(vllm: Vllm, float32: tuple[Any, Any]) -> N
     memories = [of.memory for of in ready if of.memory is not None]
     assert len(memories) == 32
     together = rows_of(memories, float32[0])
-    requests = [TextRequest(of.requests[0].prompt, 10, (), row=row) for row, of in enumerate(ready)]
+    requests = [GenerationRequest(of.requests[0].prompt, 10, (), row=row) for row, of in enumerate(ready)]
     expected = [
         here(float32[0], memory, request.prompt, 10) for memory, request in zip(memories, requests, strict=True)
     ]
@@ -128,7 +128,9 @@ def test_agents_side_by_side_share_what_was_loaded(vllm: Vllm, float32: tuple[An
     """Two requests behind one row find its whole blocks in the prefix cache of the first: it is the same memory."""
     ready = prepared(vllm, float32, None, " ".join(QUESTIONS * 6))
     assert ready.memory is not None
-    first = vllm.write(ready.memory, [TextRequest([5, 6, 7], 8, (), row=0), TextRequest([8, 9], 8, (), row=0)])
+    first = vllm.write(
+        ready.memory, [GenerationRequest([5, 6, 7], 8, (), row=0), GenerationRequest([8, 9], 8, (), row=0)]
+    )
     assert [written.ids for written in first] == [
         here(float32[0], ready.memory, [5, 6, 7], 8),
         here(float32[0], ready.memory, [8, 9], 8),
@@ -142,9 +144,9 @@ def test_memory_that_ends_at_a_block(vllm: Vllm, float32: tuple[Any, Any]) -> No
     assert int(whole.lengths) > 256
     for length in (1, 127, 128, 129, 256):
         memory = whole.fork()
-        memory.cut_to(torch.tensor([length]))
+        memory.truncate(torch.tensor([length]))
         for prompt in ([5], list(range(5, 140))):
-            (written,) = vllm.write(memory, [TextRequest(prompt, 6, (), row=0)])
+            (written,) = vllm.write(memory, [GenerationRequest(prompt, 6, (), row=0)])
             assert written.ids == here(float32[0], memory, prompt, 6), (length, len(prompt))
             assert written.computed_tokens == len(prompt)
 
@@ -160,13 +162,13 @@ def ready(vllm: Vllm, float32: tuple[Any, Any]) -> Prepared:
 def check_lives(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
     """The engine answers the next request as if nothing had been."""
     assert ready.memory is not None
-    (written,) = vllm.write(ready.memory, [TextRequest(ready.requests[0].prompt, 12, (), row=0)])
+    (written,) = vllm.write(ready.memory, [GenerationRequest(ready.requests[0].prompt, 12, (), row=0)])
     assert written.ids == here(float32[0], ready.memory, ready.requests[0].prompt, 12)
 
 
 def send(vllm: Vllm, prompt: dict[str, Any], handed: Any) -> Any:
     """Past the checks of `write`, as a stranger would."""
-    request = TextRequest(prompt["prompt_token_ids"], 4, ())
+    request = GenerationRequest(prompt["prompt_token_ids"], 4, ())
     return vllm._run([request], [(prompt, handed)], Steps(1, None))
 
 
@@ -175,7 +177,7 @@ def test_nan_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], 
     spoiled = ready.memory.fork()
     spoiled.buffer[1, 7, 0, 2, 11, 3] = float("nan")
     with pytest.raises(ValueError, match="row 0 of the memory holds NaN or Inf"):
-        vllm.write(spoiled, [TextRequest([5], 4, (), row=0)])
+        vllm.write(spoiled, [GenerationRequest([5], 4, (), row=0)])
     check_lives(vllm, float32, ready)
 
 
@@ -187,7 +189,7 @@ def test_nan_in_a_file_ends_that_request_only(
     spoiled.buffer[0, 20, 0, 1, 3, 5] = float("nan")
     with monkeypatch.context() as patch:
         patch.setattr("latentmas.backends.kv_file.check_finite", lambda *_: None)
-        parcel = Parcel(spoiled, vllm.stamp, folder)
+        parcel = KVFile(spoiled, vllm.stamp, folder)
     with parcel:
         (handed,) = parcel.rows
         prompt = {"prompt_token_ids": [0] * handed.slots + [5, 6], "cache_salt": handed.salt}
@@ -197,7 +199,7 @@ def test_nan_in_a_file_ends_that_request_only(
 
 
 def test_a_missing_file_ends_that_request_only(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
-    handed = Handed(f"nobody{SUFFIX}", 0, 40)
+    handed = KVFileRow(f"nobody{SUFFIX}", 0, 40)
     prompt = {"prompt_token_ids": [0] * 40 + [5], "cache_salt": handed.salt}
     with pytest.raises(EngineError, match="ended request 0 with 'error'"):
         send(vllm, prompt, handed)
@@ -209,7 +211,7 @@ def test_another_salt_ends_that_request_only(
     salt: str | None, vllm: Vllm, float32: tuple[Any, Any], ready: Prepared
 ) -> None:
     assert ready.memory is not None
-    with Parcel(ready.memory, vllm.stamp, vllm.folder) as parcel:
+    with KVFile(ready.memory, vllm.stamp, vllm.folder) as parcel:
         (handed,) = parcel.rows
         prompt = {"prompt_token_ids": [0] * handed.slots + [5], **({} if salt is None else {"cache_salt": salt})}
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
@@ -236,7 +238,7 @@ def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: 
     """The same shapes and other weights: by the chain, and by the engine for a file that came another way."""
     assert ready.memory is not None
     other = replace(vllm.stamp, fingerprint="0" * 64)
-    with Parcel(ready.memory, other, vllm.folder) as parcel:
+    with KVFile(ready.memory, other, vllm.folder) as parcel:
         (handed,) = parcel.rows
         prompt = {"prompt_token_ids": [0] * handed.slots + [5], "cache_salt": handed.salt}
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
@@ -259,8 +261,8 @@ def test_too_long_a_prompt_is_refused_before_it_is_sent(vllm: Vllm, float32: tup
     with pytest.raises(
         ValueError, match=rf"request 0 has {vllm.max_model_len - 3} tokens \({int(ready.memory.lengths)} of"
     ):
-        vllm.write(ready.memory, [TextRequest([5] * (room + 1), 4, (), row=0)])
-    (written,) = vllm.write(ready.memory, [TextRequest([5] * room, 4, (), row=0)])
+        vllm.write(ready.memory, [GenerationRequest([5] * (room + 1), 4, (), row=0)])
+    (written,) = vllm.write(ready.memory, [GenerationRequest([5] * room, 4, (), row=0)])
     assert len(written.ids) == 4
     check_lives(vllm, float32, ready)
 
@@ -280,7 +282,7 @@ def test_a_memory_that_vllm_did_not_take_is_an_error(
     with monkeypatch.context() as patch:
         patch.setattr(vllm, "_sampling", skipping)
         with pytest.raises(EngineError, match="of memory as placeholders in request 0"):
-            vllm.write(ready.memory, [TextRequest([5], 4, (), row=0)])
+            vllm.write(ready.memory, [GenerationRequest([5], 4, (), row=0)])
     check_lives(vllm, float32, ready)
 
 
@@ -294,9 +296,9 @@ def test_what_fails_while_it_is_loaded_ends_that_request_only(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("latentmas.backends.vllm.connector.read_parcel", fail)
+        patch.setattr("latentmas.backends.vllm.connector.read_kv_rows", fail)
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
-            vllm.write(ready.memory, [TextRequest([5], 4, (), row=0)])
+            vllm.write(ready.memory, [GenerationRequest([5], 4, (), row=0)])
     check_lives(vllm, float32, ready)
 
 
@@ -327,7 +329,7 @@ def test_an_interrupt_ends_the_requests(vllm: Vllm, float32: tuple[Any, Any], re
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vllm.write(ready.memory, [TextRequest([5], 200, (), row=0)] * 3, interrupt)
+        vllm.write(ready.memory, [GenerationRequest([5], 200, (), row=0)] * 3, interrupt)
     assert not vllm._engine.has_unfinished_requests()
     check_lives(vllm, float32, ready)
 
@@ -336,7 +338,7 @@ def test_seeds_and_temperatures(vllm: Vllm, ready: Prepared) -> None:
     assert ready.memory is not None
 
     def texts(*seeds: int) -> list[list[int]]:
-        requests = [TextRequest([5], 24, (), row=0, temperature=1.0, top_p=0.9, seed=seed) for seed in seeds]
+        requests = [GenerationRequest([5], 24, (), row=0, temperature=1.0, top_p=0.9, seed=seed) for seed in seeds]
         return [written.ids for written in vllm.write(ready.memory, requests)]
 
     first = texts(1, 2)
@@ -349,6 +351,6 @@ def test_ends_are_those_of_the_request(vllm: Vllm, float32: tuple[Any, Any], rea
     prompt = ready.requests[0].prompt
     expected = here(float32[0], ready.memory, prompt, 12)
     end = next(token for token in expected if expected.index(token) >= 3)
-    (written,) = vllm.write(ready.memory, [TextRequest(prompt, 12, (end,), row=0)])
+    (written,) = vllm.write(ready.memory, [GenerationRequest(prompt, 12, (end,), row=0)])
     assert written.ids == expected[: expected.index(end) + 1]
     assert written.finish_reason == "stop"

@@ -64,7 +64,7 @@ def test_a_killed_engine_is_an_error_and_no_wait(
 TINY = """
 import os, sys
 from latentmas.backends.vllm.engine import Vllm
-from latentmas.backends.base import TextRequest
+from latentmas.backends.base import GenerationRequest
 from transformers import LlamaForCausalLM
 
 if __name__ == "__main__":
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     with Vllm(sys.argv[1], model, settings={"max_model_len": 512, "skip_tokenizer_init": True}) as vllm:
         print("ready", flush=True)
         while True:
-            vllm.write(None, [TextRequest([5, 6], 400, ())])
+            vllm.write(None, [GenerationRequest([5, 6], 400, ())])
 """
 
 

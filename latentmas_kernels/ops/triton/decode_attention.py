@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentmas_kernels.ops.triton.kv_table import head_pointer, position_pointer, row_offset
 from latentmas_kernels.ops.triton.launch import Target
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 EXACT_SPLITS = 16
 """In float32, whatever the batch, so that a row's bits do not depend on it."""
@@ -26,9 +26,9 @@ EXACT_SPLITS = 16
 
 @triton.jit(do_not_specialize=["layer"])
 def attention_kernel(
-    queries, memory, lengths, positions, lenders, borrowed, sums, weights, layer, scale, window,
+    queries, memory, lengths, positions, prefix_row, prefix_len, sums, weights, layer, scale, window,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_LENDERS: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """sums[row, head, split] and weights[row, head, split] for the query heads of one KV head over one run of slots."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -36,7 +36,7 @@ def attention_kernel(
     cols = tl.arange(0, WIDTH_BLOCK)
     dtype = queries.dtype.element_ty
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     length = tl.load(lengths + row)
     first = 0
     if HAS_WINDOW:
@@ -52,9 +52,9 @@ def attention_kernel(
     q = tl.load(queries + (first_head + heads)[:, None] * WIDTH + cols[None, :], mask=q_inside, other=0.0)
     keys = head_pointer(memory, 0, layer, row, kv_head, dtype)
     values = head_pointer(memory, 1, layer, row, kv_head, dtype)
-    if HAS_LENDERS:
-        lent = tl.load(borrowed + row)
-        to_lender = row_offset(memory, tl.load(lenders + row) - row)
+    if HAS_PREFIX:
+        lent = tl.load(prefix_len + row)
+        to_lender = row_offset(memory, tl.load(prefix_row + row) - row)
     top = tl.full([GROUP_BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
     mixed = tl.zeros([GROUP_BLOCK, WIDTH_BLOCK], dtype=tl.float32)
@@ -62,7 +62,7 @@ def attention_kernel(
         slots = begin + tl.arange(0, BLOCK)
         inside = (slots < stop)[:, None] & (cols < WIDTH)[None, :]
         at = slots.to(tl.int64)[:, None] * WIDTH + cols[None, :]
-        if HAS_LENDERS:
+        if HAS_PREFIX:
             at += tl.where(begin < lent, to_lender, 0)
         k = tl.load(keys + at, mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -99,7 +99,7 @@ def reduce_kernel(
     splits = tl.arange(0, SPLITS)
     cols = tl.arange(0, WIDTH_BLOCK)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     weight = tl.load(weights + head * SPLITS + splits)
     some = weight > float("-inf")
     top = tl.max(weight, axis=0)
@@ -113,7 +113,7 @@ def reduce_kernel(
     tl.store(out + head * WIDTH + cols, mixed.to(out.dtype.element_ty), mask=cols < WIDTH)
 
 
-def splits_for(target: Target, batch: int, kv_heads: int, itemsize: int) -> int:
+def num_kv_splits(target: Target, batch: int, kv_heads: int, itemsize: int) -> int:
     """Programs per row and KV head: two for each multiprocessor in all, where the rows do not give as many."""
     if itemsize == 4:
         return min(EXACT_SPLITS, triton.next_power_of_2(target.multiprocessors))
@@ -142,8 +142,8 @@ def decode_attention(
     out: Tensor,
     *,
     target: Target,
-    lenders: Tensor | None = None,
-    borrowed: Tensor | None = None,
+    prefix_row: Tensor | None = None,
+    prefix_len: Tensor | None = None,
 ) -> None:
     """Launch on checked arguments; `out` [B, Hq hd] and `partials` are written."""
     batch, heads, width = queries.shape
@@ -152,11 +152,11 @@ def decode_attention(
     group, splits = heads // kv_heads, partials.weights.shape[2]
     width_block = triton.next_power_of_2(width)
     attention_kernel[(splits, kv_heads, batch)](
-        queries, memory, lengths, positions, lenders, borrowed, partials.sums, partials.weights, layer,
+        queries, memory, lengths, positions, prefix_row, prefix_len, partials.sums, partials.weights, layer,
         scale * math.log2(math.e), window or 0,
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), WIDTH=width, WIDTH_BLOCK=width_block,
         BLOCK=64 if queries.element_size() == 2 else 32, SPLITS=splits, HAS_WINDOW=window is not None,
-        HAS_LENDERS=lenders is not None, OVERLAP=target.overlap, num_warps=4, num_stages=2, **target.options,
+        HAS_PREFIX=prefix_row is not None, OVERLAP=target.overlap, num_warps=4, num_stages=2, **target.options,
     )  # fmt: skip
     reduce_kernel[(batch * heads,)](
         partials.sums, partials.weights, out,

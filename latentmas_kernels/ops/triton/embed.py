@@ -6,7 +6,7 @@ from torch import Tensor
 
 from latentmas_kernels.ops.triton.launch import Target
 from latentmas_kernels.ops.triton.row_state import advance
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def embed_kernel(
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     advance(rows, rows_stride, row, memory)
     e = tl.load(embedding + tl.load(tokens + row) * stride + cols, mask=cols < width, other=0.0)
     tl.store(out + row * width + cols, e, mask=cols < width)

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentmas_kernels.ops.triton.kv_table import trace_pointer
 from latentmas_kernels.ops.triton.launch import Target
 from latentmas_kernels.ops.triton.row_state import advance, end_latent_step, latent_step
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 BLOCK_OUT = 16  # weight rows per program: 128 programs from D_out = 2048 on, which is about what fills an H100
 BLOCK_IN = 256
@@ -34,7 +34,7 @@ def product_kernel(
     outs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     partial = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     for start in range(0, width_in, BLOCK_IN):
         ins = start + tl.arange(0, BLOCK_IN)
         x = tl.load(hidden + row * hidden_stride + ins, mask=ins < width_in, other=0.0).to(tl.float32)
@@ -76,7 +76,7 @@ def rescale_kernel(
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     if STEP:
         # All threads read these and one of them writes below; the sum in between is a barrier.
         active, step, limit, settle = latent_step(rows, rows_stride, row)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from latentmas_kernels.ops.triton.kv_table import keeps_states, states_pointer
 from latentmas_kernels.ops.triton.launch import Target
-from latentmas_kernels.ops.triton.row_state import taken_latent_step
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.row_state import finished_latent_step
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 
 @triton.jit
@@ -20,11 +20,11 @@ def rmsnorm_kernel(
     inside = cols < width
     g = tl.load(gain + cols, mask=inside, other=0.0).to(tl.float32)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     stored = inside
     keeps = False
     if STEP:
-        takes_part, step = taken_latent_step(rows, rows_stride, row)
+        takes_part, step = finished_latent_step(rows, rows_stride, row)
         stored = cols < tl.where(takes_part, width, 0)
         keeps = keeps_states(memory)
     values = tl.load(x + row * width + cols, mask=inside, other=0.0).to(tl.float32)

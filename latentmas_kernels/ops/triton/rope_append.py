@@ -7,7 +7,7 @@ from torch import Tensor
 from latentmas_kernels.ops.triton.kv_table import head_pointer
 from latentmas_kernels.ops.triton.launch import Target
 from latentmas_kernels.ops.triton.sincos import cosine_sine
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -21,7 +21,7 @@ def rope_append_kernel(
     inside = cols < HALF
     frequency = tl.load(inv_freq + cols, mask=inside, other=0.0)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     source = qkv + (row * (QUERY_HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + cols
     low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from latentmas_kernels.ops.triton.kv_table import position_pointer
 
-ACTIVE, LENGTH, POSITION, SLOT, STEP, LIMIT, SETTLE, LENDER, BORROWED = range(9)
+ACTIVE, LENGTH, POSITION, SLOT, STEP, LIMIT, SETTLE, PREFIX_ROW, PREFIX_LEN = range(9)
 FIELDS = 9
 NEVER = 2.0
 """A cosine that is never reached, for `settle`."""
@@ -58,7 +58,7 @@ def latent_step(rows, stride, row):
 
 
 @triton.jit
-def taken_latent_step(rows, stride, row):
+def finished_latent_step(rows, stride, row):
     """Of the present latent step, once `end_latent_step` has counted it: whether the row takes part in it, and its number."""
     slot = tl.load(rows + 3 * stride + row)
     step = tl.load(rows + 4 * stride + row)

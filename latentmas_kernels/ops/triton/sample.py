@@ -15,7 +15,7 @@ from torch import Tensor
 from latentmas_kernels.ops.triton.kv_table import trace_pointer
 from latentmas_kernels.ops.triton.launch import Target
 from latentmas_kernels.ops.triton.row_state import next_step
-from latentmas_kernels.ops.triton.skinny_gemm import wait_for_inputs
+from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 BLOCK = 1024
 END_TOKENS = 8
@@ -71,7 +71,7 @@ def maxima_kernel(
     block, row = tl.program_id(0), tl.program_id(1)
     cols = block * BLOCK + tl.arange(0, BLOCK)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     barred = tl.load(rows + 4 * rows_stride + row) < tl.load(counts + 2)
     x = load_logits(logits, ends, row, cols, vocabulary, barred, END_TOKENS)
     top = tl.max(x, axis=0)
@@ -101,7 +101,7 @@ def greedy_kernel(
     row = tl.program_id(0)
     at = tl.arange(0, BLOCKS)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     tops = tl.load(maxima + row * blocks + at, mask=at < blocks, other=float("-inf"))
     where = tl.load(indices + row * blocks + at, mask=at < blocks, other=0)
     token = tl.min(tl.where(tops == tl.max(tops, axis=0), where, vocabulary - 1), axis=0)
@@ -157,7 +157,7 @@ def sample_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     step = tl.load(rows + 4 * rows_stride + row)
     temperature, top_p = tl.load(numbers), tl.load(numbers + 1)
     seed, top_k, barred = tl.load(counts), tl.load(counts + 1), step < tl.load(counts + 2)

@@ -17,7 +17,7 @@ from latentmas_kernels.ops.triton.launch import Target, Tile, tile_for
 
 
 @triton.jit
-def wait_for_inputs():
+def pdl_wait():
     """Behind this line lie the results of the kernels before; weights may be loaded ahead of it.
 
     Called under `if OVERLAP` (sm_90 and later). Every program of every kernel comes here, also one that has nothing to
@@ -69,7 +69,7 @@ def streamed(
     if PAIR:
         v = weight_tile(weight + pair_offset, weight_stride, outs, ins, width_out, stop)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     for _ in range(start, stop, BLOCK_K):
         after = ins + BLOCK_K
         w_after = weight_tile(weight, weight_stride, outs, after, width_out, stop)
@@ -97,7 +97,7 @@ def multiplied(
     second = first
     squares = tl.zeros([BLOCK_M], dtype=tl.float32)
     if OVERLAP:
-        wait_for_inputs()
+        pdl_wait()
     for begin in range(start, stop, BLOCK_K):
         ins = begin + tl.arange(0, BLOCK_K)
         plain, scaled = input_tile(x, x_stride, gain, rows, ins, height, stop, HAS_GAIN)

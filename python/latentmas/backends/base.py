@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from latentmas.backends.kv_file import check_finite
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import Stamp
+from latentmas_kernels.cache.file import ModelFingerprint
 
-HAND_OVERS = ("kv", "embeds")
+KV_TRANSFERS = ("kv", "embeds")
 """Keys and values as they are, with nothing computed again; or what the memory was fed, which is read again."""
 
 OnTokens = Callable[[int, Tensor], None]
@@ -19,7 +19,7 @@ OnTokens = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class TextRequest:
+class GenerationRequest:
     """A text that is to be written behind a memory, or behind nothing.
 
     Attributes:
@@ -42,7 +42,7 @@ class TextRequest:
 
 
 @dataclass(frozen=True)
-class Written:
+class Completion:
     """A text.
 
     Attributes:
@@ -63,17 +63,17 @@ class Decoder(Protocol):
 
     Attributes:
         stamp: of the model.
-        hand_over: one of HAND_OVERS.
+        kv_transfer: one of KV_TRANSFERS.
         max_model_len: tokens of memory, prompt and text together, at most.
     """
 
-    stamp: Stamp
-    hand_over: str
+    stamp: ModelFingerprint
+    kv_transfer: str
     max_model_len: int
 
     def write(
-        self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
-    ) -> list[Written]:
+        self, memory: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
+    ) -> list[Completion]:
         """Write all of them at the same time; the memory stays as it is.
 
         Raises:
@@ -101,7 +101,7 @@ class Embeds:
     is_token: list[bool]
 
     @classmethod
-    def of(cls, request: TextRequest, width: int, dtype: torch.dtype) -> "Embeds | None":
+    def of(cls, request: GenerationRequest, width: int, dtype: torch.dtype) -> "Embeds | None":
         """What the memory was fed and the prompt behind it, in that order; None where all of it are tokens.
 
         Args:
@@ -138,7 +138,7 @@ class Embeds:
 
 
 def check_requests(
-    requests: Sequence[TextRequest], memory: LatentCache | None, max_model_len: int, hand_over: str
+    requests: Sequence[GenerationRequest], memory: LatentCache | None, max_model_len: int, kv_transfer: str
 ) -> None:
     """Raise ValueError for a request that does not fit its memory or what the engine was started for."""
     for number, request in enumerate(requests):
@@ -148,10 +148,10 @@ def check_requests(
             rows = 0 if memory is None else memory.batch_size
             raise ValueError(f"request {number} goes on from row {request.row} of a memory of {rows} rows")
         slots = 0 if request.row is None or memory is None else int(memory.lengths[request.row])
-        if hand_over == "embeds" and len(request.fed) != slots:
+        if kv_transfer == "embeds" and len(request.fed) != slots:
             raise ValueError(
                 f"request {number} says what {len(request.fed)} slots were fed, and its memory has {slots}; embeddings are all "
-                'that is sent of it: give `fed` for every slot, or start the engine with hand_over="kv"'
+                'that is sent of it: give `fed` for every slot, or start the engine with kv_transfer="kv"'
             )
         tokens = slots + len(request.prompt)
         if tokens + request.max_new_tokens > max_model_len:
@@ -161,7 +161,7 @@ def check_requests(
             )
 
 
-def check_found(slots: int, found: int, request: str) -> None:
+def check_cache_hit(slots: int, found: int, request: str) -> None:
     """Raise EngineError where an engine found fewer tokens in its cache than the memory that came before a request."""
     if found < slots:
         raise EngineError(

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import Stamp, read_rows, write_cache
-from latentmas_kernels.cache.latent_cache import NoRoomError
+from latentmas_kernels.cache.file import ModelFingerprint, read_file, write_cache
+from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError
 from latentmas_kernels.models.rope import rope_types
 
@@ -37,7 +37,7 @@ def shared_folder() -> Path:
     return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def check_plain(model: Any) -> None:
+def check_transferable(model: Any) -> None:
     """Raise UnsupportedModelError where vLLM keeps something else for a layer than keys and values of all positions, or rotates
     keys otherwise."""
     architecture = Architecture.of(model)
@@ -58,7 +58,7 @@ def check_plain(model: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Handed:
+class KVFileRow:
     """One row of a parcel, as a request names it.
 
     Attributes:
@@ -82,7 +82,7 @@ class Handed:
         return {FILE: self.file, ROW: self.row, SLOTS: self.slots}
 
     @classmethod
-    def read(cls, params: Mapping[str, Any] | None) -> "Handed | None":
+    def read(cls, params: Mapping[str, Any] | None) -> "KVFileRow | None":
         """From kv_transfer_params of anyone; None where they do not speak of a parcel.
 
         Raises:
@@ -101,14 +101,14 @@ class Handed:
         return cls(file, row, slots)
 
 
-class Parcel:
+class KVFile:
     """The rows of a memory in a file. A context manager: the file is gone behind it.
 
     Attributes:
         rows: as requests name them.
     """
 
-    def __init__(self, memory: LatentCache, stamp: Stamp, folder: Path) -> None:
+    def __init__(self, memory: LatentCache, stamp: ModelFingerprint, folder: Path) -> None:
         """Write the file.
 
         Args:
@@ -131,22 +131,22 @@ class Parcel:
                 f"{memory.next_position.tolist()}), which vLLM assumes; rebase(model) it first"
             )
         stamp.check(memory)
-        if bool(memory.borrowed.any()):
+        if bool(memory.prefix_len.any()):
             memory = memory.select(range(memory.batch_size))
         for row, length in enumerate(lengths):
             check_finite(memory.buffer[:, :, row, :, :length], f"row {row} of the memory")
         need, free = int(memory.lengths.max()) * memory.batch_size * memory.slot_bytes, shutil.disk_usage(folder).free
         if need > free:
-            raise NoRoomError(
+            raise InsufficientMemoryError(
                 f"a memory of {need / 2**20:,.0f} MB does not fit {folder}, where {free / 2**20:,.0f} MB are free: make room "
                 "there (a container's /dev/shm: --shm-size), name another folder (--folder), or take fewer questions at a time"
             )
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{SUFFIX}"
         self.path = folder / name
         write_cache(memory, self.path, stamp)
-        self.rows = [Handed(name, row, length) for row, length in enumerate(lengths)]
+        self.rows = [KVFileRow(name, row, length) for row, length in enumerate(lengths)]
 
-    def __enter__(self) -> "Parcel":
+    def __enter__(self) -> "KVFile":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -157,7 +157,7 @@ class Parcel:
         self.path.unlink(missing_ok=True)
 
 
-def read_parcel(folder: Path, handed: Handed, fingerprint: str) -> Tensor:
+def read_kv_rows(folder: Path, handed: KVFileRow, fingerprint: str) -> Tensor:
     """[2, layers, kv_heads, slots, head_dim], the keys and values of a row, mapped: pages are read as they are used.
 
     Raises:
@@ -165,7 +165,7 @@ def read_parcel(folder: Path, handed: Handed, fingerprint: str) -> Tensor:
         ValueError: where it is damaged, of another model, or not what the request said.
     """
     path = folder / handed.file
-    saved = read_rows(path)
+    saved = read_file(path)
     if saved.stamp.fingerprint != fingerprint:
         raise ValueError(
             f"{path} is the memory of another model: {saved.stamp.model} wrote it (fingerprint "
@@ -191,7 +191,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
         )
 
 
-def heads_of(rank: int, ranks: int, heads: int) -> slice:
+def kv_heads_of_rank(rank: int, ranks: int, heads: int) -> slice:
     """KV heads of a tensor-parallel rank: as many for each, or, with more ranks than heads, one for several ranks each."""
     if max(ranks, heads) % min(ranks, heads):
         raise ValueError(f"got {heads} KV heads and tensor_parallel_size {ranks}; one must divide the other")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from latentmas.chain.memory_policy import EVERYTHING, HandOver
+from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy
 from latentmas.characters import check_characters
 
 PLACES = ("question", "notes")
@@ -39,7 +39,7 @@ class Agent:
     system: str | None = None
     enable_thinking: bool = False
     settle: float | None = None
-    memory: HandOver = EVERYTHING
+    memory: MemoryPolicy = KEEP_ALL
     model: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -52,9 +52,9 @@ class Agent:
         for what, number, least in (("latent_steps", self.latent_steps, 0), ("max_new_tokens", self.max_new_tokens, 1)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
                 raise ValueError(f"agent {self.name!r}: {what} must be an integer of {least} or more; got {number!r}")
-        if not isinstance(self.memory, HandOver):
+        if not isinstance(self.memory, MemoryPolicy):
             raise ValueError(
-                f"agent {self.name!r}: memory must be a HandOver, like HandOver(agents='last'); got {self.memory!r}"
+                f"agent {self.name!r}: memory must be a MemoryPolicy, like MemoryPolicy(agents='last'); got {self.memory!r}"
             )
         if self.settle is not None and (self.latent_steps is None or not -1 <= self.settle <= 1):
             raise ValueError(

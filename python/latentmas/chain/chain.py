@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from latentmas.backends.base import Decoder, TextRequest, Written
+from latentmas.backends.base import Completion, Decoder, GenerationRequest
 from latentmas.chain.agent import Agent
 from latentmas.chain.decoded_stage import DecodedStage
 from latentmas.chain.decoder_check import check_decoder
-from latentmas.chain.memory_policy import EVERYTHING, Budget
+from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import Seat, tokens_differ
 from latentmas.chain.plan import SINK, Load, Plan
 from latentmas.chain.progress import Progress
@@ -20,9 +20,9 @@ from latentmas.chain.run import Run
 from latentmas.chain.stages import Stage, Stretch, stretches_of
 from latentmas.characters import check_characters
 from latentmas_kernels import Aligner, LatentCache, build_aligner
-from latentmas_kernels.cache.latent_cache import check_room
+from latentmas_kernels.cache.latent_cache import check_free_memory
 from latentmas_kernels.generation import check_sampling
-from latentmas_kernels.models.rope import Rotation
+from latentmas_kernels.models.rope import RopeShift
 
 SHARE_FROM = 64
 """Tokens that reading a common beginning once must save. The pass of its own reads the weights once more: on SmolLM2-135M in
@@ -44,7 +44,7 @@ class Prepared:
     run: Run
     last: DecodedStage
     memory: LatentCache | None = field(init=False)
-    requests: list[TextRequest] = field(init=False)
+    requests: list[GenerationRequest] = field(init=False)
 
     def __post_init__(self) -> None:
         self.memory, self.requests = self.last.given, self.last.requests()
@@ -53,7 +53,7 @@ class Prepared:
         """Free the memory, once the decoder has one of its own."""
         self.memory = self.last.memory = None
 
-    def finish(self, written: Sequence[Written]) -> ChainResult:
+    def finish(self, written: Sequence[Completion]) -> ChainResult:
         """The answers, from the texts of the requests."""
         self.last.take(written)
         self.run.take_down(self.last)
@@ -92,7 +92,7 @@ class Chain:
         aligner: str | Aligner = "auto",
         engine: str = "auto",
         weights: str = "model",
-        handover_tokens: int = 512,
+        max_note_tokens: int = 512,
         budget: Budget | str | None = None,
         models: Mapping[str, tuple[Any, Any]] | None = None,
         decoder: Decoder | None = None,
@@ -105,7 +105,7 @@ class Chain:
             agents: the chain; the last one writes. Agents in a list of their own work side by side: as rows of one batch,
                 from a memory that they share, and what each adds is put behind what the one before it adds.
             aligner, engine, weights: as in `latent_generate`. Without an agent that thinks, there is no aligner.
-            handover_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
+            max_note_tokens: tokens of a text that later agents read. What is longer is cut, with a warning.
             budget: what keys and values may take ("64 MB", "512 slots"); the oldest are cut out of the memory.
             models: (model, tokenizer) by the names that agents have in `Agent.model`; their aligner is a kind, as `aligner`.
             decoder: writes the texts of all agents on the last agent's model; None writes them here.
@@ -113,14 +113,14 @@ class Chain:
         Raises:
             ValueError: where a model cannot run, the agents make no chain, or a memory cannot be cut or cross as they want.
         """
-        if handover_tokens < 1:
-            raise ValueError(f"handover_tokens must be 1 or more; got {handover_tokens}")
+        if max_note_tokens < 1:
+            raise ValueError(f"max_note_tokens must be 1 or more; got {max_note_tokens}")
         if not isinstance(budget, Budget | str | None):
             raise ValueError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
         self.stretches = stretches_of(agents)
         self.agents = [agent for stretch in self.stretches for stage in stretch for agent in stage.agents]
         self.model, self.tokenizer, self.engine, self.weights = model, tokenizer, engine, weights
-        self.handover_tokens = handover_tokens
+        self.max_note_tokens = max_note_tokens
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
         given: dict[str | None, tuple[Any, Any]] = {None: (model, tokenizer)}
         given.update(models or {})
@@ -152,7 +152,7 @@ class Chain:
         self.decoder = decoder
         if decoder is not None:
             check_decoder(decoder, self.seats[self.agents[-1].model], self.stretches, self.budget)
-        self.tracks = decoder is not None and decoder.hand_over == "embeds"
+        self.tracks = decoder is not None and decoder.kv_transfer == "embeds"
         for stretch in self.stretches:
             self._open_ways(stretch)
 
@@ -164,9 +164,9 @@ class Chain:
                 if later.model != stage.model:
                     seat.open_way(self.seats[later.model])
                     self.tracks = True
-            cut = number > 0 and (stage.memory != EVERYTHING or self.budget is not None)
+            cut = number > 0 and (stage.memory != KEEP_ALL or self.budget is not None)
             if cut or (stage.parallel and number + 1 < len(stretch)):
-                Rotation.of(seat.model)
+                RopeShift.of(seat.model)
 
     def check(self, question: str) -> None:
         """Raise ValueError where a question could not be run: empty, longer than the model's positions allow, or more than
@@ -260,12 +260,12 @@ class Chain:
         for note in notes:
             count = None
             if (note.model, reader.model) in self._foreign:
-                text, count = cut_note(note.text, self.seats[reader.model].tokenizer, self.handover_tokens)
+                text, count = cut_note(note.text, self.seats[reader.model].tokenizer, self.max_note_tokens)
                 note = replace(note, text=text)
             if count is not None:
                 said.append(
-                    f"what {note.agent} wrote is {count} tokens to {reader.names}, of which {self.handover_tokens} are read; "
-                    "raise handover_tokens to hand on more"
+                    f"what {note.agent} wrote is {count} tokens to {reader.names}, of which {self.max_note_tokens} are read; "
+                    "raise max_note_tokens to hand on more"
                 )
             cut.append(note)
         return cut, said
@@ -315,12 +315,12 @@ class Chain:
         at = next(number for number, stage in enumerate(stages) if writer in stage.agents)
         return any(stage.reads_notes for stage in stages[at + 1 :])
 
-    def check_room(self, plan: Plan) -> None:
-        """Raise NoRoomError where the buffers of a stretch do not fit what is free."""
+    def check_free_memory(self, plan: Plan) -> None:
+        """Raise InsufficientMemoryError where the buffers of a stretch do not fit what is free."""
         need = plan.bytes(self._slot_bytes(plan))
         device = self.seats[plan.loads[0].stage.model].architecture.device
         rows, slots = len(plan.loads[0].common), max(max(size.end) for size in plan.sizes)
-        check_room(need, device, f"a memory of {rows} rows of {slots} slots")
+        check_free_memory(need, device, f"a memory of {rows} rows of {slots} slots")
 
     def _slot_bytes(self, plan: Plan) -> list[int]:
         """Per stage, of its model; nothing where a decoder keeps all of the memory."""
@@ -343,10 +343,10 @@ class Chain:
     def _longest_note(self, writer: Agent, reader: str | None) -> int:
         """Tokens that a text may have as a note to a model, beyond those of CUT."""
         if (writer.model, reader) in self._foreign:
-            return self.handover_tokens
+            return self.max_note_tokens
         tokenizer = self.seats[reader].tokenizer
         nothing, cut = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (NOTHING, CUT))
-        return max(min(writer.steps, self.handover_tokens) + RESPLIT, nothing - cut)
+        return max(min(writer.steps, self.max_note_tokens) + RESPLIT, nothing - cut)
 
     def _load(self, stretch: Stretch, number: int, prompts: Prompts, more: int) -> Load:
         """Of one stage; prompts per question and agent."""
@@ -415,5 +415,5 @@ class Chain:
                 raise ValueError(
                     f"the chain goes up to {end} positions ({prompt} of prompts, {end - prompt} of latent steps and new "
                     f"tokens), but {architecture.name} was made for {limit}; shorten the question or lower latent_steps "
-                    "and max_new_tokens" + (", or handover_tokens" if load.stage.reads_notes else "")
+                    "and max_new_tokens" + (", or max_note_tokens" if load.stage.reads_notes else "")
                 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latentmas.backends.base import Decoder, TextRequest, Written
+from latentmas.backends.base import Completion, Decoder, GenerationRequest
 from latentmas.chain.plan import Plan
 from latentmas.chain.progress import Laps
 from latentmas.chain.stage_run import StageRun
@@ -27,7 +27,7 @@ class DecodedStage(StageRun):
         super().__init__(run, plan, number, prompts)
         self.decoder = decoder
         self.writers = [number for number, agent in enumerate(self.agents) if not agent.thinks]
-        self._texts: dict[tuple[int, int], Written] = {}
+        self._texts: dict[tuple[int, int], Completion] = {}
         self._read_again: list[int] = []  # of each question, slots that the decoder is fed again
 
     def run(self) -> None:
@@ -44,14 +44,14 @@ class DecodedStage(StageRun):
         """The memory that the agents go on from, where there is anything in it."""
         return self.memory if self.memory is not None and bool(self.memory.lengths.any()) else None
 
-    def requests(self) -> list[TextRequest]:
+    def requests(self) -> list[GenerationRequest]:
         """Of each question the writers' texts, behind the memory as `begin` left it."""
         given, temperature = self.given, self.whole.temperature
         shared = self.plan.shared if given is not None and self.number == 0 else 0
         fed = [self._fed_again(q) for q in range(len(self.rows))]
         self._read_again = [len(slots) for slots in fed]
         return [
-            TextRequest(
+            GenerationRequest(
                 self.ids[q][number][shared:], self.agents[number].max_new_tokens or 0, self.ends,
                 row=None if given is None else q, fed=fed[q], temperature=temperature, top_p=self.whole.top_p,
                 seed=int(torch.randint(2**31, ())) if temperature else 0,
@@ -60,7 +60,7 @@ class DecodedStage(StageRun):
             for number in self.writers
         ]  # fmt: skip
 
-    def take(self, written: Sequence[Written]) -> None:
+    def take(self, written: Sequence[Completion]) -> None:
         """Take down the texts, in the order of the requests, and end the stage."""
         places = [(q, number) for q in range(len(self.rows)) for number in self.writers]
         self._texts = dict(zip(places, written, strict=True))
@@ -68,7 +68,7 @@ class DecodedStage(StageRun):
 
     def _fed_again(self, q: int) -> list[int | torch.Tensor]:
         """What the decoder reads in place of a memory: of thoughts, the embeddings of its own model."""
-        if self.given is None or self.decoder.hand_over != "embeds":
+        if self.given is None or self.decoder.kv_transfer != "embeds":
             return []
         return [slot if isinstance(slot, int) else slot[self.seat.name] for slot in self.rows[q].fed]
 

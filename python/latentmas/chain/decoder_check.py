@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from latentmas.backends.base import Decoder
-from latentmas.backends.kv_file import check_plain
-from latentmas.chain.memory_policy import EVERYTHING, Budget
+from latentmas.backends.kv_file import check_transferable
+from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import Seat
 from latentmas.chain.stages import Stretch
-from latentmas_kernels.cache.file import Stamp
+from latentmas_kernels.cache.file import ModelFingerprint
 
 
 def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], budget: Budget | None) -> None:
@@ -16,14 +16,14 @@ def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], bu
     Args:
         seat: of the last agent, whose texts the decoder is to write.
     """
-    stamp = Stamp.of(seat.model)
+    stamp = ModelFingerprint.of(seat.model)
     if decoder.stamp != stamp:
         raise ValueError(
             f"the decoder runs {decoder.stamp.model} (fingerprint {decoder.stamp.fingerprint[:12]}), the last agent "
             f"{stamp.model} (fingerprint {stamp.fingerprint[:12]}); start it with the last agent's model and dtype"
         )
-    if decoder.hand_over == "kv":
-        check_plain(seat.model)
+    if decoder.kv_transfer == "kv":
+        check_transferable(seat.model)
     else:
         check_linear(stretches, budget)
 
@@ -49,7 +49,7 @@ def _check_linear(stretch: Stretch, number: int, budget: Budget | None) -> None:
             f"embeddings, read again without that, are another memory; {remedy}, or leave the budget out"
         )
     for stage in stretch[begin + 1 : number + 1]:
-        if stage.memory != EVERYTHING:
+        if stage.memory != KEEP_ALL:
             raise ValueError(
                 f"the memory is cut before {stage.names}. What is left was computed in sight of what was cut, so its "
                 f"embeddings, read again without that, are another memory; {remedy}, or hand on all of it (memory: all)"

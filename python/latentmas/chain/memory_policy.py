@@ -8,7 +8,7 @@ UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 @dataclass(frozen=True)
-class HandOver:
+class MemoryPolicy:
     """What an agent gets of the memory before it. What it does not get is cut out; the rest moves together. The first slot
     stays in any case (see latentmas.chain.plan.SINK).
 
@@ -34,8 +34,8 @@ class HandOver:
             raise ValueError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
 
 
-EVERYTHING = HandOver()
-HAND_OVERS = {"all": EVERYTHING, "last": HandOver(agents="last"), "latent": HandOver(kinds="latent")}
+KEEP_ALL = MemoryPolicy()
+MEMORY_POLICIES = {"all": KEEP_ALL, "last": MemoryPolicy(agents="last"), "latent": MemoryPolicy(kinds="latent")}
 """By name: everything; the last agent only; latent steps only."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from latentmas.chain.agent import Agent
-from latentmas.chain.memory_policy import HandOver
+from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain.stages import Stage
 from latentmas_kernels.cache.segments import Kind
 
@@ -85,7 +85,7 @@ class Held:
     runs: tuple[Slots, ...] = ()
     most: int = 0
 
-    def handed_over(self, what: HandOver, last: int) -> "Held":
+    def handed_over(self, what: MemoryPolicy, last: int) -> "Held":
         """What is handed on, the stage `last` having written the latest; always with the first slot."""
         if not self.runs:
             return self

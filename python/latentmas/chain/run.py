@@ -103,7 +103,7 @@ class Run:
             self.warnings += [f"{text} (question: {row.question[:60]!r})" for text in said]
             prompts.append(self.chain.prompts(stages, row.question, notes))
         plan = self.chain.lay_out(stages, prompts)
-        self.chain.check_room(plan)
+        self.chain.check_free_memory(plan)
         for number in range(len(stages)):
             mine = [row[number] for row in prompts]
             decoder = self.chain.decoder_of(stages[number])

@@ -148,7 +148,7 @@ class StageRun:
         self.tallies[0].computed += len(shared)
         for row in self.rows:
             self._feed(row.fed, shared)
-        return first.spread(len(self.rows), capacity)
+        return first.fork_rows(len(self.rows), capacity)
 
     def _hand_over(self, memory: LatentCache) -> None:
         """Cut out what the agents do not get, and the oldest of what the budget has no room for."""
@@ -204,7 +204,7 @@ class StageRun:
         base = memory.lengths.clone()
         groups: dict[int, tuple[LatentCache, int, int]] = {}
         for agents in side_by_side(self.agents):
-            group = memory.spread(len(agents), self.plan.group_capacity(self.number, agents))
+            group = memory.fork_rows(len(agents), self.plan.group_capacity(self.number, agents))
             self._work(group, agents, done)
             self.caches.append(group)
             for place, number in enumerate(agents):
@@ -317,14 +317,14 @@ class StageRun:
         text = whole.rpartition("</think>")[2].strip()
         note, handed = text, None
         # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
-        limit = self.chain.handover_tokens
+        limit = self.chain.max_note_tokens
         if self.chain.is_read(agent) and len(ids) > limit:
             note, count = cut_note(text, self.seat.tokenizer, limit)
             if count is not None:
                 handed = limit
                 self.whole.warnings.append(
                     f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
-                    f"handover_tokens to hand on more (question: {row.question[:60]!r})"
+                    f"max_note_tokens to hand on more (question: {row.question[:60]!r})"
                 )
         saying.notes.append(Note(agent.name, note, agent.model))
         saying.turn = Turn(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentmas.chain.agent import Agent
-from latentmas.chain.memory_policy import HandOver
+from latentmas.chain.memory_policy import MemoryPolicy
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stage:
         return self.agents[0].reads_notes
 
     @property
-    def memory(self) -> HandOver:
+    def memory(self) -> MemoryPolicy:
         """What the agents get of the memory before them."""
         return self.agents[0].memory
 

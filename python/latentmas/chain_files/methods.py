@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from latentmas.chain.agent import Agent
-from latentmas.chain_files.reader import read_shipped, serial
+from latentmas.chain_files.reader import read_builtin, serial
 
 
 def single_agent(max_new_tokens: int = 256) -> list[Agent]:
     """One agent that answers at once: what the other methods are held against."""
-    return serial(read_shipped("single", max_new_tokens=max_new_tokens).agents)
+    return serial(read_builtin("single", max_new_tokens=max_new_tokens).agents)
 
 
 def text_agents(max_new_tokens: int = 256) -> list[Agent]:
@@ -16,7 +16,7 @@ def text_agents(max_new_tokens: int = 256) -> list[Agent]:
 
     The baseline TextMAS of LatentMAS, section 5.
     """
-    return serial(read_shipped("text", max_new_tokens=max_new_tokens).agents)
+    return serial(read_builtin("text", max_new_tokens=max_new_tokens).agents)
 
 
 def latent_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent]:
@@ -24,7 +24,7 @@ def latent_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Age
 
     The sequential chain of LatentMAS, section 4.
     """
-    return serial(read_shipped("sequential", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents)
+    return serial(read_builtin("sequential", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents)
 
 
 def hierarchical_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent | list[Agent]]:
@@ -32,12 +32,12 @@ def hierarchical_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> li
 
     `chain_file.serial` puts them one after the other, as the published code does.
     """
-    return read_shipped("hierarchical", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
+    return read_builtin("hierarchical", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
 
 
 def _shipped(name: str) -> Callable[[int, int], Sequence[Agent | list[Agent]]]:
     return lambda latent_steps, max_new_tokens: (
-        read_shipped(name, latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
+        read_builtin(name, latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from latentmas.chain.agent import PLACES, Agent
-from latentmas.chain.memory_policy import EVERYTHING, HAND_OVERS, Budget, HandOver
+from latentmas.chain.memory_policy import KEEP_ALL, MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files import yaml_lines
 from latentmas.chain_files.rules import Member, Step, check_chain, check_places
 from latentmas.chain_files.yaml_lines import Faults, fault, meant, peek, quoted, shown
@@ -55,7 +55,7 @@ def read_chain(
     """Read a chain from a file, or where there is no such file, one that comes with the package.
 
     Args:
-        source: a path, or a name of `shipped_chains()`.
+        source: a path, or a name of `builtin_chains()`.
         latent_steps, max_new_tokens: in place of the file's defaults; agents with numbers of their own keep them.
         enable_thinking: turn a chat template's thinking switch on for all agents.
 
@@ -66,20 +66,20 @@ def read_chain(
     """
     path = Path(source)
     if not path.exists() or path.is_dir():
-        if str(source) in shipped_chains():
-            return read_shipped(
+        if str(source) in builtin_chains():
+            return read_builtin(
                 str(source), latent_steps=latent_steps, max_new_tokens=max_new_tokens, enable_thinking=enable_thinking
             )
-        close = difflib.get_close_matches(path.stem, shipped_chains(), n=1)
+        close = difflib.get_close_matches(path.stem, builtin_chains(), n=1)
         raise ValueError(
             f"got chain {str(source)!r}, which is {'a folder' if path.is_dir() else 'no file'}; "
             + (f"did you mean {close[0]}? Give" if close else "give")
-            + f" a file, or a chain that comes with the package: {', '.join(shipped_chains())}"
+            + f" a file, or a chain that comes with the package: {', '.join(builtin_chains())}"
         )
     return _read(path.read_bytes(), str(source), _given(latent_steps, max_new_tokens, enable_thinking))
 
 
-def read_shipped(
+def read_builtin(
     name: str, *, latent_steps: int | None = None, max_new_tokens: int | None = None, enable_thinking: bool = False
 ) -> ChainFile:
     """A chain that comes with the package, whatever files there are; arguments as in `read_chain`."""
@@ -87,7 +87,7 @@ def read_shipped(
     return _read(data, name, _given(latent_steps, max_new_tokens, enable_thinking))
 
 
-def shipped_chains() -> list[str]:
+def builtin_chains() -> list[str]:
     """Names of the chains that come with the package."""
     folder = files("latentmas.chain_files")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
@@ -109,15 +109,15 @@ def _name(node: yaml.Node, what: str, faults: Faults) -> str | None:
     return None
 
 
-def _memory(node: yaml.Node, what: str, faults: Faults) -> HandOver | None:
+def _memory(node: yaml.Node, what: str, faults: Faults) -> MemoryPolicy | None:
     if isinstance(node, yaml.MappingNode):
         before = len(faults)
         keys = yaml_lines.mapping(node, f"{what}, which", faults, tuple(_MEMORY)) or {}
         values = {key: _MEMORY[key](value, f"{what} with {key}", faults) for key, value in keys.items()}
-        return HandOver(**values) if len(faults) == before else None
-    if isinstance(node, yaml.ScalarNode) and node.value in HAND_OVERS:
-        return HAND_OVERS[node.value]
-    allowed = yaml_lines.listed([*HAND_OVERS, "{agents: all|last, kinds: all|latent, slots: N}"])
+        return MemoryPolicy(**values) if len(faults) == before else None
+    if isinstance(node, yaml.ScalarNode) and node.value in MEMORY_POLICIES:
+        return MEMORY_POLICIES[node.value]
+    allowed = yaml_lines.listed([*MEMORY_POLICIES, "{agents: all|last, kinds: all|latent, slots: N}"])
     fault(faults, node, f"{what} {shown(node)}; allowed is {allowed}")
     return None
 
@@ -356,7 +356,7 @@ def _built(values: dict[str, Any], defaults: dict[str, Any]) -> Agent:
         system=said.get("system") or None,
         enable_thinking=defaults["think"] or said["think"],
         settle=said.get("settle") if thinks else None,
-        memory=said.get("memory", EVERYTHING),
+        memory=said.get("memory", KEEP_ALL),
         model=said.get("model"),
         fields={**defaults.get("fields", {}), **values.get("fields", {})},
     )

@@ -67,7 +67,9 @@ def run(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Limit of each text. Default: 256, or the chain's.")
     ] = None,
-    handover_tokens: Annotated[int, typer.Option(help="Tokens of a text that later agents read (text).")] = 512,
+    max_note_tokens: Annotated[
+        int, typer.Option("--handover-tokens", help="Tokens of a text that later agents read (text).")
+    ] = 512,
     memory: Annotated[
         str | None, typer.Option(help="What agents get of the memory: all, last, latent or a number of slots.")
     ] = None,
@@ -78,9 +80,11 @@ def run(
     engine: Annotated[str, typer.Option(help="auto, native, cuda or eager.")] = "auto",
     weights: Annotated[str, typer.Option(help="model, or int8: rounded by row, on the CPU.")] = "model",
     decoder: Annotated[str, typer.Option(help="Who writes the texts: own, or vllm (docs/vllm.md).")] = "own",
-    hand_over: Annotated[
+    kv_transfer: Annotated[
         str | None,
-        typer.Option(help="Memory to vLLM: kv, keys and values as they are (the default), or embeds, read again."),
+        typer.Option(
+            "--hand-over", help="Memory to vLLM: kv, keys and values as they are (the default), or embeds, read again."
+        ),
     ] = None,
     vllm: Annotated[
         str | None, typer.Option(help='Settings of vLLM as JSON: {"tensor_parallel_size": 2}, say.')
@@ -132,15 +136,15 @@ def run(
     _check_choice("--aligner", aligner, KINDS)
     _check_choice("--engine", engine, ENGINES)
     _check_choice("--weights", weights, WEIGHTS)
-    vllm_settings = _vllm_settings(decoder, hand_over, vllm, folder)
+    vllm_settings = _vllm_settings(decoder, kv_transfer, vllm, folder)
     _check_at_least_one("--batch-size", batch_size)
-    _check_at_least_one("--handover-tokens", handover_tokens)
+    _check_at_least_one("--handover-tokens", max_note_tokens)
     check_placement(dtype, device)
     arranged = Arrangement.read(
         method=method, chain=chain, hierarchical=hierarchical, latent_steps=latent_steps, max_new_tokens=max_new_tokens,
         think=think, model=model, memory=memory, budget=budget,
     )  # fmt: skip
-    if vllm_settings is not None and hand_over == "embeds":
+    if vllm_settings is not None and kv_transfer == "embeds":
         check_linear(stretches_of(arranged.agents), arranged.budget)
     if trace is not None:
         if resume:
@@ -156,10 +160,10 @@ def run(
     _check_left_out(left_out, keep_going)
     check_request([entry.text for entry in asked] or ["-"], temperature, top_p)
     settings = {
-        "model": model or NAME, **arranged.settings, "aligner": aligner, "handover_tokens": handover_tokens,
+        "model": model or NAME, **arranged.settings, "aligner": aligner, "handover_tokens": max_note_tokens,
         "dtype": dtype, "seed": seed, "temperature": temperature, "top_p": top_p, "think": think,
         "decoder": None if vllm_settings is None else decoder, "vllm": vllm_settings,
-        "hand_over": None if vllm_settings is None else hand_over or "kv",
+        "hand_over": None if vllm_settings is None else kv_transfer or "kv",
     }  # fmt: skip
 
     with ExitStack() as stack:
@@ -191,14 +195,14 @@ def run(
                     Vllm(
                         str(default_model_folder()) if last is None and model is None else str(last or model),
                         loaded if last is None else models[last][0],
-                        hand_over=hand_over or "kv", settings=vllm_settings,
+                        kv_transfer=kv_transfer or "kv", settings=vllm_settings,
                         folder=None if folder is None else Path(folder),
                     )
                 )  # fmt: skip
         with working(err, "setting up the chain, measuring how hidden states are best fed back"):
             run_by = Chain(
                 loaded, tokenizer, arranged.agents, aligner=aligner, engine=engine, weights=weights,
-                handover_tokens=handover_tokens, budget=arranged.budget, models=models, decoder=writer,
+                max_note_tokens=max_note_tokens, budget=arranged.budget, models=models, decoder=writer,
             )  # fmt: skip
         setup = time.perf_counter() - began
         kernels = extension()
@@ -272,8 +276,8 @@ def serve(
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, native, cuda or eager.")] = "auto",
     weights: Annotated[str, typer.Option(help="model, or int8: rounded by row, on the CPU.")] = "model",
-    hand_over: Annotated[
-        str, typer.Option(help="Memory to vLLM: kv, keys and values as they are, or embeds, read again.")
+    kv_transfer: Annotated[
+        str, typer.Option("--hand-over", help="Memory to vLLM: kv, keys and values as they are, or embeds, read again.")
     ] = "kv",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
@@ -306,7 +310,7 @@ def serve(
             f"latentmas serve needs {error.name}, which is not installed: pip install 'latentmas-kernels[serve]'"
         ) from error
     serving = Serving(
-        model, chain or (), latent_steps, max_new_tokens, aligner, dtype, device, engine, weights, hand_over, host, port,
+        model, chain or (), latent_steps, max_new_tokens, aligner, dtype, device, engine, weights, kv_transfer, host, port,
         vllm_url, folder, timeout, max_waiting, vllm_options or (),
     )  # fmt: skip
     if kv_config:
@@ -359,16 +363,16 @@ def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
 
 
 def _vllm_settings(
-    decoder: str, hand_over: str | None, settings: str | None, folder: str | None
+    decoder: str, kv_transfer: str | None, settings: str | None, folder: str | None
 ) -> dict[str, Any] | None:
     """Of vLLM's engine; None where nobody asked for it."""
-    from latentmas.backends.base import HAND_OVERS
+    from latentmas.backends.base import KV_TRANSFERS
     from latentmas.backends.vllm.launch import check_installed
 
     _check_choice("--decoder", decoder, ("own", "vllm"))
-    _check_choice("--hand-over", hand_over or "kv", HAND_OVERS)
+    _check_choice("--hand-over", kv_transfer or "kv", KV_TRANSFERS)
     if decoder == "own":
-        if (hand_over, settings, folder) != (None, None, None):
+        if (kv_transfer, settings, folder) != (None, None, None):
             raise ValueError("--hand-over, --vllm and --folder are for --decoder vllm; got --decoder own")
         return None
     check_installed()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from latentmas.chain.agent import Agent
-from latentmas.chain.memory_policy import HAND_OVERS, Budget, HandOver
+from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files.methods import METHODS
 from latentmas.chain_files.reader import read_chain, serial
 
@@ -98,9 +98,11 @@ class Arrangement:
         return list(dict.fromkeys(agent.model for agent in serial(self.agents) if agent.model is not None))
 
 
-def _hand_over(memory: str) -> HandOver:
-    if memory in HAND_OVERS:
-        return HAND_OVERS[memory]
+def _hand_over(memory: str) -> MemoryPolicy:
+    if memory in MEMORY_POLICIES:
+        return MEMORY_POLICIES[memory]
     if memory.isascii() and memory.isdigit() and 0 < len(memory) < 10 and int(memory):
-        return HandOver(slots=int(memory))
-    raise ValueError(f"got --memory {memory}; supported are {', '.join(HAND_OVERS)} and a number of slots of 1 or more")
+        return MemoryPolicy(slots=int(memory))
+    raise ValueError(
+        f"got --memory {memory}; supported are {', '.join(MEMORY_POLICIES)} and a number of slots of 1 or more"
+    )

@@ -17,7 +17,7 @@ from rich.text import Text
 from latentmas.chain.results import AgentTrace
 from latentmas.characters import visible
 from latentmas.cli.questions import Question
-from latentmas_kernels.storage import whole_file
+from latentmas_kernels.storage import atomic_write
 from latentmas_kernels.trace import LatentTrace
 
 SPACE = "␣"
@@ -98,7 +98,7 @@ def write_trace(path: str | Path, document: dict[str, Any]) -> None:
     """
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     try:
-        with whole_file(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             temporary.write_text(text, encoding="ascii")
             temporary.chmod(0o666 & ~_umask())  # a temporary file is for its owner alone
     except OSError as error:

@@ -25,7 +25,7 @@ from latentmas.backends.vllm.sse import Busy, Refused, Silent, Unreachable, Unwr
 from latentmas.chain.chain import Chain, Prepared
 from latentmas.serving.model_lease import Turn
 from latentmas.serving.protocol import ApiError, ChatRequest, Reply, cut, shown, usage_of
-from latentmas_kernels.cache.latent_cache import NoRoomError
+from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ _FAULTS: Mapping[type[Exception], tuple[int, str, bool]] = {
     Refused: (400, "vllm_refused", False),
     Silent: (504, "vllm_silent", False),
     EngineError: (502, "vllm_failed", True),
-    NoRoomError: (503, "no_room", True),
+    InsufficientMemoryError: (503, "no_room", True),
     MemoryError: (503, "no_room", True),
     torch.OutOfMemoryError: (503, "no_room", True),
     # Known only behind the thinking: NaN in a thought, a server that was exchanged for another one.

@@ -21,7 +21,7 @@ from latentmas.backends.vllm.server import Upstream
 from latentmas.backends.vllm.sse import address_of
 from latentmas.chain.agent import Agent
 from latentmas.chain.chain import Chain
-from latentmas.chain_files.reader import ChainFile, read_chain, read_shipped, serial, shipped_chains
+from latentmas.chain_files.reader import ChainFile, builtin_chains, read_builtin, read_chain, serial
 from latentmas.cli.console import working
 from latentmas.default_model import default_model_folder
 from latentmas.loading import load_model
@@ -42,7 +42,7 @@ class Serving:
         chains: files or names; empty for all that come with the package.
         latent_steps, max_new_tokens: as in `read_chain`.
         aligner, engine, weights: as in `Chain`; dtype, device: as in `load_model`.
-        hand_over, folder, timeout: as in `Upstream`.
+        kv_transfer, folder, timeout: as in `Upstream`.
         host, port: to listen at.
         vllm_url: a running server; None starts one.
         max_waiting: as in `Gateway`.
@@ -58,7 +58,7 @@ class Serving:
     device: str | None = None
     engine: str = "auto"
     weights: str = "model"
-    hand_over: str = "kv"
+    kv_transfer: str = "kv"
     host: str = "127.0.0.1"
     port: int = 8000
     vllm_url: str | None = None
@@ -236,14 +236,14 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _upstream(serving: Serving, model: Any, tokenizer: Any) -> Upstream:
-    return Upstream(model, tokenizer, hand_over=serving.hand_over, folder=serving.folder, timeout=serving.timeout)
+    return Upstream(model, tokenizer, kv_transfer=serving.kv_transfer, folder=serving.folder, timeout=serving.timeout)
 
 
 def _files(serving: Serving) -> dict[str, ChainFile]:
     """By name."""
     options: dict[str, Any] = {"latent_steps": serving.latent_steps, "max_new_tokens": serving.max_new_tokens}
     if not serving.chains:
-        return {name: read_shipped(name, **options) for name in shipped_chains()}
+        return {name: read_builtin(name, **options) for name in builtin_chains()}
     files: dict[str, ChainFile] = {}
     for source in serving.chains:
         file = read_chain(source, **options)

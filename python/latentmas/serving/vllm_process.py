@@ -69,7 +69,7 @@ class Child:
         self.upstream, self.say, self._ending, self._hurry = upstream, say, False, False
         architecture = Architecture.of(model)
         on_cpu = not torch.cuda.is_available()  # vLLM takes a GPU where there is one, whatever the chain's model is on
-        if upstream.hand_over == "kv":
+        if upstream.kv_transfer == "kv":
             way = ["--kv-transfer-config", json.dumps(kv_config(upstream.stamp, upstream.folder))]
         else:
             way = ["--enable-prompt-embeds"]

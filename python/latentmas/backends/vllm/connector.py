@@ -25,7 +25,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
-from latentmas.backends.kv_file import check_finite, heads_of, read_parcel
+from latentmas.backends.kv_file import check_finite, kv_heads_of_rank, read_kv_rows
 from latentmas.backends.vllm.pending_loads import Ledger, Load
 
 logger = init_logger("vllm.latentmas")
@@ -124,14 +124,14 @@ class LatentConnector(KVConnectorBase_V1):
     def _load(self, load: Load, layers: dict[str, Any]) -> None:
         if load.handed is None:
             raise ValueError(load.fault)
-        kv = read_parcel(self.folder, load.handed, self.fingerprint)
+        kv = read_kv_rows(self.folder, load.handed, self.fingerprint)
         _, count, heads, _, width = kv.shape
         if (count, heads, width, kv.dtype) != (self.layers, self.heads, self.width, self.dtype):
             raise ValueError(
                 f"{load.handed.file} has {count} layers, {heads} KV heads of {width} in {kv.dtype}; this engine runs "
                 f"{self.layers} layers, {self.heads} KV heads of {self.width} in {self.dtype}"
             )
-        own = heads_of(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), heads)
+        own = kv_heads_of_rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), heads)
         mine = kv[:, :, own, load.start : load.stop]
         check_finite(mine, load.handed.file)
         places = None

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from latentmas.backends.base import (
-    HAND_OVERS,
+    KV_TRANSFERS,
+    Completion,
     Embeds,
     EngineError,
+    GenerationRequest,
     OnTokens,
     Steps,
-    TextRequest,
-    Written,
-    check_found,
+    check_cache_hit,
     check_requests,
 )
-from latentmas.backends.kv_file import Handed, Parcel, check_plain, shared_folder, sweep
+from latentmas.backends.kv_file import KVFile, KVFileRow, check_transferable, shared_folder, sweep
 from latentmas.backends.vllm.launch import end_engine, kv_config, start_engine
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import Stamp
+from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.models.architecture import Architecture
 
 
@@ -29,8 +29,8 @@ class Vllm:
     """A `Decoder`. A context manager: vLLM ends with it.
 
     Attributes:
-        stamp, hand_over, max_model_len: as in `Decoder`.
-        logprobs: whether `Written.logprobs` is filled.
+        stamp, kv_transfer, max_model_len: as in `Decoder`.
+        logprobs: whether `Completion.logprobs` is filled.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Vllm:
         name: str,
         model: Any,
         *,
-        hand_over: str = "kv",
+        kv_transfer: str = "kv",
         folder: Path | None = None,
         logprobs: bool = False,
         settings: Mapping[str, Any] | None = None,
@@ -48,7 +48,7 @@ class Vllm:
         Args:
             name: folder or hub name of the model.
             model: the same as a causal LM of transformers, whose memories will be handed over.
-            hand_over: one of HAND_OVERS.
+            kv_transfer: one of KV_TRANSFERS.
             folder: where memories are handed over; shared memory when None.
             logprobs: ask for the log-probability of each token.
             settings: of vLLM's engine (EngineArgs), such as tensor_parallel_size.
@@ -56,16 +56,16 @@ class Vllm:
         Raises:
             ValueError: where vLLM is not installed, or cannot run this model or these settings.
         """
-        if hand_over not in HAND_OVERS:
-            raise ValueError(f"got hand_over {hand_over!r}; supported are {', '.join(HAND_OVERS)}")
+        if kv_transfer not in KV_TRANSFERS:
+            raise ValueError(f"got kv_transfer {kv_transfer!r}; supported are {', '.join(KV_TRANSFERS)}")
         architecture = Architecture.of(model)
-        if hand_over == "kv":
-            check_plain(model)
-        self.hand_over, self.logprobs, self.folder = hand_over, logprobs, folder or shared_folder()
-        self.stamp, self._width, self._dtype = Stamp.of(model), architecture.hidden_size, architecture.dtype
+        if kv_transfer == "kv":
+            check_transferable(model)
+        self.kv_transfer, self.logprobs, self.folder = kv_transfer, logprobs, folder or shared_folder()
+        self.stamp, self._width, self._dtype = ModelFingerprint.of(model), architecture.hidden_size, architecture.dtype
         sweep(self.folder)
         way: dict[str, Any] = {"enable_prompt_embeds": True}
-        if hand_over == "kv":
+        if kv_transfer == "kv":
             way = {"kv_transfer_config": kv_config(self.stamp, self.folder, owner=os.getpid())}
         self._engine = start_engine(name, self._dtype, way, settings or {})
         self.max_model_len = self._engine.model_config.max_model_len
@@ -81,24 +81,24 @@ class Vllm:
         end_engine(self._engine)
 
     def write(
-        self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
-    ) -> list[Written]:
+        self, memory: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
+    ) -> list[Completion]:
         """As `Decoder.write`."""
-        check_requests(requests, memory, self.max_model_len, self.hand_over)
+        check_requests(requests, memory, self.max_model_len, self.kv_transfer)
         with ExitStack() as stack:
-            rows: list[Handed] = []
-            if memory is not None and self.hand_over == "kv":
+            rows: list[KVFileRow] = []
+            if memory is not None and self.kv_transfer == "kv":
                 try:
-                    parcel = Parcel(memory, self.stamp, self.folder)
+                    parcel = KVFile(memory, self.stamp, self.folder)
                 except OSError as error:
                     raise EngineError(f"the memory could not be written to {self.folder}: {error}") from error
                 rows = stack.enter_context(parcel).rows
             sent = [self._prompt(request, rows) for request in requests]
             return self._run(requests, sent, Steps(len(requests), on_tokens))
 
-    def _prompt(self, request: TextRequest, rows: list[Handed]) -> tuple[dict[str, Any], Handed | None]:
+    def _prompt(self, request: GenerationRequest, rows: list[KVFileRow]) -> tuple[dict[str, Any], KVFileRow | None]:
         """As vLLM takes it, and the row that comes before it."""
-        if self.hand_over == "embeds":
+        if self.kv_transfer == "embeds":
             mixed = Embeds.of(request, self._width, self._dtype)
             if mixed is None:
                 return {"prompt_token_ids": [*request.fed, *request.prompt]}, None
@@ -112,7 +112,7 @@ class Vllm:
         handed = rows[request.row]
         return {"prompt_token_ids": [0] * handed.slots + request.prompt, "cache_salt": handed.salt}, handed
 
-    def _sampling(self, request: TextRequest, handed: Handed | None) -> Any:
+    def _sampling(self, request: GenerationRequest, handed: KVFileRow | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -125,8 +125,11 @@ class Vllm:
         )  # fmt: skip
 
     def _run(
-        self, requests: Sequence[TextRequest], sent: Sequence[tuple[dict[str, Any], Handed | None]], steps: Steps
-    ) -> list[Written]:
+        self,
+        requests: Sequence[GenerationRequest],
+        sent: Sequence[tuple[dict[str, Any], KVFileRow | None]],
+        steps: Steps,
+    ) -> list[Completion]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         names = {f"latentmas-{uuid.uuid4().hex}": number for number in range(len(requests))}
@@ -162,7 +165,7 @@ class Vllm:
             if reason not in ("stop", "length"):
                 raise EngineError(f"vLLM ended request {number} with {reason!r}; its log says why")
             cached = output.num_cached_tokens or 0
-            check_found(slots, cached, f"request {number}")
+            check_cache_hit(slots, cached, f"request {number}")
             computed = len(prompt["prompt_token_ids"]) - cached
-            written.append(Written(steps.ids[number], reason, computed, logprobs[number]))
+            written.append(Completion(steps.ids[number], reason, computed, logprobs[number]))
         return written

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from latentmas_kernels.cache.file import Stamp
+from latentmas_kernels.cache.file import ModelFingerprint
 
 TESTED = "0.32"
 """The version of vLLM that the tests run with: connectors are an interface that it still changes."""
@@ -31,7 +31,7 @@ def check_installed() -> None:
         raise ValueError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
 
 
-def kv_config(stamp: Stamp, folder: Path, *, owner: int | None = None) -> dict[str, Any]:
+def kv_config(stamp: ModelFingerprint, folder: Path, *, owner: int | None = None) -> dict[str, Any]:
     """vLLM's kv_transfer_config for our connector.
 
     Args:

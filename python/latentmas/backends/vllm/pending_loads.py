@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmas.backends.kv_file import Handed
+from latentmas.backends.kv_file import KVFileRow
 
 logger = logging.getLogger("vllm.latentmas")
 
@@ -26,7 +26,7 @@ class Load:
     """
 
     request: str
-    handed: Handed | None
+    handed: KVFileRow | None
     start: int
     stop: int
     blocks: tuple[int, ...]
@@ -84,7 +84,7 @@ class Ledger:
         if fault:
             self._loads.append(Load(request, None, start, start + external, tuple(blocks), fault))
             return
-        handed = Handed.read(params)
+        handed = KVFileRow.read(params)
         assert handed is not None, "nothing was promised"
         self._loads.append(Load(request, handed, handed.slots - external, handed.slots, tuple(blocks)))
 
@@ -98,8 +98,8 @@ class Ledger:
         return loads
 
 
-def _checked(params: Mapping[str, Any] | None, salt: str | None, tokens: int) -> Handed | None:
-    handed = Handed.read(params)
+def _checked(params: Mapping[str, Any] | None, salt: str | None, tokens: int) -> KVFileRow | None:
+    handed = KVFileRow.read(params)
     if handed is None:
         return None
     if salt != handed.salt:

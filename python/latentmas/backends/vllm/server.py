@@ -14,22 +14,22 @@ import httpx
 import torch
 
 from latentmas.backends.base import (
-    HAND_OVERS,
+    KV_TRANSFERS,
+    Completion,
     Embeds,
     EngineError,
+    GenerationRequest,
     OnTokens,
     Steps,
-    TextRequest,
-    Written,
-    check_found,
+    check_cache_hit,
     check_requests,
 )
-from latentmas.backends.kv_file import Handed, Parcel, check_plain, shared_folder, sweep
+from latentmas.backends.kv_file import KVFile, KVFileRow, check_transferable, shared_folder, sweep
 from latentmas.backends.vllm.sse import Busy, Silent, Unreachable, Unwritable, address_of, events, refusal
 from latentmas.serving.model_lease import Turn
 from latentmas_kernels import LatentCache, generate
-from latentmas_kernels.cache.file import Stamp
-from latentmas_kernels.cache.latent_cache import NoRoomError
+from latentmas_kernels.cache.file import ModelFingerprint
+from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
 from latentmas_kernels.models.architecture import Architecture
 
 CONNECT_SECONDS, HEALTH_SECONDS, ASK_SECONDS = 5.0, 3.0, 15.0
@@ -54,7 +54,7 @@ class Sent:
     prompt: dict[str, Any]
     slots: int
     tokens: int
-    parcel: Parcel | None = None
+    parcel: KVFile | None = None
 
     def close(self) -> None:
         """Remove the file."""
@@ -74,43 +74,48 @@ class Piece:
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    written: Written | None = None
+    written: Completion | None = None
 
 
 class Upstream:
     """A `Decoder`.
 
     Attributes:
-        stamp, hand_over, max_model_len: as in `Decoder`; the last is known once it is connected.
+        stamp, kv_transfer, max_model_len: as in `Decoder`; the last is known once it is connected.
         folder: where memories are handed over.
         timeout: seconds that the server may be silent while it works for a request.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, hand_over: str = "kv", folder: Path | None = None, timeout: float = 300.0
+        self, model: Any, tokenizer: Any, *, kv_transfer: str = "kv", folder: Path | None = None, timeout: float = 300.0
     ) -> None:
         """For a server that is not there yet.
 
         Args:
             model: what the server is to run, as a causal LM of transformers.
             tokenizer: the model's.
-            hand_over: one of HAND_OVERS.
+            kv_transfer: one of KV_TRANSFERS.
             folder: shared memory when None.
 
         Raises:
             ValueError: where the model's memories cannot be handed over, or there is no such folder.
         """
-        if hand_over not in HAND_OVERS:
-            raise ValueError(f"got --hand-over {hand_over}; supported are {', '.join(HAND_OVERS)}")
+        if kv_transfer not in KV_TRANSFERS:
+            raise ValueError(f"got --hand-over {kv_transfer}; supported are {', '.join(KV_TRANSFERS)}")
         if not timeout > 0:
             raise ValueError(f"got --timeout {timeout}; supported are seconds, more than 0")
-        if hand_over == "kv":
-            check_plain(model)
+        if kv_transfer == "kv":
+            check_transferable(model)
         self.folder = shared_folder() if folder is None else folder
         if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
             raise ValueError(f"{self.folder} is no folder that can be written to; name one that vLLM can read, too")
         sweep(self.folder)
-        self.hand_over, self.timeout, self.stamp, self.max_model_len = hand_over, timeout, Stamp.of(model), 0
+        self.kv_transfer, self.timeout, self.stamp, self.max_model_len = (
+            kv_transfer,
+            timeout,
+            ModelFingerprint.of(model),
+            0,
+        )
         self.name, self.url = "", ""
         self._embedding, self._dtype = model.get_input_embeddings(), Architecture.of(model).dtype
         self._width = Architecture.of(model).hidden_size
@@ -194,7 +199,7 @@ class Upstream:
         await self._try(
             self._probe.tokens, Sent({"prompt": self._probe.tokens.prompt}, 0, len(self._probe.tokens.prompt))
         )
-        if self.hand_over == "kv":
+        if self.kv_transfer == "kv":
             (sent,) = self.pack(self._probe.memory, [self._probe.request])
         else:
             sent = self._embedded(self._probe.embeds)
@@ -207,7 +212,7 @@ class Upstream:
         finally:
             sent.close()
 
-    async def _try(self, request: TextRequest, sent: Sent) -> None:
+    async def _try(self, request: GenerationRequest, sent: Sent) -> None:
         written = None
         async for piece in self.stream(request, sent, seconds=PROBE_SECONDS):
             written = piece.written
@@ -220,7 +225,7 @@ class Upstream:
 
     @property
     def _remedy(self) -> str:
-        if self.hand_over == "embeds":
+        if self.kv_transfer == "embeds":
             return "Start vLLM with --enable-prompt-embeds"
         return (
             "Start vLLM with --enable-prompt-tokens-details and the --kv-transfer-config that `latentmas serve --kv-config` "
@@ -230,18 +235,20 @@ class Upstream:
     # ---- texts -----------------------------------------------------------------------------------------------------
 
     def write(
-        self, memory: LatentCache | None, requests: Sequence[TextRequest], on_tokens: OnTokens | None = None
-    ) -> list[Written]:
+        self, memory: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
+    ) -> list[Completion]:
         """As `Decoder.write`; in the thread of a `Turn`, whose model others may use meanwhile."""
-        check_requests(requests, memory, self.max_model_len, self.hand_over)
+        check_requests(requests, memory, self.max_model_len, self.kv_transfer)
         with ExitStack() as stack:
             sent = self.pack(memory, requests)
             for one in sent:
                 stack.callback(one.close)
             return Turn.wait_for(self._write(requests, sent, Steps(len(requests), on_tokens)))
 
-    async def _write(self, requests: Sequence[TextRequest], sent: Sequence[Sent], steps: Steps) -> list[Written]:
-        async def one(number: int) -> Written:
+    async def _write(
+        self, requests: Sequence[GenerationRequest], sent: Sequence[Sent], steps: Steps
+    ) -> list[Completion]:
+        async def one(number: int) -> Completion:
             written = None
             async for piece in self.stream(requests[number], sent[number]):
                 steps.add(number, piece.ids, piece.written is not None)
@@ -257,14 +264,14 @@ class Upstream:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def pack(self, memory: LatentCache | None, requests: Sequence[TextRequest]) -> list[Sent]:
+    def pack(self, memory: LatentCache | None, requests: Sequence[GenerationRequest]) -> list[Sent]:
         """What comes before each text; a memory is written to a file, which is there until all of them are closed.
 
         Raises:
             ValueError: where the memory cannot be handed over.
             EngineError: where it cannot be written.
         """
-        if self.hand_over == "embeds":
+        if self.kv_transfer == "embeds":
             sent = []
             for request in requests:
                 mixed = Embeds.of(request, self._width, self._dtype)
@@ -277,18 +284,18 @@ class Upstream:
         parcel = None
         if memory is not None:
             try:
-                parcel = Parcel(memory, self.stamp, self.folder)
-            except (OSError, NoRoomError) as error:
+                parcel = KVFile(memory, self.stamp, self.folder)
+            except (OSError, InsufficientMemoryError) as error:
                 raise Unwritable(
                     f"the memory could not be written to {self.folder} ({error}); make room there, or start the server with "
                     "another --folder"
                 ) from error
         return [self._behind(parcel, request) for request in requests]
 
-    def _behind(self, parcel: Parcel | None, request: TextRequest) -> Sent:
+    def _behind(self, parcel: KVFile | None, request: GenerationRequest) -> Sent:
         if parcel is None or request.row is None:
             return Sent({"prompt": request.prompt}, 0, len(request.prompt), parcel)
-        handed: Handed = parcel.rows[request.row]
+        handed: KVFileRow = parcel.rows[request.row]
         ids = [0] * handed.slots + request.prompt
         prompt = {"prompt": ids, "cache_salt": handed.salt, "kv_transfer_params": handed.params}
         return Sent(prompt, handed.slots, len(ids), parcel)
@@ -300,7 +307,7 @@ class Upstream:
 
     async def stream(
         self,
-        request: TextRequest,
+        request: GenerationRequest,
         sent: Sent,
         *,
         stop: Sequence[str] = (),
@@ -347,7 +354,7 @@ class Upstream:
                 raise EOFError("the stream ended before the text did")
         yield Piece(written=self._checked(sent, ids, reason, usage))
 
-    def _checked(self, sent: Sent, ids: list[int], reason: str | None, usage: Any) -> Written:
+    def _checked(self, sent: Sent, ids: list[int], reason: str | None, usage: Any) -> Completion:
         if reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended a text with {reason!r}; its log says why")
         cached = ((usage or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
@@ -357,11 +364,11 @@ class Upstream:
                 "vLLM did not say how many tokens it found in its cache, so nobody knows whether it read the memory; start it "
                 "with --enable-prompt-tokens-details"
             )
-        check_found(sent.slots, found, "a request")
+        check_cache_hit(sent.slots, found, "a request")
         if not ids:
             raise EngineError("vLLM wrote no tokens, or does not say which; it must support return_token_ids")
         finish: Literal["stop", "length"] = "stop" if reason == "stop" else "length"
-        return Written(ids, finish, sent.tokens - found)
+        return Completion(ids, finish, sent.tokens - found)
 
     # ---- HTTP ------------------------------------------------------------------------------------------------------
 
@@ -412,8 +419,8 @@ class _Probe:
     """
 
     memory: LatentCache
-    request: TextRequest
-    tokens: TextRequest
+    request: GenerationRequest
+    tokens: GenerationRequest
     embeds: torch.Tensor
     likely: set[int]
 
@@ -425,7 +432,7 @@ class _Probe:
             logits = model(input_ids=inputs).logits[0, -1]
             memory = generate(model, inputs[:, :2], max_new_tokens=1, engine="eager").past_key_values
             embeds = model.get_input_embeddings()(inputs[0]).cpu()
-        tokens = TextRequest(ids, 1, ())
+        tokens = GenerationRequest(ids, 1, ())
         return cls(
             memory, replace(tokens, prompt=ids[2:], row=0), tokens, embeds, set(logits.topk(LIKELY).indices.tolist())
         )
