@@ -64,16 +64,16 @@ class Native:
         self.hidden = self.runner.extend(self.cache, Prompt(counts, ids), logits=False)
 
     def latent(self, steps: int) -> Tensor:
-        thinking = LatentParams(torch.full((len(self.hidden),), steps))
-        thought = self.runner.run_latent(self.cache, self.hidden, self.aligner, thinking, None)
+        latent_params = LatentParams(torch.full((len(self.hidden),), steps))
+        thought = self.runner.run_latent(self.cache, self.hidden, self.aligner, latent_params, None)
         self.hidden = thought.last_hidden
         return thought.latents
 
     def token(self, token: Tensor, steps: int) -> Tensor:
         """Greedy; the tokens that were chosen on the way."""
         first = torch.zeros(len(token), self.architecture.vocab_size).scatter_(1, token[:, None], 1.0)
-        decoding = SamplingParams(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)
-        return self.runner.decode(self.cache, first, decoding, None)
+        sampling_params = SamplingParams(steps + 1, 0, False, 1.0, 0, 1.0, eos_token_ids=[], pad_token_id=0)
+        return self.runner.decode(self.cache, first, sampling_params, None)
 
     def sampled(self, token: Tensor, steps: int) -> Tensor:
         """With temperature, top-k and top-p."""

@@ -92,14 +92,16 @@ class Ours:
         self.start.rewind()
 
     def latent(self, steps: int) -> Tensor:
-        thinking = LatentParams(torch.full((len(self.first),), steps))
+        latent_params = LatentParams(torch.full((len(self.first),), steps))
         return self.runner.run_latent(
-            self.start.memory, self.start.hidden, self.start.aligner, thinking, None
+            self.start.memory, self.start.hidden, self.start.aligner, latent_params, None
         ).last_hidden
 
     def token(self, steps: int) -> Tensor:
-        decoding = SamplingParams(steps + 1, 0, False, 1.0, 0, 1.0, ends=[], padding=0)  # the last token is not fed in
-        self.runner.decode(self.start.memory, self.first, decoding, None)
+        sampling_params = SamplingParams(
+            steps + 1, 0, False, 1.0, 0, 1.0, eos_token_ids=[], pad_token_id=0
+        )  # the last token is not fed in
+        self.runner.decode(self.start.memory, self.first, sampling_params, None)
         bucket = next(b for b in GRAPH_BATCH_SIZES if b >= len(self.first))
         return self.runner.state.steps[bucket].logits[: len(self.first)]
 

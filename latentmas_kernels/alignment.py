@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.feedback_file import stored_or_measured
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
 from latentmas_kernels.models.settings import settings_of
@@ -89,14 +90,14 @@ class Aligner:
         """Raise ValueError where this was built for a model of another width, or lies on another device."""
         width = architecture.hidden_size
         if self.embedding is not None and self.embedding.embedding_dim != width:
-            raise ValueError(
+            raise LatentMASError(
                 f"the aligner gives embeddings of width {self.embedding.embedding_dim}; {architecture.name} needs {width}: "
                 "build it for this model with build_aligner(model)"
             )
         if self.weight is not None and (
             tuple(self.weight.shape) != (width, width) or self.weight.device != architecture.device
         ):
-            raise ValueError(
+            raise LatentMASError(
                 f"the aligner maps to and from {list(self.weight.shape)} on {self.weight.device}; {architecture.name} needs "
                 f"{[width, width]} on {architecture.device}: build it for this model with build_aligner(model)"
             )
@@ -137,15 +138,15 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
         ValueError: for an unknown kind, NaN or Inf in the embeddings, or a map that cannot be built.
     """
     if kind not in KINDS:
-        raise ValueError(f"got aligner={kind!r}; supported are {', '.join(map(repr, KINDS))} or an Aligner")
+        raise LatentMASError(f"got aligner={kind!r}; supported are {', '.join(map(repr, KINDS))} or an Aligner")
     if not ridge > 0:
-        raise ValueError(f"ridge must be above 0; got {ridge}")
+        raise LatentMASError(f"ridge must be above 0; got {ridge}")
     architecture = Architecture.of(model)
     target = model if target_model is None else target_model
     if target is not model:
         Architecture.of(target)
         if kind == "identity":
-            raise ValueError("aligner='identity' maps a model to itself; between two models use 'ridge' or 'soft'")
+            raise LatentMASError("aligner='identity' maps a model to itself; between two models use 'ridge' or 'soft'")
         kind = "ridge" if kind == "auto" else kind
     unembedding, embedding = model.get_output_embeddings(), target.get_input_embeddings()
     memory = _built.setdefault(model, weakref.WeakKeyDictionary()).setdefault(embedding, {})
@@ -294,7 +295,7 @@ def solve_ridge(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -
         residual = _residual(unembedding, embedding, ridge, solution)
         if residual <= RESIDUAL:
             return solution.T.float().contiguous(), residual
-    raise ValueError(
+    raise LatentMASError(
         "the alignment W_a cannot be solved from these embeddings even in float64 (NaN, Inf, or nothing but zeros); "
         "check the weights, or use aligner='soft' or 'identity'"
     )
@@ -306,7 +307,7 @@ def _chunks(
     """U and E by blocks of vocabulary rows; of two vocabularies, the rows that both have."""
     weight = unembedding.weight
     if not weight.is_floating_point() or weight.dim() != 2:
-        raise ValueError(
+        raise LatentMASError(
             f"the output embedding is stored as {weight.dtype} {list(weight.shape)}; W_a needs a floating point matrix. "
             "Load the lm_head unquantized, or use aligner='soft'"
         )
@@ -352,7 +353,7 @@ def _mean_norm(embedding: nn.Embedding) -> float:
         for start in range(0, rows, piece)
     )
     if not 0 < total < float("inf"):
-        raise ValueError("the input embedding holds NaN or Inf, or nothing but zeros; load the checkpoint again")
+        raise LatentMASError("the input embedding holds NaN or Inf, or nothing but zeros; load the checkpoint again")
     return total / rows
 
 
@@ -427,9 +428,9 @@ def _load(path: Path, name: str, shape: tuple[int, int]) -> tuple[Tensor, float]
         facts = json.loads((file.metadata() or {})["latentmas"])
         weight = file.get_tensor("weight")
     if facts["format"] != FORMAT or facts["fingerprint"] != name:
-        raise ValueError("it is of another format or model")
+        raise LatentMASError("it is of another format or model")
     if weight.dtype != torch.float32 or tuple(weight.shape) != shape:
-        raise ValueError(f"it holds {weight.dtype} {list(weight.shape)} instead of float32 {list(shape)}")
+        raise LatentMASError(f"it holds {weight.dtype} {list(weight.shape)} instead of float32 {list(shape)}")
     if hashlib.sha256(_bytes(weight)).hexdigest() != facts["sha256"]:
-        raise ValueError("its content does not match its checksum")
+        raise LatentMASError("its content does not match its checksum")
     return weight, float(facts["residual"])

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from latentmas_kernels.cache.file import model_fingerprint
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.settings import GLOBAL_HOOKS, PASSIVE_HOOKS
 from latentmas_kernels.storage import atomic_write, cache_folder
 
@@ -67,13 +68,13 @@ def stored_or_measured(
 def _load(path: Path, key: str, kinds: Collection[str]) -> dict[str, float]:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > LIMIT:
-        raise ValueError("it is no file, or a large one")
+        raise LatentMASError("it is no file, or a large one")
     facts = json.loads(path.read_text())
     if facts["format"] != FORMAT or facts["key"] != key:
-        raise ValueError("it is of another format or model")
+        raise LatentMASError("it is of another format or model")
     nats = facts["nats"]
     if set(nats) != set(kinds) or not all(type(value) is float and math.isfinite(value) for value in nats.values()):
-        raise ValueError(f"it holds no nats of {' and '.join(kinds)}")
+        raise LatentMASError(f"it holds no nats of {' and '.join(kinds)}")
     return dict(nats)
 
 

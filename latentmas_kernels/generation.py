@@ -23,6 +23,7 @@ from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import LatentParams, LatentResult, SamplingParams, SupportsDecode, open_engine
 from latentmas_kernels.engines.stepwise import decode_stepwise
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.inputs import Prompt, read_prompt
 from latentmas_kernels.models.architecture import Architecture, check_finite_weights, logits_of
 
@@ -163,7 +164,7 @@ def latent_generate(
     clock = _Clock(architecture.device)
     runner = open_engine(engine, model, architecture, weights=weights)
     if settle is not None and (isinstance(settle, bool) or not -1 <= settle <= 1):
-        raise ValueError(f"settle is a cosine, from -1 to 1, or None; got {settle}")
+        raise LatentMASError(f"settle is a cosine, from -1 to 1, or None; got {settle}")
     prompt, past = read_prompt(architecture, input_ids, attention_mask, inputs_embeds, past_key_values)
     steps = _steps(latent_steps, len(prompt.counts))
     capacity = _capacity(architecture, prompt, past, steps, "latent steps", max_cache_len)
@@ -171,7 +172,7 @@ def latent_generate(
     if isinstance(aligner, str):
         aligner = build_aligner(model, aligner)
     if not isinstance(aligner, Aligner):
-        raise ValueError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
+        raise LatentMASError(f"aligner must be a name or an Aligner; got {type(aligner).__name__}")
     aligner.check_fits(architecture)
     _check_cross(cross, aligner, architecture)
     think = int(steps.max()) > 0
@@ -249,9 +250,11 @@ def generate(
     clock = _Clock(architecture.device)
     runner = open_engine(engine, model, architecture, weights=weights)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer of 1 or more; got {max_new_tokens!r}")
+        raise LatentMASError(f"max_new_tokens must be an integer of 1 or more; got {max_new_tokens!r}")
     if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(f"min_new_tokens must be between 0 and max_new_tokens={max_new_tokens}; got {min_new_tokens}")
+        raise LatentMASError(
+            f"min_new_tokens must be between 0 and max_new_tokens={max_new_tokens}; got {min_new_tokens}"
+        )
     prompt, past = read_prompt(architecture, input_ids, attention_mask, None, past_key_values)
     assert prompt.input_ids is not None
     # The last new token is not fed in, so it needs no slot.
@@ -263,10 +266,10 @@ def generate(
         pad_token_id = model.generation_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = ends[0] if ends else 0
-    decoding = SamplingParams(
+    sampling_params = SamplingParams(
         max_new_tokens, min_new_tokens, do_sample, temperature, top_k or 0, top_p, ends, pad_token_id
     )
-    processors = _processors(prompt, decoding, logits_processor)  # they also check temperature, top_k and top_p
+    processors = _processors(prompt, sampling_params, logits_processor)  # they also check temperature, top_k and top_p
     cache = _cache(architecture, prompt, past, capacity)
     metrics = Metrics(runner.name, setup_seconds=clock.lap())
 
@@ -284,11 +287,11 @@ def generate(
         if (
             alone
             and isinstance(runner, SupportsDecode)
-            and runner.can_decode(decoding, len(logits), streaming=streamer is not None)
+            and runner.can_decode(sampling_params, len(logits), streaming=streamer is not None)
         ):
-            tokens = runner.decode(cache, logits, decoding, None if streamer is None else streamer.put)
+            tokens = runner.decode(cache, logits, sampling_params, None if streamer is None else streamer.put)
             sequences = torch.cat([sequences, tokens], dim=1)
-            new = decoding.lengths(tokens)
+            new = sampling_params.lengths(tokens)
             stopped = torch.isin(tokens.cpu()[torch.arange(len(new)), new - 1], torch.tensor(ends, dtype=torch.int64))
         else:
             criteria = StoppingCriteriaList([EosTokenCriteria(ends)] if ends else [])
@@ -317,9 +320,9 @@ def _steps(latent_steps: int | Sequence[int], batch: int) -> Tensor:
     except TypeError:
         each = []
     if len(each) != batch or min(each) < 0:
-        raise ValueError(f"latent_steps must be an integer of 0 or more, or {batch} of them; got {latent_steps!r}")
+        raise LatentMASError(f"latent_steps must be an integer of 0 or more, or {batch} of them; got {latent_steps!r}")
     if 0 in each and any(each):
-        raise ValueError(f"rows that think and rows that do not need calls of their own; got latent_steps={each}")
+        raise LatentMASError(f"rows that think and rows that do not need calls of their own; got latent_steps={each}")
     return torch.tensor(each)
 
 
@@ -328,12 +331,12 @@ def _check_cross(cross: Sequence[Aligner], aligner: Aligner, architecture: Archi
     for other in cross:
         if not isinstance(other, Aligner) or other.needs_logits != aligner.needs_logits:
             got = other.kind if isinstance(other, Aligner) else type(other).__name__
-            raise ValueError(
+            raise LatentMASError(
                 f"cross takes aligners that read what the own one reads, all 'soft' or none; got {got!r} beside "
                 f"{aligner.kind!r}"
             )
         if other.weight is not None and other.weight.shape[1] != architecture.hidden_size:
-            raise ValueError(
+            raise LatentMASError(
                 f"an aligner of cross maps to and from {list(other.weight.shape)}; {architecture.name} has states of width "
                 f"{architecture.hidden_size}: build it with build_aligner(model, target_model=...)"
             )
@@ -372,13 +375,13 @@ def _capacity(
     need = int(slots[row])
     parts = f"past {int(held[row])} + prompt {int(prompt.counts[row])} + {what} {int(more[row])}"
     if max_cache_len is not None and need > max_cache_len:
-        raise ValueError(
+        raise LatentMASError(
             f"row {row} needs {need} slots ({parts}), but max_cache_len is {max_cache_len}; "
             f"pass max_cache_len={need} or more, or shorten the prompt"
         )
     last = int((position + prompt.counts + more).max())
     if architecture.max_positions is not None and last > architecture.max_positions:
-        raise ValueError(
+        raise LatentMASError(
             f"the call goes up to {last} positions ({parts}), but {architecture.name} was made for "
             f"{architecture.max_positions} (max_position_embeddings); shorten the prompt, or ask for fewer "
             f"{what.removesuffix(' but the last')}"
@@ -400,7 +403,7 @@ def check_finite_states(result: Tensor, where: str, states: Tensor | None = None
         if states is not None:
             broken = (~states.isfinite().all(dim=-1)).any(dim=0).nonzero().flatten().tolist()
             first = f" (first in step {broken[0] + 1})" if broken else ""
-        raise ValueError(
+        raise LatentMASError(
             f"the model's state holds NaN or Inf after the {where} in row {rows}{first}; supported are finite states. "
             f"In {result.dtype} that is mostly an overflow: load the model in bfloat16 or float32"
         )
@@ -409,9 +412,9 @@ def check_finite_states(result: Tensor, where: str, states: Tensor | None = None
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raise ValueError for a temperature (0 is greedy) or a top_p with which no token can be drawn."""
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or more; got {temperature}")
+        raise LatentMASError(f"temperature must be 0 (greedy) or more; got {temperature}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be more than 0 and at most 1 (off); got {top_p}")
+        raise LatentMASError(f"top_p must be more than 0 and at most 1 (off); got {top_p}")
 
 
 def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> list[int]:
@@ -422,23 +425,27 @@ def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None | str) -> li
     return [eos_token_id] if isinstance(eos_token_id, int) else [int(token) for token in eos_token_id]
 
 
-def _processors(prompt: Prompt, decoding: SamplingParams, own: LogitsProcessorList | None) -> LogitsProcessorList:
+def _processors(
+    prompt: Prompt, sampling_params: SamplingParams, own: LogitsProcessorList | None
+) -> LogitsProcessorList:
     """transformers' processors in transformers' order."""
     processors = LogitsProcessorList()
-    if decoding.min_new_tokens and decoding.ends:
+    if sampling_params.min_new_tokens and sampling_params.eos_token_ids:
         assert prompt.input_ids is not None
         device = str(prompt.input_ids.device)
         processors.append(
-            MinNewTokensLengthLogitsProcessor(prompt.columns, decoding.min_new_tokens, decoding.ends, device=device)
+            MinNewTokensLengthLogitsProcessor(
+                prompt.columns, sampling_params.min_new_tokens, sampling_params.eos_token_ids, device=device
+            )
         )
     processors.extend(own or [])
-    if decoding.do_sample:
-        if decoding.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(decoding.temperature))
-        if decoding.top_k:
-            processors.append(TopKLogitsWarper(decoding.top_k))
-        if decoding.top_p < 1.0:
-            processors.append(TopPLogitsWarper(decoding.top_p))
+    if sampling_params.do_sample:
+        if sampling_params.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(sampling_params.temperature))
+        if sampling_params.top_k:
+            processors.append(TopKLogitsWarper(sampling_params.top_k))
+        if sampling_params.top_p < 1.0:
+            processors.append(TopPLogitsWarper(sampling_params.top_p))
     return processors
 
 

@@ -8,6 +8,7 @@ from transformers import Cache
 
 from latentmas_kernels.cache.from_hf import check_call_mask, check_covers
 from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 
@@ -55,7 +56,7 @@ def read_prompt(
     past_columns = 0
     if past is not None:
         if not isinstance(past, Cache):
-            raise ValueError(
+            raise LatentMASError(
                 f"past_key_values must be a LatentCache or another transformers Cache; got {type(past).__name__}"
             )
         past_columns = int(past.lengths.max()) if isinstance(past, LatentCache) else int(past.get_seq_length())
@@ -63,7 +64,7 @@ def read_prompt(
     if isinstance(past, LatentCache):
         past.check_fits(architecture, batch)
         if past_mask is not None and not torch.equal((past_mask != 0).sum(1), past.lengths):
-            raise ValueError(
+            raise LatentMASError(
                 f"attention_mask has {(past_mask != 0).sum(1).tolist()} ones over the past, past_key_values holds "
                 f"{past.lengths.tolist()} tokens; pass a mask over the new tokens only, or attention_mask(new) of the cache"
             )
@@ -78,12 +79,12 @@ def read_prompt(
     counts = mask.sum(1)
     if bool((counts == 0).any()):
         empty = (counts == 0).nonzero().flatten().tolist()
-        raise ValueError(f"attention_mask is all zeros in row {empty}; every row needs at least one token")
+        raise LatentMASError(f"attention_mask is all zeros in row {empty}; every row needs at least one token")
     if input_ids is not None:
         real = input_ids[mask.to(input_ids.device)]
         low, high = int(real.min()), int(real.max())
         if low < 0 or high >= architecture.vocab_size:
-            raise ValueError(
+            raise LatentMASError(
                 f"input_ids go from {low} to {high}; {architecture.name} has token ids 0 to {architecture.vocab_size - 1}. "
                 "Use the tokenizer that belongs to the model."
             )
@@ -94,29 +95,29 @@ def read_prompt(
 
 def _given(architecture: Architecture, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        raise LatentMASError("pass either input_ids or inputs_embeds, and not both")
     if input_ids is not None:
         given, name = input_ids, "input_ids"
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be integers [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
+            raise LatentMASError(f"input_ids must be integers [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
     else:
         assert inputs_embeds is not None
         given, name = inputs_embeds, "inputs_embeds"
         width, dtype = architecture.hidden_size, architecture.dtype
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width or inputs_embeds.dtype != dtype:
-            raise ValueError(
+            raise LatentMASError(
                 f"inputs_embeds must be {dtype} [B, T, {width}]; got {inputs_embeds.dtype} {list(inputs_embeds.shape)}"
             )
         if inputs_embeds.requires_grad:
-            raise ValueError(
+            raise LatentMASError(
                 "inputs_embeds requires a gradient, which no call here computes; pass inputs_embeds.detach()"
             )
         if not bool(inputs_embeds.isfinite().all()):
-            raise ValueError("inputs_embeds holds NaN or Inf; supported are finite embeddings")
+            raise LatentMASError("inputs_embeds holds NaN or Inf; supported are finite embeddings")
     if given.shape[0] == 0 or given.shape[1] == 0:
-        raise ValueError(f"{name} is empty ({list(given.shape)}); every row needs at least one token")
+        raise LatentMASError(f"{name} is empty ({list(given.shape)}); every row needs at least one token")
     if given.device != architecture.device:
-        raise ValueError(
+        raise LatentMASError(
             f"{name} is on {given.device}, {architecture.name} on {architecture.device}; move it with .to(model.device)"
         )
     return given
@@ -128,11 +129,11 @@ def _masks(mask: Tensor | None, batch: int, columns: int, past_columns: int) -> 
         return torch.ones(batch, columns, dtype=torch.bool), None
     if list(mask.shape) not in ([batch, columns], [batch, past_columns + columns]):
         both = f" or {[batch, past_columns + columns]} (past + new tokens)" if past_columns else ""
-        raise ValueError(f"attention_mask must be {[batch, columns]} (new tokens){both}; got {list(mask.shape)}")
+        raise LatentMASError(f"attention_mask must be {[batch, columns]} (new tokens){both}; got {list(mask.shape)}")
     mask = mask.cpu()
     strange = mask[(mask != 0) & (mask != 1)]
     if strange.numel():
-        raise ValueError(f"attention_mask must hold 0 (padding) and 1; got {strange[0].item()}")
+        raise LatentMASError(f"attention_mask must hold 0 (padding) and 1; got {strange[0].item()}")
     mask = mask.bool()
     if mask.shape[1] == columns:
         return mask, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentmas_kernels.engines.thinking import cosine as cosine_of
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import LatentOutput
 from latentmas_kernels.models.architecture import Architecture, logits_of
 
@@ -66,14 +67,16 @@ def trace_of(model: Any, output: LatentOutput, *, top_k: int = 5) -> LatentTrace
     architecture = Architecture.of(model)
     vocabulary = min(architecture.vocab_size, model.get_output_embeddings().weight.shape[0])
     if output.states is None:
-        raise ValueError("the states behind the steps were not kept; pass output_states=True to latent_generate()")
+        raise LatentMASError("the states behind the steps were not kept; pass output_states=True to latent_generate()")
     if output.states.shape[-1] != architecture.hidden_size:
-        raise ValueError(
+        raise LatentMASError(
             f"the states have a width of {output.states.shape[-1]}, but {architecture.name} has {architecture.hidden_size}: "
             "pass the model that thought"
         )
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k must be an integer from 1 to {vocabulary}, the size of the vocabulary; got {top_k!r}")
+        raise LatentMASError(
+            f"top_k must be an integer from 1 to {vocabulary}, the size of the vocabulary; got {top_k!r}"
+        )
 
     batch, longest = output.states.shape[:2]
     number = torch.arange(longest).repeat(batch)

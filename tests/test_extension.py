@@ -93,7 +93,7 @@ def test_doctor_reports_every_topic_in_a_line_of_its_own():
 
 @needs_extension
 def test_doctor_names_a_version_that_does_not_fit_and_one_that_does(monkeypatch):
-    module = sys.modules["latentmas_kernels.doctor"]
+    module = sys.modules["latentmas_kernels.diagnostics"]
     monkeypatch.setattr(module, "requires", lambda name: ["torch>=2.11,<2.15", "transformers>=5.17,<5.25", "rich>=13"])
     versions = {"torch": "2.13.0+cpu", "transformers": "5.25.1", "triton": "3.9.0"}
     monkeypatch.setattr(module, "_version", versions.__getitem__)
@@ -124,7 +124,7 @@ def test_doctor_names_the_instruction_set_that_runs():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_doctor_says_why_triton_kernels_are_off(monkeypatch):
-    module = sys.modules["latentmas_kernels.doctor"]
+    module = sys.modules["latentmas_kernels.diagnostics"]
     monkeypatch.setattr(module, "_version", lambda package: "9.9")
     assert doctor().lines["triton kernels"] == "off: triton 9.9 is installed, but there is no CUDA device"
     monkeypatch.setattr(module, "_version", lambda package: "not installed")

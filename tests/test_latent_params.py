@@ -9,7 +9,7 @@ from tiny_models import OTHERS, PlainLoop, feed_back, is_tied, ragged, real, tin
 
 from latentmas_kernels import LatentCache, Segment, build_aligner, generation, latent_generate
 from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams, NativeEngine
-from latentmas_kernels.engines.thinking import cosine, settled
+from latentmas_kernels.engines.thinking import converged, cosine
 from latentmas_kernels.models.architecture import Architecture
 
 ENGINES = ["eager", "native"]
@@ -201,14 +201,14 @@ def test_the_cosine_is_that_of_float64_and_1_for_the_same_bits(dtype):
     zero, bad = torch.zeros_like(now[0]), torch.full_like(now[0], torch.nan)
     assert [cosine(*pair).item() for pair in ((now[0], zero), (zero, now[0]), (zero, zero))] == [0, 0, 0]
     assert all(cosine(*pair).isnan() for pair in ((now[0], bad), (bad, bad), (zero, bad)))
-    assert settled(torch.stack([now, now], dim=1), 1, 1.0).all()
-    assert not settled(torch.stack([now[0], bad])[None], 1, -1.0).any()
+    assert converged(torch.stack([now, now], dim=1), 1, 1.0).all()
+    assert not converged(torch.stack([now[0], bad])[None], 1, -1.0).any()
 
 
 def test_without_settle_nothing_is_asked_of_the_device():
     nowhere = torch.empty(3, 4, 5, device="meta")
     for step, settle in ((2, None), (0, 0.5)):
-        ends = settled(nowhere, step, settle)
+        ends = converged(nowhere, step, settle)
         assert ends.device.type == "cpu"
         assert ends.tolist() == [False] * 3
 
@@ -223,8 +223,8 @@ def test_zero_embeddings_have_a_cosine_of_0(model, engine, settle, want):
     """Neither NaN nor 1."""
     model.model.norm.weight.zero_()
     cache = latent_generate(tiny_model("llama"), *ragged([6, 3]), latent_steps=0, max_cache_len=20).past_key_values
-    thinking, aligner = LatentParams(torch.tensor([4, 4]), settle), build_aligner(model, "identity")
-    thought = engine(model, Architecture.of(model)).run_latent(cache, torch.zeros(2, 48), aligner, thinking, None)
+    latent_params, aligner = LatentParams(torch.tensor([4, 4]), settle), build_aligner(model, "identity")
+    thought = engine(model, Architecture.of(model)).run_latent(cache, torch.zeros(2, 48), aligner, latent_params, None)
     assert thought.steps.tolist() == [want, want]
 
 
@@ -239,8 +239,8 @@ def test_the_same_bits_twice_have_settled_at_1(model, engine):
     past = latent_generate(model, *ragged([3] * rows), latent_steps=0, max_cache_len=40)
     ends = []
     for settle in (None, 1.0):
-        thinking = LatentParams(torch.full((rows,), 12), settle)
-        ends.append(runner.run_latent(past.past_key_values.fork(), past.last_hidden, aligner, thinking, None))
+        latent_params = LatentParams(torch.full((rows,), 12), settle)
+        ends.append(runner.run_latent(past.past_key_values.fork(), past.last_hidden, aligner, latent_params, None))
     free = ends[0].latents
     same = (free[:, 1:] == free[:, :-1]).all(-1)
     still = same.any(dim=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK, LatentCache, Part
 from latentmas_kernels.cache.segments import Segment, segments_after_compaction
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.rope import RopeShift
 
@@ -92,10 +93,10 @@ def check_part(part: Part) -> None:
     """Raise ValueError where a part is not in its cache, as it is now."""
     cache, rows, start = part.cache, part.rows, part.start
     if not bool(((rows >= 0) & (rows < cache.batch_size)).all()):
-        raise ValueError(f"part: got rows {rows.tolist()}; this cache has rows 0 to {cache.batch_size - 1}")
+        raise LatentMASError(f"part: got rows {rows.tolist()}; this cache has rows 0 to {cache.batch_size - 1}")
     lengths = cache.lengths[rows]
     if start.shape != rows.shape or not bool(((start >= 0) & (start <= lengths)).all()):
-        raise ValueError(
+        raise LatentMASError(
             f"part: got the first slots {start.tolist()} of rows {rows.tolist()}; there must be one for each row, from 0 to "
             f"its length ({lengths.tolist()})"
         )
@@ -107,7 +108,7 @@ def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None
     architecture = Architecture.of(model)
     sizes = {len(part.rows) for part in given}
     if len(sizes) != 1:
-        raise ValueError(
+        raise LatentMASError(
             f"concat merges parts of as many rows each, one or more; got rows {[len(p.rows) for p in given]}"
         )
     batch = sizes.pop()
@@ -120,7 +121,7 @@ def concat(parts: Sequence[LatentCache | Part], model: Any, capacity: int | None
     total = torch.stack(lengths).sum(0)
     capacity = int(total.max()) if capacity is None else capacity
     if capacity < int(total.max()):
-        raise ValueError(
+        raise LatentMASError(
             f"the parts have {int(total.max())} slots in the longest row; a capacity of {capacity} is too small"
         )
     if len(given) > 1:
@@ -145,7 +146,7 @@ def fork_rows(cache: LatentCache, times: int, capacity: int) -> LatentCache:
     """See `LatentCache.fork_rows`."""
     used = int(cache.lengths.max())
     if times < 1 or capacity < used:
-        raise ValueError(
+        raise LatentMASError(
             f"spread makes 1 or more of each row, of {used} slots here or more; got times={times}, capacity={capacity}"
         )
     _, layers, batch, heads, _, width = cache.buffer.shape

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentmas_kernels.cache.latent_cache import LatentCache, Segment
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.storage import atomic_write
 
@@ -68,7 +69,7 @@ class ModelFingerprint:
         got = _description("cache", layers, heads, width, cache.buffer.dtype)
         name, _, shape = self.model.partition(" of ")
         if got != f"cache of {shape}":
-            raise ValueError(
+            raise LatentMASError(
                 f"got a {got}, {name} writes a cache of {shape}; pass the model that wrote this cache, or a cache of that model"
             )
 
@@ -93,7 +94,7 @@ def write_cache(cache: LatentCache, path: Path, stamp: ModelFingerprint) -> None
         told["complete_from"] = cache.complete_from.tolist()
     facts = json.dumps(told)
     if len(facts) > HEADER_LIMIT // 2:  # its quotes are escaped once more in the header
-        raise ValueError(
+        raise LatentMASError(
             f"this cache has {len(cache.segments)} segments of {batch} rows; their list may take up to "
             f"{HEADER_LIMIT // 2**21} MB in a file and takes {len(facts) / 2**20:.0f}: save fewer rows at a time (select)"
         )
@@ -208,7 +209,7 @@ def model_fingerprint(model: Any) -> str:
         if name in tied:
             continue
         if not isinstance(weight, Tensor) or weight.is_meta:
-            raise ValueError(
+            raise LatentMASError(
                 f"the weight {name} of {type(model).__name__} is no tensor in memory (offloaded, or packed by a quantizer); a "
                 "fingerprint needs all of them: load the model without that"
             )
@@ -262,22 +263,22 @@ def _check_model(path: Path, saved: CacheFile, model: Any, architecture: Archite
     )
     _, layers, _, heads, _, width = kv.shape
     if (layers, heads, width) != (architecture.layers, architecture.kv_heads, architecture.head_dim):
-        raise ValueError(another.format("not taken, the shapes differ"))
+        raise LatentMASError(another.format("not taken, the shapes differ"))
     if kv.dtype != architecture.dtype:
-        raise ValueError(
+        raise LatentMASError(
             f"{path} holds keys and values in {kv.dtype}, {architecture.name} computes in {architecture.dtype}; supported "
             f"is the dtype that the model runs in: load the model with dtype={kv.dtype}"
         )
     own = model_fingerprint(model)
     if fingerprint != own:
-        raise ValueError(another.format(own[:12]))
+        raise LatentMASError(another.format(own[:12]))
 
 
 # ---- reading what may be anything ----------------------------------------------------------------------------------
 
 
 def _refusal(path: Path, found: str, supported: str) -> ValueError:
-    return ValueError(
+    return LatentMASError(
         f"{path} cannot be read as a LatentCache: found {found}; supported is {supported}. "
         "Save the cache again with LatentCache.save()."
     )

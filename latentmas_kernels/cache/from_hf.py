@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.cache.padded_cache import PaddedCache, check_agrees, is_gap, real_columns
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.warn_once import warn_once
 
@@ -32,7 +33,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     other = [type(layer) for layer in cache.layers if not isinstance(layer, QUANTIZED_LAYER)]
     strange = sorted({kind.__name__ for kind in other if kind not in PLAIN_LAYERS})
     if strange:
-        raise ValueError(
+        raise LatentMASError(
             f"got a {type(cache).__name__} with layers of type {', '.join(strange)}; "
             f"supported are {', '.join(sorted(c.__name__ for c in PLAIN_LAYERS))} and quantized layers"
         )
@@ -42,7 +43,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     filled = [layer for layer in layers if layer.is_initialized]
     length = int(filled[0].get_seq_length()) if filled else 0
     if length == 0:
-        raise ValueError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
+        raise LatentMASError(f"got an empty {type(cache).__name__}; pass past_key_values=None to start without a past")
     _wait_for_offload(cache)
     keys, _ = _states(filled[0], length)
     batch, heads, _, width = keys.shape
@@ -50,7 +51,7 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
     counts = (mask != 0).sum(1)
     capacity = int(counts.max()) if capacity is None else capacity
     if capacity < int(counts.max()):
-        raise ValueError(
+        raise LatentMASError(
             f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
         )
     own = LatentCache(
@@ -67,14 +68,14 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
         if index in own.gaps:
             continue
         if int(layer.get_seq_length()) != length:
-            raise ValueError(
+            raise LatentMASError(
                 f"layer {index} of this {type(cache).__name__} counts {int(layer.get_seq_length())} columns, layer 0 {length}; "
                 "cut all layers alike"
             )
         pair = _states(layer, length)  # one layer at a time: quantized ones are taken for their small size
         shapes = [[*full.shape[:2], full.shape[3]] for full in pair]
         if shapes != [[batch, heads, width]] * 2:
-            raise ValueError(
+            raise LatentMASError(
                 f"layer {index} of this {type(cache).__name__} holds keys and values of [batch, heads, width] {shapes}, "
                 f"the first keys of {[batch, heads, width]}; supported is one shape for all"
             )
@@ -119,7 +120,7 @@ def check_covers(cache: Cache, architecture: Architecture) -> None:
         length = int(layer.get_seq_length())
         kept = _states(layer, length)[0].shape[2]
         if kept < length and (window is None or window - 1 > kept):
-            raise ValueError(
+            raise LatentMASError(
                 f"past_key_values kept the last {kept} of {length} positions in layer {slot}, where {architecture.name} "
                 f"attends to {'all of them' if window is None else window}. Pass a cache that keeps them: DynamicCache() "
                 "without a configuration"
@@ -129,7 +130,7 @@ def check_covers(cache: Cache, architecture: Architecture) -> None:
 def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor:
     """int64 [B, length] on the CPU: the mask that was given, or that of the columns of zeros. See `LatentCache.from_hf`."""
     if given is not None and list(given.shape) != [batch, length]:
-        raise ValueError(
+        raise LatentMASError(
             f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(given.shape)}"
         )
     knows = isinstance(cache, PaddedCache)
@@ -141,7 +142,9 @@ def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor
     if held is None:
         return torch.ones(batch, length, dtype=torch.int64)
     if not bool(held.any()):
-        raise ValueError(f"this {type(cache).__name__} holds nothing but zeros, which stand for padding; pass a mask")
+        raise LatentMASError(
+            f"this {type(cache).__name__} holds nothing but zeros, which stand for padding; pass a mask"
+        )
     if not knows and not bool(held.all()):
         zeros = (~held).sum(1).cpu()
         rows = zeros.nonzero()[:, 0]
@@ -188,7 +191,7 @@ def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
     # An update by no tokens gives the whole states. It binds the layer's fields anew and may quantize again: to a copy.
     keys, values = copy.copy(layer).update(states[0][:, :, :0], states[1][:, :, :0])
     if keys.shape[2] != length:
-        raise ValueError(
+        raise LatentMASError(
             f"a {type(layer).__name__} counts {length} tokens and holds {keys.shape[2]}, as after a crop(), which "
             "quantized layers do not support; pass a cache that was not cropped"
         )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from latentmas_kernels.errors import LatentMASError
+
 if TYPE_CHECKING:
     from latentmas_kernels.cache.latent_cache import LatentCache
 
@@ -58,12 +60,12 @@ class HFCacheLayer(CacheLayerMixin):
         start = cache.uniform_length()
         stop = start + new
         if stop > cache.capacity:
-            raise ValueError(
+            raise LatentMASError(
                 f"this LatentCache has a capacity of {cache.capacity} slots per row, {stop} are needed; "
                 f"pass cache.fork(capacity={stop}) or more"
             )
         if key_states.shape[0] != cache.batch_size:
-            raise ValueError(f"this LatentCache has {cache.batch_size} rows, the inputs have {key_states.shape[0]}")
+            raise LatentMASError(f"this LatentCache has {cache.batch_size} rows, the inputs have {key_states.shape[0]}")
         if self._index == 0:
             # Just here: a copy between two layers would leave behind what the layers before have written. Branches see that
             # this one is writing until its last layer has; a forward that dies on the way costs them a copy, no more.

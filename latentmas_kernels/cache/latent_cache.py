@@ -17,6 +17,7 @@ from transformers import Cache
 from latentmas_kernels.cache.hf_layer import HFCacheLayer
 from latentmas_kernels.cache.padded_cache import PaddedCache, ask_about_masks
 from latentmas_kernels.cache.segments import Kind, Segment, named, slots_of, up_to
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 PREFIX_BLOCK = 64
@@ -54,7 +55,7 @@ class Part(NamedTuple):
     agent: str | None = None
 
 
-class InsufficientMemoryError(ValueError):
+class InsufficientMemoryError(LatentMASError):
     """A buffer is larger than the memory that is free."""
 
 
@@ -102,7 +103,7 @@ class LatentCache(Cache):
         complete_from: int64 [B] on the CPU. From this length on, all that later positions see is there: the length that
             `from_hf` read where some layer had dropped what lay outside its window, 0 elsewhere. No cut goes below it.
         gaps: places of layers that the model does not run. They hold zeros, which no layer reads.
-        mirror: what an engine holds of this content elsewhere; forgotten with every change.
+        device_copy_of: what an engine holds of this content elsewhere; forgotten with every change.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class LatentCache(Cache):
         gaps: Sequence[int] = (),
     ) -> None:
         if min(layers, batch, kv_heads, capacity, head_dim) < 1:
-            raise ValueError(
+            raise LatentMASError(
                 f"a LatentCache needs sizes of at least 1; got layers={layers}, batch={batch}, kv_heads={kv_heads}, "
                 f"capacity={capacity}, head_dim={head_dim}"
             )
@@ -244,7 +245,7 @@ class LatentCache(Cache):
         """A copy with the given rows, in the given order; a row may come more than once."""
         index = torch.as_tensor(rows, dtype=torch.int64, device="cpu").reshape(-1)
         if index.numel() == 0 or not bool(((index >= 0) & (index < self.batch_size)).all()):
-            raise ValueError(f"select: got rows {index.tolist()}; this cache has rows 0 to {self.batch_size - 1}")
+            raise LatentMASError(f"select: got rows {index.tolist()}; this cache has rows 0 to {self.batch_size - 1}")
         return self._copy(index, self.capacity)
 
     def donate(self) -> "LatentCache":
@@ -346,7 +347,7 @@ class LatentCache(Cache):
         _, layers, _, heads, _, width = self._buffer.shape
         used = int(self.lengths[rows].max())
         if capacity < used:
-            raise ValueError(
+            raise LatentMASError(
                 f"a copy of {used} slots per row does not fit a capacity of {capacity}; ask for {used} or more"
             )
         copy = LatentCache(
@@ -403,7 +404,7 @@ class LatentCache(Cache):
         if not isinstance(what, Tensor):
             what = slots_of(self.named(what), self.batch_size, width)
         elif what.dtype != torch.bool or list(what.shape) != [self.batch_size, width]:
-            raise ValueError(
+            raise LatentMASError(
                 f"keep takes names of segments, or bool {[self.batch_size, width]}; got {what.dtype} {list(what.shape)}"
             )
         compact(self, what.cpu())
@@ -475,7 +476,7 @@ class LatentCache(Cache):
         where there is none of a name, or no name."""
         names = [names] if isinstance(names, str) else names
         if not len(names):
-            raise ValueError("got no name of a segment; name one or more, or reset() to forget everything")
+            raise LatentMASError("got no name of a segment; name one or more, or reset() to forget everything")
         return [s for name in names for s in named(self.segments, name)]
 
     def truncate(self, lengths: Tensor) -> None:
@@ -498,7 +499,7 @@ class LatentCache(Cache):
         """Raise ValueError for the rows, bool [B], that would see slots which a sliding window dropped before `from_hf`."""
         if bool(broken.any()):
             row = int(broken.nonzero()[0])
-            raise ValueError(
+            raise LatentMASError(
                 f"{what}: row {row} was read from a transformers cache whose sliding windows had dropped what lay outside of "
                 f"them at {int(self.complete_from[row])} tokens, so later positions would see slots that are not there. Let "
                 "the model read the text into a LatentCache (latent_generate(..., latent_steps=0)), which keeps all slots, "
@@ -673,21 +674,21 @@ class LatentCache(Cache):
         want = {k: getattr(architecture, k) for k in got}
         wrong = [f"{k} {got[k]} instead of {want[k]}" for k in got if got[k] != want[k]]
         if wrong:
-            raise ValueError(
+            raise LatentMASError(
                 f"past_key_values is the cache of another model: {', '.join(wrong)} ({architecture.name}). "
                 "Pass a cache that this model wrote, or None."
             )
         if missing:
-            raise ValueError(
+            raise LatentMASError(
                 f"past_key_values holds nothing in the places {missing} of layers that {architecture.name} runs; pass a cache "
                 "that this model wrote, or None"
             )
         if self._buffer.device != architecture.device:
-            raise ValueError(
+            raise LatentMASError(
                 f"past_key_values is on {self._buffer.device}, {architecture.name} on {architecture.device}; move one"
             )
         if rows != batch:
-            raise ValueError(
+            raise LatentMASError(
                 f"past_key_values has {rows} rows, the inputs have {batch}; use select(rows) to match them"
             )
 
@@ -698,7 +699,7 @@ class LatentCache(Cache):
         self._check_counted("use inside a transformers model")
         length = int(self.lengths[0])
         if bool((self.lengths != length).any()):
-            raise ValueError(
+            raise LatentMASError(
                 f"this LatentCache has ragged rows (lengths {self.lengths.tolist()}), which a transformers model cannot "
                 "tell apart; pass to_hf() with attention_mask(), or use latentmas_kernels.generate()"
             )
@@ -706,7 +707,7 @@ class LatentCache(Cache):
 
     def _check_counted(self, what: str) -> None:
         if bool((self.next_position != self.lengths).any()):
-            raise ValueError(
+            raise LatentMASError(
                 f"{what}: the slots of this LatentCache do not have the positions 0, 1, 2, ... (lengths "
                 f"{self.lengths.tolist()}, next positions {self.next_position.tolist()}), which transformers would assume"
             )
@@ -717,7 +718,7 @@ class LatentCache(Cache):
     def look_at(self, mask: Any, columns: int, positions: Tensor | None, window: int | None = None) -> Any:
         """The mask of a plain forward, as `PaddedCache.look_at`; ValueError where it marks padding, which is never stored."""
         if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
-            raise ValueError(
+            raise LatentMASError(
                 f"attention_mask has {(mask != 0).sum(1).tolist()} ones in {mask.shape[1]} columns, but the "
                 f"{int(self.lengths[0])} slots of each row of this LatentCache are tokens, and it takes no padding from a "
                 "transformers model. Use latentmas_kernels.generate(), or pass to_hf() with attention_mask(new). (transformers "
@@ -729,7 +730,7 @@ class LatentCache(Cache):
         """Forget the last -tokens_to_remove slots of every row (transformers' sign)."""
         count = -tokens_to_remove
         if not 0 <= count <= int(self.lengths.min()):
-            raise ValueError(
+            raise LatentMASError(
                 f"crop takes minus the number of tokens to remove, at most {int(self.lengths.min())} here; "
                 f"got {tokens_to_remove}"
             )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, masking_utils
 
+from latentmas_kernels.errors import LatentMASError
+
 
 class _Forward(NamedTuple):
     """A forward whose mask was looked at.
@@ -51,7 +53,7 @@ class PaddedCache(DynamicCache):
         """
         real = real_columns(self)
         if real is None:
-            raise ValueError(
+            raise LatentMASError(
                 f"an empty {type(self).__name__} has no rows to mask; pass the mask of the new tokens alone"
             )
         return real.long() if new is None else torch.cat([real.long(), new.to(real.device).long()], dim=1)
@@ -68,7 +70,7 @@ class PaddedCache(DynamicCache):
         if known is None or known.real.shape[1] != columns or known.start != self.get_seq_length(layer_idx):
             real = real_columns(self) if layer_idx == 0 else None
             if real is not None and not bool(real.all()):
-                raise ValueError(
+                raise LatentMASError(
                     f"this cache holds padding ({_counts(real)} tokens in {real.shape[1]} columns), and the model did not ask "
                     "transformers' mask functions for a mask that leaves it out. Give transformers a mask of two dimensions, "
                     "attention_mask=cache.attention_mask(new), or use latentmas_kernels.generate()"
@@ -116,7 +118,7 @@ class PaddedCache(DynamicCache):
         if mask is not None:
             new_only, both = [len(held), columns], [len(held), width + columns]
             if list(mask.shape) not in (new_only, both):
-                raise ValueError(
+                raise LatentMASError(
                     f"attention_mask must be {new_only} (new tokens) or {both} (past + new) behind this cache of "
                     f"{_counts(held)} tokens in {width} columns; got {list(mask.shape)}. attention_mask(new) of it gives "
                     "the second"
@@ -133,12 +135,12 @@ class PaddedCache(DynamicCache):
         counted = (full.long().cumsum(1) - 1)[:, width:]
         if positions is None:
             if mask is None or mask.shape[1] == columns:
-                raise ValueError(
+                raise LatentMASError(
                     f"the cache holds {_counts(held)} tokens in {width} columns, the others are padding, and this model makes "
                     "no positions that could tell: pass attention_mask=cache.attention_mask(new)"
                 )
         elif positions.shape[-1] != columns or bool((positions.to(held.device) != counted)[..., new].any()):
-            raise ValueError(
+            raise LatentMASError(
                 f"this forward has {columns} new columns and position_ids that begin with "
                 f"{positions[..., :1].flatten().tolist()}; behind {_counts(held)} cached tokens (of {width} columns, the "
                 "others are padding) each row's new tokens must begin there. Pass attention_mask=cache.attention_mask(new) to "
@@ -198,7 +200,7 @@ def check_agrees(
 ) -> None:
     """Raise ValueError where a mask over the past is not that of the padding that the cache holds; both bool [B, columns]."""
     if not torch.equal(held, given.to(held.device)):
-        raise ValueError(
+        raise LatentMASError(
             f"attention_mask has {_counts(given)} ones over the past, but the cache holds {_counts(held)} tokens in its "
             f"{held.shape[1]} columns, the others are padding. {remedy}"
         )
@@ -214,7 +216,7 @@ def _check_window(full: Tensor, window: int | None) -> None:
     wrong = (length > full.sum(1)) & (length > window)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
-        raise ValueError(
+        raise LatentMASError(
             f"row {row} has {int(full[row].sum())} tokens in {int(length[row])} columns, with padding between them, and "
             f"transformers counts the sliding window of {window} in columns: the padding would use it up. Give new tokens of "
             "one length, or use latentmas_kernels.generate()"

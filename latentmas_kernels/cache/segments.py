@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from latentmas_kernels.errors import LatentMASError
+
 Kind = Literal["prompt", "latent", "text"]
 
 
@@ -34,7 +36,7 @@ def named(segments: Sequence[Segment], name: str) -> list[Segment]:
     found = [s for s in segments if name in (s.name, s.agent)]
     if not found:
         there = ", ".join(dict.fromkeys(repr(s.name) for s in segments)) or "none"
-        raise ValueError(
+        raise LatentMASError(
             f'there is no segment {name!r}; there are {there}. Name an agent ("planner"), or one kind of its segments '
             '("planner:latent")'
         )

@@ -15,6 +15,7 @@ from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.hf_graph import HFGraphEngine
 from latentmas_kernels.engines.native import NativeEngine
 from latentmas_kernels.engines.thinking import LatentParams, LatentResult
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, in_short
 from latentmas_kernels.warn_once import warn_once
@@ -51,7 +52,7 @@ class Engine(Protocol):
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
         """Run latent steps: embedding = aligner(seed), feed it, take the next seed; each row until it ends.
@@ -67,12 +68,16 @@ class Engine(Protocol):
 class SupportsDecode(Protocol):
     """An engine that also chooses tokens by itself, on the device."""
 
-    def can_decode(self, decoding: SamplingParams, batch: int, *, streaming: bool) -> bool:
+    def can_decode(self, sampling_params: SamplingParams, batch: int, *, streaming: bool) -> bool:
         """Whether `speak` covers this; callers decode by `extend` where it does not."""
         ...
 
     def decode(
-        self, cache: LatentCache, logits: Tensor, decoding: SamplingParams, on_tokens: Callable[[Tensor], None] | None
+        self,
+        cache: LatentCache,
+        logits: Tensor,
+        sampling_params: SamplingParams,
+        on_tokens: Callable[[Tensor], None] | None,
     ) -> Tensor:
         """Decode text behind the cache.
 
@@ -107,11 +112,11 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
     if not isinstance(fast, str):
         return fast
     if weights == "int8":
-        raise ValueError(
+        raise LatentMASError(
             f"weights='int8' runs on the native engine only, and {fast}. Use weights='model', which runs everywhere"
         )
     if engine != "auto":
-        raise ValueError(
+        raise LatentMASError(
             f"engine={engine!r} does not cover this {architecture.name}: {fast}. Use engine='auto' or 'eager'"
         )
     warn_once(f"{architecture.name} runs on the eager engine, since {fast}")
@@ -121,9 +126,9 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
 def check_engine_options(engine: str, weights: str) -> None:
     """Raise ValueError for a name that there is not."""
     if engine not in ENGINES:
-        raise ValueError(f"got engine={engine!r}; supported are {', '.join(map(repr, ENGINES))}")
+        raise LatentMASError(f"got engine={engine!r}; supported are {', '.join(map(repr, ENGINES))}")
     if weights not in WEIGHTS:
-        raise ValueError(f"got weights={weights!r}; supported are {', '.join(map(repr, WEIGHTS))}")
+        raise LatentMASError(f"got weights={weights!r}; supported are {', '.join(map(repr, WEIGHTS))}")
 
 
 def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, weights: str = "model") -> Engine | str:

@@ -178,78 +178,88 @@ class CudaEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
         batch, width = len(seed), self.architecture.hidden_size
-        latents = torch.zeros(batch, thinking.longest, width, dtype=self.architecture.dtype, device=seed.device)
-        states = torch.zeros_like(latents) if thinking.record else None
+        latents = torch.zeros(batch, latent_params.longest, width, dtype=self.architecture.dtype, device=seed.device)
+        states = torch.zeros_like(latents) if latent_params.record else None
         last = latents.new_empty(batch, width)
-        taken = thinking.steps.clone()
+        taken = latent_params.steps.clone()
         issued = 0
         try:
             with self.state.lock:
                 for rows, step, replay in self._parts(batch, _kind_of(aligner), aligner):
                     count = rows.stop - rows.start
                     everyone = torch.ones(count, dtype=torch.bool)
-                    step.aim(cache, rows, everyone, latents[rows], thinking, None if states is None else states[rows])
+                    step.aim(
+                        cache, rows, everyone, latents[rows], latent_params, None if states is None else states[rows]
+                    )
                     (step.logits if aligner.needs_logits else step.hidden)[:count] = seed[rows]
-                    for index in range(int(thinking.steps[rows].max())):
+                    for index in range(int(latent_params.steps[rows].max())):
                         # Without it, it is known when all have ended.
-                        if thinking.settle is not None and _all_ended(step, index):
+                        if latent_params.stop_cosine is not None and _all_ended(step, index):
                             break
                         if on_step is not None and index == issued:
                             on_step(index)
                             issued += 1
                         replay()
                     last[rows] = step.hidden[:count]
-                    if thinking.settle is not None:
+                    if latent_params.stop_cosine is not None:
                         taken[rows] = step.lengths[:count].cpu() - cache.lengths[rows]
         except torch.OutOfMemoryError:  # what was written lies behind the lengths, which have not moved
             warn_once(NO_ROOM)
-            return self.eager.run_latent(cache, seed, aligner, thinking, on_step)
+            return self.eager.run_latent(cache, seed, aligner, latent_params, on_step)
         cache.advance(taken)
         steps = int(taken.max())
         return LatentResult(latents[:, :steps], last, taken, None if states is None else states[:, :steps])
 
-    def can_decode(self, decoding: SamplingParams, batch: int, *, streaming: bool) -> bool:
-        if len(decoding.ends) > END_TOKENS or decoding.min_p or decoding.seen is not None:
+    def can_decode(self, sampling_params: SamplingParams, batch: int, *, streaming: bool) -> bool:
+        if (
+            len(sampling_params.eos_token_ids) > END_TOKENS
+            or sampling_params.min_p
+            or sampling_params.penalty_mask is not None
+        ):
             return False
         try:
             with self.state.lock:
-                step, _ = self.state.step(self.weights, batch, ("token", decoding.do_sample), None)
+                step, _ = self.state.step(self.weights, batch, ("token", sampling_params.do_sample), None)
         except torch.OutOfMemoryError:
             warn_once(NO_ROOM)
             return False
         return not streaming or step.batch >= batch
 
     def decode(
-        self, cache: LatentCache, logits: Tensor, decoding: SamplingParams, on_tokens: Callable[[Tensor], None] | None
+        self,
+        cache: LatentCache,
+        logits: Tensor,
+        sampling_params: SamplingParams,
+        on_tokens: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        batch, most = len(logits), decoding.max_new_tokens
-        seed = int(torch.randint(2**62, ()).item()) if decoding.do_sample else 0
+        batch, most = len(logits), sampling_params.max_new_tokens
+        seed = int(torch.randint(2**62, ()).item()) if sampling_params.do_sample else 0
         parts = []
         with self.state.lock:
-            for rows, step, replay in self._parts(batch, ("token", decoding.do_sample), None):
+            for rows, step, replay in self._parts(batch, ("token", sampling_params.do_sample), None):
                 count = rows.stop - rows.start
-                trace = torch.full((step.batch, most), decoding.padding, device=logits.device)
+                trace = torch.full((step.batch, most), sampling_params.pad_token_id, device=logits.device)
                 step.settings.set(
-                    decoding.temperature, decoding.top_k, decoding.top_p, seed + rows.start, decoding.min_new_tokens,
-                    decoding.padding, decoding.ends,
+                    sampling_params.temperature, sampling_params.top_k, sampling_params.top_p, seed + rows.start,
+                    sampling_params.min_new_tokens, sampling_params.pad_token_id, sampling_params.eos_token_ids,
                 )  # fmt: skip
                 step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
                 step.logits[:count] = logits[rows]
-                step.choose(do_sample=decoding.do_sample)
+                step.choose(do_sample=sampling_params.do_sample)
                 for index in range(1, most + 1):
                     if on_tokens is not None:
                         on_tokens(step.tokens[:count].cpu())
                     every = 1 if on_tokens is not None else SYNC_EVERY
-                    if index == most or (decoding.ends and _all_ended(step, index, every)):
+                    if index == most or (sampling_params.eos_token_ids and _all_ended(step, index, every)):
                         break
                     replay()
                 parts.append(trace[:count])
         tokens = torch.cat(parts)
-        new = decoding.lengths(tokens)
+        new = sampling_params.lengths(tokens)
         cache.advance(new - 1)
         return tokens[:, : int(new.max())]
 

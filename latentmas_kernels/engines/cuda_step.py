@@ -99,7 +99,7 @@ class Step:
         rows: slice,
         active: Tensor,
         trace: Tensor | None,
-        thinking: LatentParams | None = None,
+        latent_params: LatentParams | None = None,
         states: Tensor | None = None,
     ) -> None:
         """Point the launches at rows of a cache that go on from where they are.
@@ -117,9 +117,9 @@ class Step:
         state[fields.ACTIVE, :count] = active.int()
         state[fields.LENGTH, :count] = cache.lengths[rows].int()
         state[fields.POSITION, :count] = cache.next_position[rows].int() - 1
-        if thinking is not None:
-            settle = fields.NEVER if thinking.settle is None else thinking.settle
-            state[fields.LIMIT, :count] = thinking.steps[rows].int()
+        if latent_params is not None:
+            settle = fields.NEVER if latent_params.stop_cosine is None else latent_params.stop_cosine
+            state[fields.LIMIT, :count] = latent_params.steps[rows].int()
             state[fields.SETTLE] = torch.tensor(settle, dtype=torch.float32).view(torch.int32)
         state[fields.PREFIX_ROW, :count] = (cache.prefix_row[rows] - rows.start).int()
         state[fields.PREFIX_LEN, :count] = cache.prefix_len[rows].int()

@@ -15,6 +15,7 @@ from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache, Slots
 from latentmas_kernels.engines.stepwise import latent_stepwise
 from latentmas_kernels.engines.thinking import LatentParams, LatentResult
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, cache_argument, decoder_of
 
@@ -66,10 +67,10 @@ class EagerEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
-        return latent_stepwise(self, cache, seed, aligner, thinking, on_step)
+        return latent_stepwise(self, cache, seed, aligner, latent_params, on_step)
 
     def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
         """The explicit mask [B, 1, T, width], one per layer type where the model mixes them.
@@ -118,7 +119,7 @@ class _RaggedForward(Cache):
         expected = (self.cache.keys.shape[2], self.cache.keys.shape[4])
         for states in (key_states, value_states):
             if (states.shape[1], states.shape[3]) != expected:
-                raise ValueError(
+                raise LatentMASError(
                     f"layer {layer_idx} writes {states.shape[1]} heads of width {states.shape[3]}, the cache is made for "
                     f"{expected[0]} of {expected[1]}; supported are models with one KV shape for all layers"
                 )

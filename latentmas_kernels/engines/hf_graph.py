@@ -50,7 +50,7 @@ class Window:
     def __init__(self, eager: EagerEngine, batch: int, slots: int) -> None:
         a = eager.architecture
         self.eager, self.slots = eager, slots
-        # The `mirror` of the cache whose content this is; None where that is not certain.
+        # The `device_copy_of` of the cache whose content this is; None where that is not certain.
         self.holds: object | None = None
         # One slot more than is attended to: where rows write that do not take part.
         shape = (2, a.layers, batch, a.kv_heads, slots + 1, a.head_dim)
@@ -96,23 +96,23 @@ class Window:
         self.positions += self.active
         return result
 
-    def start(self, thinking: LatentParams) -> None:
+    def start(self, latent_params: LatentParams) -> None:
         """Make ready for latent steps of all rows."""
         self.active.fill_(1)
-        self.left.copy_(thinking.steps)
-        self.settle.fill_(float("inf") if thinking.settle is None else thinking.settle)
+        self.left.copy_(latent_params.steps)
+        self.settle.fill_(float("inf") if latent_params.stop_cosine is None else latent_params.stop_cosine)
         self.embedding.fill_(float("nan"))  # no step before the first: it is like none
 
     def latent(self, seed: Tensor, aligner: Aligner) -> None:
         """One latent step of the active rows, from `seed` to `seed`; it ends those that are done."""
         fed, last = aligner(seed), self.embedding[:, 0]
-        settled = cosine(fed, last) >= self.settle
+        converged = cosine(fed, last) >= self.settle
         self.embedding[:, 0] = fed
         result = self.forward(inputs_embeds=self.embedding, logits=aligner.needs_logits)
         # A row that has ended keeps the state behind its own last step.
         seed.copy_(torch.where(self.active[:, None] > 0, result, seed))
         self.left -= self.active
-        self.active *= (self.left > 0) & ~settled
+        self.active *= (self.left > 0) & ~converged
 
     def load(self, cache: LatentCache) -> None:
         """Copy a cache in, borrowed slots from where they lie; what lies behind a row's end is zero, since 0 x NaN is NaN in
@@ -211,13 +211,13 @@ class HFGraphEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
         if aligner.needs_logits:
-            return self._think_softly(cache, seed, aligner, thinking, on_step)
-        return self._think(cache, seed, aligner, thinking, on_step) or self.eager.run_latent(
-            cache, seed, aligner, thinking, on_step
+            return self._think_softly(cache, seed, aligner, latent_params, on_step)
+        return self._think(cache, seed, aligner, latent_params, on_step) or self.eager.run_latent(
+            cache, seed, aligner, latent_params, on_step
         )
 
     def _think(
@@ -225,22 +225,22 @@ class HFGraphEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult | None:
         """Captured steps; None where they cannot be. `last_hidden` is what the aligner would read next."""
         with self.state.lock:
-            ready = self._ready(cache, thinking.steps, aligner)
+            ready = self._ready(cache, latent_params.steps, aligner)
             if ready is None:
                 return None
             window, static, replay = ready
-            window.start(thinking)
+            window.start(latent_params)
             static.copy_(seed)
-            latents = window.embedding.new_zeros(len(seed), thinking.longest, window.embedding.shape[2])
-            states = torch.zeros_like(latents) if thinking.record else None
-            for index in range(thinking.longest):
+            latents = window.embedding.new_zeros(len(seed), latent_params.longest, window.embedding.shape[2])
+            states = torch.zeros_like(latents) if latent_params.record else None
+            for index in range(latent_params.longest):
                 # Without `settle` it is known when all rows have ended, and looking waits for the device.
-                look = thinking.settle is not None and index > 0 and index % SYNC_EVERY == 0
+                look = latent_params.stop_cosine is not None and index > 0 and index % SYNC_EVERY == 0
                 if look and not bool(window.active.any()):
                     break
                 if on_step is not None:
@@ -249,7 +249,11 @@ class HFGraphEngine:
                 latents[:, index] = window.embedding[:, 0]
                 if states is not None:
                     states[:, index] = static
-            taken = thinking.steps.clone() if thinking.settle is None else window.lengths.cpu() - cache.lengths
+            taken = (
+                latent_params.steps.clone()
+                if latent_params.stop_cosine is None
+                else window.lengths.cpu() - cache.lengths
+            )
             window.store_back(cache, *_appended(cache.lengths, taken, window.rows.device))
             cache.advance(taken)
             last = static.clone()
@@ -264,23 +268,23 @@ class HFGraphEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
         """Soft feedback takes logits from step to step, and a row's last step ends with a hidden state, for which a captured
         forward has no room. So that one runs without a graph, and all of them where any step may be a row's last or states
         are kept: models that are both outside of the packed families and in need of soft feedback are rare."""
-        before = thinking.steps - 1
-        alike = bool((before == before[0]).all()) and thinking.settle is None and not thinking.record
+        before = latent_params.steps - 1
+        alike = bool((before == before[0]).all()) and latent_params.stop_cosine is None and not latent_params.record
         start = (
             self._think(cache, seed, aligner, LatentParams(before), on_step) if alike and bool(before[0] > 0) else None
         )
         if start is None:
-            return self.eager.run_latent(cache, seed, aligner, thinking, on_step)
+            return self.eager.run_latent(cache, seed, aligner, latent_params, on_step)
         if on_step is not None:
             on_step(int(before[0]))
         end = self.eager.run_latent(cache, start.last_hidden, aligner, LatentParams(torch.ones_like(before)), None)
-        return LatentResult(torch.cat([start.latents, end.latents], dim=1), end.last_hidden, thinking.steps)
+        return LatentResult(torch.cat([start.latents, end.latents], dim=1), end.last_hidden, latent_params.steps)
 
     def _ready(
         self, cache: LatentCache, steps: Tensor, aligner: Aligner | None

@@ -171,7 +171,7 @@ class NativeEngine:
         cache: LatentCache,
         seed: Tensor,
         aligner: Aligner,
-        thinking: LatentParams,
+        latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
         batch, a, likely = len(seed), self.architecture, 0
@@ -181,10 +181,10 @@ class NativeEngine:
             rows = self.weights.lm_head.shape[0]
             if embedding.data_ptr() != self.weights.embedding.data_ptr() or len(embedding) != rows:
                 # the embedding of another model
-                return latent_stepwise(self, cache, seed, aligner, thinking, on_step)
+                return latent_stepwise(self, cache, seed, aligner, latent_params, on_step)
             seed, likely = seed.float(), min(TOP_K, rows)
-        latents = torch.zeros(batch, thinking.longest, a.hidden_size, dtype=a.dtype)
-        states = torch.zeros_like(latents) if thinking.record else None
+        latents = torch.zeros(batch, latent_params.longest, a.hidden_size, dtype=a.dtype)
+        states = torch.zeros_like(latents) if latent_params.record else None
         seed = seed.contiguous()
         last = torch.empty(batch, a.hidden_size, dtype=a.dtype)
         weight = None if aligner.weight is None else aligner.weight.contiguous()
@@ -196,8 +196,8 @@ class NativeEngine:
             aligner=0 if weight is None else weight.data_ptr(),
             target_norm=aligner.target_norm,
             likely=likely,
-            steps=thinking.steps.tolist(),
-            settle=2.0 if thinking.settle is None else thinking.settle,
+            steps=latent_params.steps.tolist(),
+            settle=2.0 if latent_params.stop_cosine is None else latent_params.stop_cosine,
             latents=latents.data_ptr(),
             states=last.data_ptr(),
             recorded=0 if states is None else states.data_ptr(),
@@ -208,13 +208,17 @@ class NativeEngine:
         longest = max(taken)
         return LatentResult(latents[:, :longest], last, steps, None if states is None else states[:, :longest])
 
-    def can_decode(self, decoding: SamplingParams, batch: int, *, streaming: bool) -> bool:
+    def can_decode(self, sampling_params: SamplingParams, batch: int, *, streaming: bool) -> bool:
         return True
 
     def decode(
-        self, cache: LatentCache, logits: Tensor, decoding: SamplingParams, on_tokens: Callable[[Tensor], None] | None
+        self,
+        cache: LatentCache,
+        logits: Tensor,
+        sampling_params: SamplingParams,
+        on_tokens: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        tokens = torch.full((len(logits), decoding.max_new_tokens), decoding.padding)
+        tokens = torch.full((len(logits), sampling_params.max_new_tokens), sampling_params.pad_token_id)
         logits = logits.float().contiguous()
         self.runner.decode(
             memory=_memory(cache),
@@ -222,22 +226,22 @@ class NativeEngine:
             positions=cache.next_position.tolist(),
             logits=logits.data_ptr(),
             sampling=native.extension().Sampling(
-                draw=decoding.do_sample,
-                temperature=decoding.temperature,
-                top_k=decoding.top_k,
-                top_p=decoding.top_p,
-                min_p=decoding.min_p,
-                penalty=decoding.repetition_penalty,
-                seed=int(torch.randint(2**62, ()).item()) if decoding.do_sample else 0,
+                draw=sampling_params.do_sample,
+                temperature=sampling_params.temperature,
+                top_k=sampling_params.top_k,
+                top_p=sampling_params.top_p,
+                min_p=sampling_params.min_p,
+                penalty=sampling_params.repetition_penalty,
+                seed=int(torch.randint(2**62, ()).item()) if sampling_params.do_sample else 0,
             ),
-            max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens,
-            ends=decoding.ends,
-            seen=0 if decoding.seen is None else decoding.seen.data_ptr(),
+            max_new_tokens=sampling_params.max_new_tokens,
+            min_new_tokens=sampling_params.min_new_tokens,
+            ends=sampling_params.eos_token_ids,
+            seen=0 if sampling_params.penalty_mask is None else sampling_params.penalty_mask.data_ptr(),
             tokens=tokens.data_ptr(),
             on_token=None if on_tokens is None else lambda step: on_tokens(tokens[:, step].clone()),
         )
-        new = decoding.lengths(tokens)
+        new = sampling_params.lengths(tokens)
         cache.advance(new - 1)
         return tokens[:, : int(new.max())]
 

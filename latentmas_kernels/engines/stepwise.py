@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.thinking import LatentParams, LatentResult, settled
+from latentmas_kernels.engines.thinking import LatentParams, LatentResult, converged
 from latentmas_kernels.engines.torch_threads import one_torch_thread
 from latentmas_kernels.inputs import Prompt
 
@@ -21,21 +21,21 @@ def latent_stepwise(
     cache: LatentCache,
     seed: Tensor,
     aligner: Aligner,
-    thinking: LatentParams,
+    latent_params: LatentParams,
     on_step: Callable[[int], None] | None,
 ) -> LatentResult:
     """`Engine.think` by `engine.extend`, and `engine.extend_both` where a step's logits and states are both asked for."""
-    batch, longest = len(seed), thinking.longest
+    batch, longest = len(seed), latent_params.longest
     dtype, device, width = engine.architecture.dtype, seed.device, engine.architecture.hidden_size
     latents = torch.zeros(batch, longest, width, dtype=dtype, device=device)
-    states = torch.zeros_like(latents) if thinking.record else None
+    states = torch.zeros_like(latents) if latent_params.record else None
     last_hidden = torch.zeros(batch, width, dtype=dtype, device=device)
     active, taken = torch.ones(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.int64)
     for step in range(longest):
         if on_step is not None:
             on_step(step)
         latents[:, step] = aligner(seed).masked_fill(~active.to(device)[:, None], 0)
-        going = active & (thinking.steps > step + 1) & ~settled(latents, step, thinking.settle)
+        going = active & (latent_params.steps > step + 1) & ~converged(latents, step, latent_params.stop_cosine)
         prompt = Prompt(active.long(), inputs_embeds=latents[:, step : step + 1])
         if not aligner.needs_logits or not bool(going.any()):
             seed = hidden = engine.extend(cache, prompt, logits=False)

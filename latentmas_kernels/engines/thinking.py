@@ -12,13 +12,13 @@ class LatentParams:
 
     Attributes:
         steps: int64 [B] on the CPU, each row's own number of steps, all of them 1 or more.
-        settle: a row also ends with the first step, its second at the earliest, whose embedding has a cosine of at least
+        stop_cosine: a row also ends with the first step, its second at the earliest, whose embedding has a cosine of at least
             this to the embedding of the step before (both as they were fed, in the model's dtype; see `cosine`). None is off.
         record: keep the states after the steps.
     """
 
     steps: Tensor
-    settle: float | None = None
+    stop_cosine: float | None = None
     record: bool = False
 
     @property
@@ -55,8 +55,8 @@ def cosine(now: Tensor, before: Tensor) -> Tensor:
     return torch.where(size == 0, 0, (now * before).sum(-1) / size).clamp_min(-1)
 
 
-def settled(latents: Tensor, step: int, settle: float | None) -> Tensor:
+def converged(latents: Tensor, step: int, stop_cosine: float | None) -> Tensor:
     """bool [B] on the CPU: whose embedding of this step, counted from 0, is as good as that of the step before."""
-    if settle is None or step == 0:
+    if stop_cosine is None or step == 0:
         return torch.zeros(len(latents), dtype=torch.bool)
-    return (cosine(latents[:, step], latents[:, step - 1]) >= settle).cpu()
+    return (cosine(latents[:, step], latents[:, step - 1]) >= stop_cosine).cpu()

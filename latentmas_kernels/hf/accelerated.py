@@ -18,6 +18,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import check_engine_options
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.hf.coverage import CACHE
 from latentmas_kernels.hf.decode import decode, steps_of
 from latentmas_kernels.models.packed_weights import unpack_weights
@@ -105,16 +106,16 @@ def _fallback(loop: Callable[..., Any], name: str, engine: str) -> Callable[...,
     @functools.wraps(loop)  # transformers looks at its parameters
     def unchanged(self: Any, *args: Any, latent_steps: int | None = None, **kwargs: Any) -> Any:
         if steps_of(latent_steps, kwargs["generation_config"]):
-            raise ValueError(
+            raise LatentMASError(
                 f"latent steps were asked for with options of {what}; they go with greedy decoding and sampling: leave one of "
                 "the two out"
             )
         if isinstance(kwargs.get(CACHE), LatentCache):
-            raise ValueError(
+            raise LatentMASError(
                 f"got a LatentCache with options of {what}, which transformers runs; give it to_hf() with attention_mask()"
             )
         if engine not in ("auto", "eager"):
-            raise ValueError(f"engine={engine!r} does not cover {what}. Use engine='auto'")
+            raise LatentMASError(f"engine={engine!r} does not cover {what}. Use engine='auto'")
         warn_once(f"{type(self).__name__}: {what} runs in transformers' own loop, at its speed")
         return loop(self, *args, **kwargs)
 
@@ -143,7 +144,7 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
     """
     name = type(model).__name__
     if not isinstance(model, GenerationMixin):
-        raise ValueError(
+        raise LatentMASError(
             f"got a {name}; accelerate takes a transformers model that can generate (a ...ForCausalLM). Of a wrapper, pass the "
             "model inside"
         )

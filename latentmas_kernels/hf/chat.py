@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from latentmas_kernels.errors import LatentMASError
+
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}; the content is a text, or a list of parts such as {"type": "text", "text": ...}."""
 
@@ -20,7 +22,7 @@ ANCHORS = ("a", "0", "\n")
 WHERE = "tokenizer.chat_template (chat_template.jinja in the model's folder)"
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(LatentMASError):
     """The chat template cannot take a conversation; the message names the template and says what to do."""
 
 

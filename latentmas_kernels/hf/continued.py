@@ -10,6 +10,7 @@ from transformers import Cache
 from latentmas_kernels.cache.from_hf import append_columns
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.cache.padded_cache import PaddedCache
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.hf.legacy_cache import as_cache, in_columns, past_length
 
 
@@ -90,13 +91,13 @@ class Continued:
 def _joined(mask: Tensor | None, past_mask: Tensor, cache: Cache, input_ids: Tensor) -> Tensor | None:
     """The mask of past and new. Columns of padding that a LatentCache does not have are left out of its own."""
     if mask is not None and list(mask.shape) != list(input_ids.shape):
-        raise ValueError(
+        raise LatentMASError(
             f"with past_attention_mask, attention_mask covers the new tokens ({list(input_ids.shape)}); got {list(mask.shape)}"
         )
     if isinstance(cache, LatentCache):
         ones = (past_mask != 0).sum(1).cpu()
         if not torch.equal(ones, cache.lengths):
-            raise ValueError(
+            raise LatentMASError(
                 f"past_attention_mask has {ones.tolist()} ones, past_key_values holds {cache.lengths.tolist()} tokens; leave "
                 "it out, a LatentCache knows its lengths"
             )

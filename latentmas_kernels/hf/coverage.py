@@ -226,11 +226,11 @@ def to_sampling_params(
         temperature=setting(TemperatureLogitsWarper, "temperature", 1.0),
         top_k=setting(TopKLogitsWarper, "top_k", 0),
         top_p=setting(TopPLogitsWarper, "top_p", 1.0),
-        ends=ends,
-        padding=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+        eos_token_ids=ends,
+        pad_token_id=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
         min_p=setting(MinPLogitsWarper, "min_p", 0.0),
         repetition_penalty=1.0 if penalty is None else penalty.penalty,
-        seen=None if penalty is None else _penalised(penalty, input_ids, width),
+        penalty_mask=None if penalty is None else _penalised(penalty, input_ids, width),
     )
 
 

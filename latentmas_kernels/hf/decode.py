@@ -27,6 +27,7 @@ from latentmas_kernels.engines import (
     fast_engine,
 )
 from latentmas_kernels.engines.stepwise import DecodeResult, decode_stepwise
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import check_finite_states
 from latentmas_kernels.hf.coverage import (
     CACHE,
@@ -82,7 +83,7 @@ def latent_decode(
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
+        raise LatentMASError(
             f"got options of {mode.value.replace('_', ' ')}; latent_decode is greedy or samples: leave those options out, or "
             "custom_generate and latent_steps"
         )
@@ -134,14 +135,14 @@ def decode(
             return call.run(ready, logits_processor, stopping_criteria)
         reason = ready
     if latent_steps:
-        raise ValueError(f"latent_steps={latent_steps} cannot be taken in this call, since {reason}")
+        raise LatentMASError(f"latent_steps={latent_steps} cannot be taken in this call, since {reason}")
     if needed:
-        raise ValueError(
+        raise LatentMASError(
             f"a LatentCache cannot be gone on from in this call, since {reason}; give transformers its to_hf() with "
             "attention_mask() instead"
         )
     if engine not in ("auto", "eager"):
-        raise ValueError(f"engine={engine!r} does not cover this call, since {reason}. Use engine='auto'")
+        raise LatentMASError(f"engine={engine!r} does not cover this call, since {reason}. Use engine='auto'")
     warn_once(f"{type(model).__name__}: generate() runs in transformers' own loop, since {reason}")
     return loop(**model_kwargs)
 
@@ -150,7 +151,7 @@ def steps_of(latent_steps: int | None, generation_config: GenerationConfig) -> i
     """Latent steps that a call asks for, by argument or in its configuration."""
     asked = getattr(generation_config, "latent_steps", 0) if latent_steps is None else latent_steps
     if isinstance(asked, bool) or not hasattr(asked, "__index__") or operator.index(asked) < 0:
-        raise ValueError(f"latent_steps must be an integer of 0 or more; got {asked!r}")
+        raise LatentMASError(f"latent_steps must be an integer of 0 or more; got {asked!r}")
     return operator.index(asked)
 
 
@@ -301,8 +302,8 @@ class _Call:
         if aligner is None:
             return seed
         start = cache.lengths
-        thinking = LatentParams(torch.full_like(start, steps))
-        latents = runner.run_latent(cache, seed, aligner, thinking, None).latents
+        latent_params = LatentParams(torch.full_like(start, steps))
+        latents = runner.run_latent(cache, seed, aligner, latent_params, None).latents
         # An engine's thinking ends with a hidden state. The last step once more, by the way that gives logits, as each model
         # makes them (some scale or cap them behind the lm_head).
         cache.crop(-1)

@@ -10,6 +10,7 @@ from transformers import Cache
 
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.cache.padded_cache import PaddedCache, is_gap, keeps, real_columns
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.warn_once import warn_once
 
 Pair = tuple[Tensor, Tensor]
@@ -34,7 +35,7 @@ class _PerLayer(list[Tensor]):
     def __setitem__(self, index: Any, new: Any) -> None:
         super().__setitem__(index, new)
         if len(self) != len(self._layers):
-            raise ValueError(
+            raise LatentMASError(
                 f"got {len(self)} tensors for the {self._name} of a cache of {len(self._layers)} layers; set one per layer, or "
                 "make a cache of fewer with LegacyCache.from_legacy_cache"
             )
@@ -163,7 +164,7 @@ def as_cache(past: Any) -> Cache | None:
     if past is None or isinstance(past, LatentCache):
         return past
     if not isinstance(past, (Cache, tuple, list)):
-        raise ValueError(
+        raise LatentMASError(
             "past_key_values must be a LatentCache, another transformers Cache, or a tuple of (keys, values) by layer; got "
             f"{type(past).__name__}"
         )
@@ -190,7 +191,7 @@ def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCa
         past_mask = real_columns(past)
     layers = {place: layer for place, layer in layers.items() if keeps(layer, length) or not is_gap(layer)}
     if past_mask is None or not all(keeps(layer, length) for layer in layers.values()):
-        raise ValueError(
+        raise LatentMASError(
             f"past_key_values is a {type(past).__name__} whose layers do not keep all of its {length} columns, which cache="
             "'hf' and cache='legacy' cannot give back; use cache='latent'"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.hf.chat import text_ends, without_end
 
 SETTINGS = ("tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching")
@@ -31,7 +32,7 @@ def start_vllm(name: str | None, model: Any, args: Any) -> Any:
     from latentmas.backends.vllm.engine import Vllm
 
     if not name:
-        raise ValueError(
+        raise LatentMASError(
             "use_vllm=True needs a model that has a name (a folder or one on the hub), which vLLM loads too"
         )
     settings = {key: getattr(args, key) for key in SETTINGS if getattr(args, key, None) is not None}

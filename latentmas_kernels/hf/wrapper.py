@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner, build_aligner
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import LatentOutput, check_sampling, generate, latent_generate
 from latentmas_kernels.hf.chat import ids_behind, render, text_ends, without_end
 from latentmas_kernels.hf.continued import Continued
@@ -103,17 +104,17 @@ class ModelWrapper:
         if is_name(model) and model_name is None:
             model, model_name = None, model
         if model is not None and model_name is None and is_device(tokenizer):
-            raise ValueError(
+            raise LatentMASError(
                 f"got {tokenizer!r} where the tokenizer of {type(model).__name__} belongs; a model runs on the device where it "
                 f"is: ModelWrapper(model.to({str(tokenizer)!r}), tokenizer), or give the model's name with a device"
             )
         if (model is None) == (model_name is None) or (tokenizer is None) != (model is None):
-            raise ValueError(
+            raise LatentMASError(
                 "ModelWrapper takes a model and its tokenizer, or a model's name and a device; got model="
                 f"{type(model).__name__}, tokenizer={type(tokenizer).__name__}, model_name={model_name!r}, device={device!r}"
             )
         if cache not in (None, "latent", *CACHES):
-            raise ValueError(f"got cache={cache!r}; supported are 'latent', {', '.join(map(repr, CACHES))}")
+            raise LatentMASError(f"got cache={cache!r}; supported are 'latent', {', '.join(map(repr, CACHES))}")
         if use_vllm:
             check_vllm()
         if model_name is None:
@@ -208,12 +209,12 @@ class ModelWrapper:
             ValueError: as `latent_generate`, and where what is asked for does not go together.
         """
         if return_latent_embeds and return_hidden_states:
-            raise ValueError(
+            raise LatentMASError(
                 "return_latent_embeds and return_hidden_states each make a pair of what is returned; pass one (the "
                 "latents are among latent_vectors)"
             )
         if latent_only and latent_steps == 0:
-            raise ValueError("latent_only keeps nothing where latent_steps is 0; leave one of them out")
+            raise LatentMASError("latent_only keeps nothing where latent_steps is 0; leave one of them out")
         model, keep = self.model, "latent" if latent_only else "agent" if sequential_info_only else None
         past = self._past(input_ids, attention_mask, past_key_values, past_attention_mask)
         memory, thought = self._think(model, past, latent_steps, keep, max_cache_len)
@@ -318,7 +319,7 @@ class ModelWrapper:
             latentmas.backends.base.EngineError: where vLLM failed.
         """
         if self.vllm_engine is None:
-            raise ValueError(
+            raise LatentMASError(
                 "this ModelWrapper has no vLLM: pass use_vllm=True (docs/vllm.md says how to install it), or use "
                 "generate_text_batch"
             )
@@ -336,7 +337,7 @@ class ModelWrapper:
         """
         aligner = build_aligner(model or self.model, self.aligner) if isinstance(self.aligner, str) else self.aligner
         if aligner.needs_logits:
-            raise ValueError(
+            raise LatentMASError(
                 "soft feedback is made of logits, not of hidden states; pass aligner='identity' or 'ridge' to ModelWrapper"
             )
         return aligner(hidden)
@@ -395,14 +396,14 @@ class ModelWrapper:
                 them, or leaves one out, whether their contents are given to it as text or as lists of parts.
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError(
+            raise LatentMASError(
                 "messages must be one conversation, a list of at least one dictionary with a role and a content; "
                 f"got {messages!r}"
             )
         if self.tokenizer.chat_template:
             return render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **template_options)
         if template_options:
-            raise ValueError(
+            raise LatentMASError(
                 f"got {', '.join(sorted(template_options))}, but the tokenizer has no chat template that would read it; "
                 "set tokenizer.chat_template or leave it out"
             )
@@ -444,7 +445,7 @@ class ModelWrapper:
             As `render_chat`; ValueError for an empty batch and where a row has no tokens.
         """
         if not batch_messages:
-            raise ValueError("batch_messages is empty; every batch needs at least one conversation")
+            raise LatentMASError("batch_messages is empty; every batch needs at least one conversation")
         prompts = [self.render_chat(m, add_generation_prompt, **template_options) for m in batch_messages]
         rows = [self._prompt_ids(text) for text in prompts]
         # By hand: the tokenizer pads on a side of its own choice, and refuses to where it has no padding token.
@@ -470,14 +471,14 @@ class ModelWrapper:
 
 def _some(ids: list[int], text: str) -> list[int]:
     if not ids:
-        raise ValueError(f"the text {text!r} has no tokens; every row needs at least one")
+        raise LatentMASError(f"the text {text!r} has no tokens; every row needs at least one")
     return ids
 
 
 def _paragraphs(messages: Messages, add_generation_prompt: bool) -> str:
     for message in messages:
         if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise ValueError(
+            raise LatentMASError(
                 f"every message needs a role and a content, both strings, where the tokenizer has no chat template; "
                 f"got {dict(message)!r}"
             )
@@ -490,5 +491,5 @@ def _sampling(temperature: float | None, top_p: float | None, do_sample: bool | 
     temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
     check_sampling(temperature, top_p)
     if do_sample and temperature == 0:
-        raise ValueError("got do_sample=True with temperature=0, which is greedy; leave one of them out")
+        raise LatentMASError("got do_sample=True with temperature=0, which is greedy; leave one of them out")
     return (0.0 if do_sample is False else temperature), top_p

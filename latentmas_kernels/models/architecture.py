@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.windows import NoLayoutError, find_layout
 
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
@@ -19,7 +20,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 ATTENTIONS = {"sdpa", "eager"}  # the implementations that take the explicit mask which ragged rows need
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(LatentMASError):
     """The model cannot run here; the message says what was got, what is supported and what to do."""
 
 
@@ -220,7 +221,7 @@ def check_finite_weights(model: nn.Module) -> None:
     suspects = [weights[i] for i in (~sums.isfinite()).nonzero().flatten().tolist()]
     bad = [n for n, p in suspects if not p.isfinite().all()]
     if bad:
-        raise ValueError(
+        raise LatentMASError(
             f"{type(model).__name__} holds NaN or Inf in {len(bad)} of its weights (first: {bad[0]}); "
             "supported are finite weights. Load the checkpoint again, or in bfloat16 if it was cast to float16."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.models.settings import settings_of
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys
@@ -63,7 +64,7 @@ class RopeShift:
             return known[2]
         proved = _prove(model, architecture, tables)
         if isinstance(proved, str):
-            raise ValueError(
+            raise LatentMASError(
                 f"keys of this {type(model).__name__} cannot be moved to other positions: {proved}. Cut without rebase(), "
                 "which keeps positions and records the gaps, or let agents think one after the other instead of merging "
                 "memories"

@@ -11,6 +11,7 @@ row may lie in another row, its lender, so that what rows have in common is held
 import torch
 from torch import Tensor
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rope_append import check_buffers
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
@@ -135,30 +136,32 @@ def decode_attention(
     check_buffers("decode_attention", keys, values, queries.dtype)
     batch, kv_heads, slots, width = keys.shape
     if queries.dim() != 3 or len(queries) != batch or queries.shape[2] != width or queries.shape[1] % kv_heads:
-        raise ValueError(
+        raise LatentMASError(
             f"decode_attention: queries must be [{batch}, a multiple of {kv_heads} heads, {width}]; got {list(queries.shape)}"
         )
     if list(lengths.shape) != [batch] or lengths.dtype != torch.int32:
-        raise ValueError(
+        raise LatentMASError(
             f"decode_attention: lengths must be int32 [{batch}]; got {lengths.dtype} {list(lengths.shape)}"
         )
     if window is not None:
         if positions is None or query_positions is None:
-            raise ValueError("decode_attention: a window needs positions and query_positions")
+            raise LatentMASError("decode_attention: a window needs positions and query_positions")
         if list(positions.shape) != [batch, slots] or positions.dtype != torch.int64 or positions.stride(1) != 1:
-            raise ValueError(
+            raise LatentMASError(
                 f"decode_attention: positions must be int64 {[batch, slots]}; got {positions.dtype} {list(positions.shape)}"
             )
         if list(query_positions.shape) != [batch] or query_positions.dtype != torch.int32:
-            raise ValueError(
+            raise LatentMASError(
                 f"decode_attention: query_positions must be int32 [{batch}]; got {query_positions.dtype} "
                 f"{list(query_positions.shape)}"
             )
     if (prefix_row is None) != (prefix_len is None):
-        raise ValueError("decode_attention: pass both prefix_row and prefix_len, or neither")
+        raise LatentMASError("decode_attention: pass both prefix_row and prefix_len, or neither")
     for name, rows in (("prefix_row", prefix_row), ("prefix_len", prefix_len)):
         if rows is not None and (list(rows.shape) != [batch] or rows.dtype != torch.int32):
-            raise ValueError(f"decode_attention: {name} must be int32 [{batch}]; got {rows.dtype} {list(rows.shape)}")
+            raise LatentMASError(
+                f"decode_attention: {name} must be int32 [{batch}]; got {rows.dtype} {list(rows.shape)}"
+            )
     query_positions, prefix_row, prefix_len = (
         None if t is None else t.contiguous() for t in (query_positions, prefix_row, prefix_len)
     )

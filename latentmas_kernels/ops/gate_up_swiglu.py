@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rmsnorm import check_norm
 from latentmas_kernels.ops.rmsnorm_linear import check_linear, rmsnorm_linear_reference
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
@@ -55,5 +56,7 @@ def gate_up_swiglu(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Te
     check_norm("gate_up_swiglu", x, gain)
     check_linear("gate_up_swiglu", x, weight, bias, weight.shape[0])
     if weight.shape[0] % 2:
-        raise ValueError(f"gate_up_swiglu: the weight holds gate and up, an even number of rows; got {weight.shape[0]}")
+        raise LatentMASError(
+            f"gate_up_swiglu: the weight holds gate and up, an even number of rows; got {weight.shape[0]}"
+        )
     return _gate_up_swiglu(x.contiguous(), gain.contiguous(), eps, weight, bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rmsnorm_linear import check_linear
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
@@ -46,7 +47,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | 
         ValueError: where shapes, dtypes or devices do not fit together.
     """
     if x.dim() != 2 or residual.dim() != 2 or len(residual) != len(x) or residual.dtype != x.dtype:
-        raise ValueError(
+        raise LatentMASError(
             f"linear_residual: x must be [B, K] and residual [B, N] of one dtype; got {x.dtype} {list(x.shape)} and "
             f"{residual.dtype} {list(residual.shape)}"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels import extension as native
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.triton.launch import target_of
 
 MIN_NORM = 1e-12
@@ -75,11 +76,13 @@ def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: T
 def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
     """The width of the output, once the arguments are known to fit together."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"realign: hidden must be floating point [B, D_in]; got {hidden.dtype} {list(hidden.shape)}")
+        raise LatentMASError(
+            f"realign: hidden must be floating point [B, D_in]; got {hidden.dtype} {list(hidden.shape)}"
+        )
     width = hidden.shape[1]
     if weight is not None:
         if weight.dtype != torch.float32 or weight.dim() != 2 or weight.shape[1] != width or weight.stride(1) != 1:
-            raise ValueError(
+            raise LatentMASError(
                 f"realign: weight must be float32 [D_out, {width}] with contiguous rows; "
                 f"got {weight.dtype} {list(weight.shape)} with strides {weight.stride()}"
             )
@@ -87,13 +90,13 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
     if out is not None and (
         list(out.shape) != [hidden.shape[0], width] or out.dtype != hidden.dtype or out.stride(1) != 1
     ):
-        raise ValueError(
+        raise LatentMASError(
             f"realign: out must be {hidden.dtype} {[hidden.shape[0], width]} with contiguous rows; "
             f"got {out.dtype} {list(out.shape)} with strides {out.stride()}"
         )
     devices = {t.device for t in (hidden, weight, out) if t is not None}
     if len(devices) > 1:
-        raise ValueError(f"realign: all tensors must be on one device; got {sorted(map(str, devices))}")
+        raise LatentMASError(f"realign: all tensors must be on one device; got {sorted(map(str, devices))}")
     return width
 
 

@@ -9,6 +9,7 @@ already and is not applied again. float32 inside. Slots with a shift of 0 are no
 import torch
 from torch import Tensor
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rope_append import rotate
 from latentmas_kernels.ops.triton.launch import runs_on
 
@@ -49,7 +50,7 @@ def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
         ValueError: where shapes or dtypes do not fit together.
     """
     if keys.dim() != 5 or keys.stride()[3:] != (keys.shape[4], 1) or keys.shape[4] % 2:
-        raise ValueError(
+        raise LatentMASError(
             f"rerotate_keys: keys must be [L, B, Hkv, S, hd] with contiguous slots; got {list(keys.shape)} with strides "
             f"{keys.stride()}"
         )
@@ -59,12 +60,12 @@ def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
         or shifts.shape[1] > keys.shape[3]
         or shifts.dtype != torch.int64
     ):
-        raise ValueError(
+        raise LatentMASError(
             f"rerotate_keys: shifts must be int64 [{keys.shape[1]}, up to {keys.shape[3]}]; got {shifts.dtype} "
             f"{list(shifts.shape)}"
         )
     if list(inv_freq.shape) != [keys.shape[4] // 2] or inv_freq.dtype != torch.float32:
-        raise ValueError(
+        raise LatentMASError(
             f"rerotate_keys: inv_freq must be float32 [{keys.shape[4] // 2}]; got {inv_freq.dtype} {list(inv_freq.shape)}"
         )
     _rerotate_keys(keys, shifts.contiguous(), inv_freq.contiguous())

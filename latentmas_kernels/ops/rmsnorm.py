@@ -8,6 +8,7 @@ The mean is float32. The reference casts before the product with g, as transform
 import torch
 from torch import Tensor
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
@@ -49,7 +50,7 @@ def rmsnorm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 def check_norm(op: str, x: Tensor, gain: Tensor) -> None:
     if x.dim() != 2 or list(gain.shape) != [x.shape[1]] or gain.device != x.device:
-        raise ValueError(
+        raise LatentMASError(
             f"{op}: x must be [B, D] and the norm's weight [D] on the same device; got {list(x.shape)} on {x.device} and "
             f"{list(gain.shape)} on {gain.device}"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rmsnorm import check_norm, rmsnorm_reference
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
@@ -77,9 +78,9 @@ def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, width:
         or weight.device != x.device
         or weight.stride(1) != 1
     ):
-        raise ValueError(
+        raise LatentMASError(
             f"{op}: the weight must be {x.dtype} {[width, x.shape[-1]]} on {x.device} with contiguous rows; got "
             f"{weight.dtype} {list(weight.shape)} on {weight.device} with strides {weight.stride()}"
         )
     if bias is not None and (list(bias.shape) != [width] or bias.device != x.device or not bias.is_contiguous()):
-        raise ValueError(f"{op}: the bias must be [{width}] on {x.device}; got {list(bias.shape)} on {bias.device}")
+        raise LatentMASError(f"{op}: the bias must be [{width}] on {x.device}; got {list(bias.shape)} on {bias.device}")

@@ -13,6 +13,7 @@ module, so linear, yarn and llama3 scaling are in them.
 import torch
 from torch import Tensor
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rmsnorm import rmsnorm_reference
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
@@ -131,27 +132,27 @@ def rope_append(
     check_buffers("rope_append", keys, values, qkv.dtype)
     batch, kv_heads, _, width = keys.shape
     if width % 2:
-        raise ValueError(f"rope_append: rotation needs an even head_dim; got {width}")
+        raise LatentMASError(f"rope_append: rotation needs an even head_dim; got {width}")
     if qkv.dim() != 2 or len(qkv) != batch or qkv.shape[1] % width or qkv.shape[1] // width <= 2 * kv_heads:
-        raise ValueError(
+        raise LatentMASError(
             f"rope_append: qkv must be [{batch}, (query heads + {2 * kv_heads}) * {width}]; got {list(qkv.shape)}"
         )
     if list(inv_freq.shape) != [width // 2] or inv_freq.dtype != torch.float32:
-        raise ValueError(
+        raise LatentMASError(
             f"rope_append: inv_freq must be float32 [{width // 2}]; got {inv_freq.dtype} {list(inv_freq.shape)}"
         )
     if (query_gain is None) != (key_gain is None):
-        raise ValueError("rope_append: pass the weights of both norms per head, or of none")
+        raise LatentMASError("rope_append: pass the weights of both norms per head, or of none")
     if query_gain is not None and key_gain is not None:
         shapes = [list(query_gain.shape), list(key_gain.shape)]
         if shapes != [[width], [width]]:
-            raise ValueError(
+            raise LatentMASError(
                 f"rope_append: the weights of the norms per head must be [{width}]; got {shapes[0]} and {shapes[1]}"
             )
         query_gain, key_gain = query_gain.contiguous(), key_gain.contiguous()
     for name, given in (("slots", slots), ("positions", positions)):
         if list(given.shape) != [batch] or given.dtype != torch.int32:
-            raise ValueError(f"rope_append: {name} must be int32 [{batch}]; got {given.dtype} {list(given.shape)}")
+            raise LatentMASError(f"rope_append: {name} must be int32 [{batch}]; got {given.dtype} {list(given.shape)}")
     return _rope_append(
         qkv.contiguous(), query_gain, key_gain, eps, inv_freq.contiguous(), attention_scaling, keys, values,
         slots.contiguous(), positions.contiguous(),
@@ -161,7 +162,7 @@ def rope_append(
 def check_buffers(op: str, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
     fits = keys.dim() == 4 and keys.shape == values.shape and keys.stride() == values.stride()
     if not fits or keys.dtype != dtype or values.dtype != dtype or keys.stride()[2:] != (keys.shape[3], 1):
-        raise ValueError(
+        raise LatentMASError(
             f"{op}: keys and values must be {dtype} [B, kv_heads, S, head_dim] of equal strides with contiguous slots; got "
             f"{keys.dtype} {list(keys.shape)} with strides {keys.stride()} and {values.dtype} {list(values.shape)} with "
             f"{values.stride()}"

@@ -13,6 +13,7 @@ device.
 import torch
 from torch import Tensor
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 _MASK = 0xFFFFFFFF
@@ -111,9 +112,9 @@ def sample(
         ValueError: where an argument is out of its range.
     """
     if logits.dim() != 2 or logits.dtype != torch.float32:
-        raise ValueError(f"sample: logits must be float32 [B, V]; got {logits.dtype} {list(logits.shape)}")
+        raise LatentMASError(f"sample: logits must be float32 [B, V]; got {logits.dtype} {list(logits.shape)}")
     if not temperature > 0 or not 0 <= top_p <= 1 or (top_k or 0) < 0:
-        raise ValueError(
+        raise LatentMASError(
             f"sample: temperature must be above 0, top_p between 0 and 1, top_k 0 or more; got {temperature}, {top_p}, {top_k}"
         )
     return _sample(logits.contiguous(), do_sample, temperature, top_k or 0, top_p, seed, draw)

@@ -2,6 +2,8 @@
 
 import re
 
+from latentmas_kernels.errors import LatentMASError
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 # C0 and C1 controls but for the tab and the line feed, and what turns the direction of the text around it.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -11,7 +13,7 @@ def check_characters(text: str, owner: str) -> None:
     """Raise ValueError, which begins with `owner`, where text holds what no tokenizer takes."""
     found = SURROGATE.search(text)
     if found:
-        raise ValueError(
+        raise LatentMASError(
             f"{owner} holds {found[0]!a} at character {found.start() + 1}, half a surrogate pair or a byte that is not "
             "UTF-8; supported is Unicode text: write the character itself, or save the text as UTF-8"
         )
@@ -25,7 +27,7 @@ def visible(text: str) -> str:
 def without_mark(data: bytes, owner: str) -> bytes:
     """UTF-8 without its byte-order mark; ValueError, which begins with `owner`, for UTF-16 and UTF-32."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:2].count(0) == 1:
-        raise ValueError(f"{owner} is UTF-16 or UTF-32; save it as UTF-8")
+        raise LatentMASError(f"{owner} is UTF-16 or UTF-32; save it as UTF-8")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -35,6 +37,6 @@ def decoded(data: bytes, owner: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise LatentMASError(
             f"{owner} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}); save it as UTF-8"
         ) from error

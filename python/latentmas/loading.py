@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from latentmas.default_model import default_model_folder
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import SUPPORTED, Architecture, UnsupportedModelError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -22,7 +23,7 @@ def check_placement(dtype: str, device: str | None) -> torch.device:
         device: "cpu", "cuda", "cuda:1" and the like; None takes the accelerator if there is one.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"got dtype {dtype!r}; supported are {', '.join(DTYPES)}")
+        raise LatentMASError(f"got dtype {dtype!r}; supported are {', '.join(DTYPES)}")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     there = ["cpu"]
     if accelerator is not None:
@@ -32,11 +33,11 @@ def check_placement(dtype: str, device: str | None) -> torch.device:
     try:
         asked = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"got device {device!r}; here are {', '.join(there)}") from error
+        raise LatentMASError(f"got device {device!r}; here are {', '.join(there)}") from error
     if asked.type == "cpu" and not asked.index:
         return torch.device("cpu")
     if f"{asked.type}:{asked.index or 0}" not in there:
-        raise ValueError(f"device {device!r} is not there; here are {', '.join(there)}")
+        raise LatentMASError(f"device {device!r} is not there; here are {', '.join(there)}")
     return asked
 
 
@@ -99,7 +100,7 @@ def _one_line(source: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = "the folder" if Path(source).is_dir() else "it is no local folder, and the hub model"
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
+        raise LatentMASError(
             f"cannot load {source!r}: {where} gave: {said[0]} Supported are a folder that save_pretrained() wrote, and the "
             "name of a causal LM on the hub (with a network, or once it is in the hub's cache)"
         ) from error

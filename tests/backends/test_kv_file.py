@@ -74,7 +74,7 @@ def cut_memory(dtype):
     return memory
 
 
-MEMORIES = {"ragged": ragged_memory, "prefix_len": spread_memory, "forked": forked_memory, "cut": cut_memory}
+MEMORIES = {"ragged": ragged_memory, "prefix": spread_memory, "forked": forked_memory, "cut": cut_memory}
 
 
 def row_of(memory, row):
@@ -127,7 +127,7 @@ def test_a_parcel_is_a_file_that_load_reads(tmp_path, parcel):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["ragged", "borrowed"])
+@pytest.mark.parametrize("name", ["ragged", "prefix"])
 def test_what_is_not_finite_is_refused_with_its_row(tmp_path, name, dtype, value):
     memory = MEMORIES[name](dtype)
     memory.keys[1, 2, 0, int(memory.lengths[2]) - 1, 5] = value

@@ -112,14 +112,14 @@ def test_donation_fits_or_grows():
     draw = torch.Generator().manual_seed(0)
     cache = LatentCache(batch=1, capacity=8, **SHAPE)
     append(cache, [3], draw)
-    assert cache.donate().take(8) is cache
-    assert cache.take(8) is not cache
+    assert cache.donate().acquire(8) is cache
+    assert cache.acquire(8) is not cache
     before = cache.to_hf().layers[1].keys
-    assert cache.donate().take(9) is cache, "it grows"
+    assert cache.donate().acquire(9) is cache, "it grows"
     assert cache.capacity == 9
     assert cache.lengths.tolist() == [3]
     assert torch.equal(cache.to_hf().layers[1].keys, before)
-    assert cache.take(9) is not cache
+    assert cache.acquire(9) is not cache
 
 
 @pytest.mark.parametrize("rows", [[2], [-1], []])

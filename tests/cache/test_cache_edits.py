@@ -141,9 +141,9 @@ class World:
         counts = self.data.draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
         need = max(1, *(len(row) + n for row, n in zip(plain.rows, counts, strict=True)))
         if self.choose(True, False) and need <= cache.capacity:
-            assert cache.donate().take(need) is cache
+            assert cache.donate().acquire(need) is cache
         else:
-            cache, plain = cache.take(need), plain.copy()
+            cache, plain = cache.acquire(need), plain.copy()
             self.pairs.append((cache, plain))
             poison([c for c, _ in self.pairs])
         start, written = append(cache, counts, self.draw)
@@ -232,7 +232,7 @@ class World:
             self.pairs = [pair for pair in self.pairs if pair[0] is not cache]
 
 
-ACTIONS = ["cut_by_name", "cut_by_mask", "crop", "rebase", "fork", "select", "spread", "branch", "concat", "forget"]
+ACTIONS = ["cut_by_name", "cut_by_mask", "crop", "rebase", "fork", "select", "fork_rows", "branch", "concat", "forget"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -362,7 +362,7 @@ def test_a_cut_to_more_than_there_is_changes_nothing():
 def go_on(cache, count=3, *, inside=None):
     """Append to each row, in place where that is right; returns the states of all its slots."""
     if inside is None:
-        assert cache.donate().take(int(cache.lengths.max()) + count) is cache
+        assert cache.donate().acquire(int(cache.lengths.max()) + count) is cache
         append(cache, [count] * cache.batch_size, torch.Generator().manual_seed(int(cache.lengths[0])))
     else:
         inside(torch.full((cache.batch_size, count), 5), past_key_values=cache, use_cache=True)
@@ -526,11 +526,11 @@ def test_a_donation_without_room_for_a_copy_is_not_used_up(monkeypatch):
             lambda *_: (_ for _ in ()).throw(InsufficientMemoryError("none")),
         )
         with pytest.raises(InsufficientMemoryError):
-            branch.take(14)
+            branch.acquire(14)
     assert cache.rewind("critic") is None
     go_on(cache)
     assert cache.buffer.data_ptr() == home, "the branch is not writing"
-    assert branch.take(14) is branch
+    assert branch.acquire(14) is branch
 
 
 def test_branches_are_made_while_others_look_at_each_other():
@@ -593,7 +593,7 @@ def test_a_transaction_looks_at_the_branches_once_more():
     """One that began to write behind `take`, as in another thread."""
     cache = filled([3, 3], capacity=30)
     branch, before = cache.branch(), held(cache)
-    assert branch.donate().take(20) is branch
+    assert branch.donate().acquire(20) is branch
     grown = go_on(cache)
     append(branch, [0, 0], torch.Generator())  # a transaction of its own
     with branch.transaction():
@@ -619,7 +619,7 @@ def test_a_shallow_copy_is_a_fork():
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("make", [lambda: filled([3, 3]), spread_cache], ids=["plain", "spread"])
+@pytest.mark.parametrize("make", [lambda: filled([3, 3]), spread_cache], ids=["plain", "fork_rows"])
 def test_copies_and_pickles_of_branches_are_independent(make, way):
     """Also those of two branches in one object, whose memory the copy takes for one and the same."""
     cache = make()

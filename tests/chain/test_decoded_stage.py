@@ -147,7 +147,7 @@ def assert_same(
 # ---- the methods ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_answer_as_without_a_decoder(method, model, kv_transfer):
@@ -196,7 +196,7 @@ def test_writers_anywhere(chain, model, questions):
         assert ("stop" in {turn.finish_reason for turn in texts}) == (model == "texts end anywhere")
 
 
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 @pytest.mark.parametrize("chain", ["a writer first", "writers one after the other", "writers side by side at the end"])
 def test_a_beginning_that_all_questions_share_is_read_once(chain, kv_transfer):
     """And is not sent again to a decoder that has it in its memory."""
@@ -236,7 +236,7 @@ def test_windows_take_embeddings():
     assert_same(made(None, "qwen3-mixed"), [THINKER, WRITER, JUDGER], SHARED, "embeds")
 
 
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 def test_a_decoder_stops_where_the_template_ends_a_turn(kv_transfer):
     tokenizer = with_tokens(character_tokenizer(TEMPLATE.replace("'|'", "'<|end|>'")), "<|end|>")
     end = tokenizer.convert_tokens_to_ids("<|end|>")
@@ -255,7 +255,7 @@ def on_big(agent):
     return Agent(**{**vars(agent), "name": f"big {agent.name}", "model": "big"})
 
 
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 @pytest.mark.parametrize(
     ("agents", "models", "written"),
     [
@@ -389,7 +389,7 @@ def test_windows_are_refused_by_name_for_keys_and_values():
 
 
 @pytest.mark.parametrize("other", [WIDE, made(None, "qwen2"), made(None).bfloat16()], ids=["shape", "family", "dtype"])
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 def test_a_decoder_of_another_model_is_refused(other, kv_transfer):
     fake = Fake(other, kv_transfer)
     words = f"decoder runs .*{fake.stamp.fingerprint[:12]}.*the last agent .*Llama.*model and dtype"
@@ -397,7 +397,7 @@ def test_a_decoder_of_another_model_is_refused(other, kv_transfer):
         Chain(ENDLESS, TOKENIZER, [on_big(WRITER), READER], models=BIG, decoder=fake)
 
 
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 @pytest.mark.parametrize("chain", [[JUDGER], [JUDGER, THINKER, SHORT], *CHAINS.values()])
 def test_a_chain_may_take_what_the_decoder_was_started_for_to_the_token(chain, kv_transfer):
     """Texts that end by their length come to just what was counted."""

@@ -23,7 +23,7 @@ from latentmas.chain.chain import Chain
 from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain_files.methods import METHODS, latent_agents
 from latentmas.chain_files.reader import read_chain, serial
-from latentmas.cli.app import app as cli
+from latentmas.cli import app as cli
 from latentmas.cli.questions import SAMPLE, read_questions
 from tiny_models import tiny_config, tiny_model
 from tokenizers_offline import character_tokenizer

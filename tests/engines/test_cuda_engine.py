@@ -174,8 +174,8 @@ def test_interpreter_one_capture_serves_every_call(small, monkeypatch):
                 temperature=temperature, engine="cuda",
             )  # fmt: skip
     engine, memory = CudaEngine(small, Architecture.of(small)), out.past_key_values.fork(20)
-    for thinking in (LatentParams(torch.tensor([1, 2]), record=True), every(2, 2, settle=0.5)):
-        engine.run_latent(memory, out.last_hidden, build_aligner(small, "ridge"), thinking, None)
+    for latent_params in (LatentParams(torch.tensor([1, 2]), record=True), every(2, 2, stop_cosine=0.5)):
+        engine.run_latent(memory, out.last_hidden, build_aligner(small, "ridge"), latent_params, None)
     assert captured == [(2, "latent"), (2, "token")]
     report = memory_report(small)
     assert report["tensors of batch 2"] > 0
@@ -298,20 +298,22 @@ def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypa
         return count.calls
 
     def run_latent(steps, **options):
-        thinking = every(2, steps, **options)
+        latent_params = every(2, steps, **options)
         return calls(
-            lambda: engine.run_latent(LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, thinking, None)
+            lambda: engine.run_latent(
+                LatentCache.for_model(engine.architecture, 2, 40), seed, aligner, latent_params, None
+            )
         )
 
     def decode(tokens):
-        decoding = SamplingParams(tokens, 0, False, 1.0, 0, 1.0, ends=[1], padding=0)
+        sampling_params = SamplingParams(tokens, 0, False, 1.0, 0, 1.0, eos_token_ids=[1], pad_token_id=0)
         cache = LatentCache.for_model(engine.architecture, 2, 40)
-        return calls(lambda: engine.decode(cache, torch.zeros(2, 97, device=DEVICE), decoding, None))
+        return calls(lambda: engine.decode(cache, torch.zeros(2, 97, device=DEVICE), sampling_params, None))
 
     assert run_latent(30) == run_latent(3)
     assert run_latent(30, record=True) == run_latent(3, record=True)
-    assert run_latent(15, settle=0.5) == run_latent(3, settle=0.5)
-    assert run_latent(35, settle=0.5) > run_latent(15, settle=0.5)  # as below
+    assert run_latent(15, stop_cosine=0.5) == run_latent(3, stop_cosine=0.5)
+    assert run_latent(35, stop_cosine=0.5) > run_latent(15, stop_cosine=0.5)  # as below
     assert decode(15) == decode(2)
     assert decode(35) > decode(15)  # a look at whether all have ended, every 16 tokens
 
@@ -355,15 +357,15 @@ class Both:
         self.seed = self.engines[1].extend(self.start, one_each, logits=self.aligner.needs_logits)
 
     @torch.no_grad()
-    def ours(self, thinking, on_step=None):
-        return self.engines[0].run_latent(poison(self.start.fork()), self.seed, self.aligner, thinking, on_step)
+    def ours(self, latent_params, on_step=None):
+        return self.engines[0].run_latent(poison(self.start.fork()), self.seed, self.aligner, latent_params, on_step)
 
     @torch.no_grad()
-    def run_latent(self, thinking):
+    def run_latent(self, latent_params):
         """What both think, and the memories that they leave; what ours left unused is as it was."""
         caches = [poison(self.start.fork()) for _ in self.engines]
         thoughts = [
-            engine.run_latent(cache, self.seed, self.aligner, thinking, None)
+            engine.run_latent(cache, self.seed, self.aligner, latent_params, None)
             for engine, cache in zip(self.engines, caches, strict=True)
         ]
         for row, (length, prefix_len) in enumerate(
@@ -375,8 +377,8 @@ class Both:
                 assert store[:, row, :, :prefix_len].isnan().all()
         return thoughts, caches
 
-    def assert_same(self, thinking):
-        thoughts, caches = self.run_latent(thinking)
+    def assert_same(self, latent_params):
+        thoughts, caches = self.run_latent(latent_params)
         assert_same_thought(*thoughts)
         for cache in caches:
             cache.make_private()
@@ -400,11 +402,11 @@ def parting(latents):
 def test_interpreter_rows_end_as_on_eager(family, aligner):
     both = Both(small_model(family), [6, 3, 8], aligner)
     assert both.assert_same(LatentParams(torch.tensor([3, 1, 5]), record=True)) == [3, 1, 5]
-    assert both.assert_same(LatentParams(torch.tensor([3, 1, 3]), settle=-1.0)) == [2, 1, 2]
-    assert both.assert_same(LatentParams(torch.tensor([2, 1, 3]), settle=1.0)) == [2, 1, 3]
+    assert both.assert_same(LatentParams(torch.tensor([3, 1, 3]), stop_cosine=-1.0)) == [2, 1, 2]
+    assert both.assert_same(LatentParams(torch.tensor([2, 1, 3]), stop_cosine=1.0)) == [2, 1, 3]
     with torch.no_grad():
         free = both.engines[1].run_latent(both.start.fork(), both.seed, both.aligner, every(3, 5), None)
-    ends = both.assert_same(every(3, 5, settle=parting(free.latents), record=True))
+    ends = both.assert_same(every(3, 5, stop_cosine=parting(free.latents), record=True))
     assert min(ends) < max(ends)
 
 
@@ -413,11 +415,11 @@ def test_interpreter_settled_batches_are_looked_at_now_and_then(small, monkeypat
     monkeypatch.setattr(cuda, "SYNC_EVERY", 3)
     monkeypatch.setattr(cuda._all_ended, "__defaults__", (3,))
     both, seen = Both(small, [6, 3], "ridge"), []
-    thinking = every(2, 12, settle=-1.0)
-    thought = both.ours(thinking, seen.append)
+    latent_params = every(2, 12, stop_cosine=-1.0)
+    thought = both.ours(latent_params, seen.append)
     assert seen == [0, 1, 2]
     assert thought.latents.shape[1] == 2
-    assert both.assert_same(thinking) == [2, 2]
+    assert both.assert_same(latent_params) == [2, 2]
 
 
 def test_interpreter_settling_goes_by_what_was_fed(small):
@@ -429,7 +431,7 @@ def test_interpreter_settling_goes_by_what_was_fed(small):
                 parameter.zero_()
             if name == "model.norm.weight":
                 parameter.fill_(1)
-    thoughts, _ = both.run_latent(every(2, 4, settle=0.999999))
+    thoughts, _ = both.run_latent(every(2, 4, stop_cosine=0.999999))
     assert [t.steps.tolist() for t in thoughts] == [[2, 2], [2, 2]]
 
 
@@ -438,10 +440,13 @@ def test_interpreter_settling_goes_by_what_was_fed(small):
 def test_interpreter_rows_that_end_are_bit_identical_alone_and_in_a_batch(small, aligner):
     both = Both(small, [70, 6], aligner, times=2)
     engine = both.engines[0]
-    for thinking in (LatentParams(torch.tensor([3, 2, 1, 1]), record=True), every(4, 3, settle=0.9, record=True)):
-        together = both.ours(thinking)
+    for latent_params in (
+        LatentParams(torch.tensor([3, 2, 1, 1]), record=True),
+        every(4, 3, stop_cosine=0.9, record=True),
+    ):
+        together = both.ours(latent_params)
         for row in (1, 3):
-            only = LatentParams(thinking.steps[[row]], thinking.settle, record=True)
+            only = LatentParams(latent_params.steps[[row]], latent_params.stop_cosine, record=True)
             alone = engine.run_latent(both.start.select([row]), both.seed[[row]], both.aligner, only, None)
             steps = int(together.steps[row])
             assert alone.steps.tolist() == [steps]
@@ -474,8 +479,8 @@ def test_interpreter_lenders_may_lie_in_another_part(small):
     seen = []
     with expecting("a batch of 6 rows runs in parts of 2"):
         both.assert_same(LatentParams(torch.tensor([1, 2, 2, 1, 3, 2]), record=True))
-    thinking = LatentParams(torch.tensor([1, 1, 3, 1, 1, 2]), settle=-1.0)
-    thought = both.ours(thinking, seen.append)
+    latent_params = LatentParams(torch.tensor([1, 1, 3, 1, 1, 2]), stop_cosine=-1.0)
+    thought = both.ours(latent_params, seen.append)
     assert seen == [0, 1, 2]
     assert thought.steps.tolist() == [1, 1, 2, 1, 1, 2]
 

@@ -83,10 +83,10 @@ def poisoned(cache):
     return cache
 
 
-def think_both(engines, start, seed, aligner, thinking, on_step=None):
+def think_both(engines, start, seed, aligner, latent_params, on_step=None):
     """The same thought and the same memory from both, and what is not the rows' own left alone; the steps taken."""
     caches = [poisoned(start) for _ in engines]
-    thoughts = [e.run_latent(c, seed, aligner, thinking, on_step) for e, c in zip(engines, caches, strict=True)]
+    thoughts = [e.run_latent(c, seed, aligner, latent_params, on_step) for e, c in zip(engines, caches, strict=True)]
     assert_same_thought(*thoughts)
     for row, (length, prefix_len) in enumerate(zip(caches[0].lengths.tolist(), start.prefix_len.tolist(), strict=True)):
         assert caches[0].keys[:, row, :, length:].isnan().all()
@@ -117,14 +117,14 @@ def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
     levels = [(cosines[:, i].sort().values[:2].mean().item()) for i in range(5)]  # between two rows
     ends = set()
     monkeypatch.setattr(engines[0].eager, "run_latent", None)  # it must not be needed
-    for thinking in (
+    for latent_params in (
         every(3, 2), LatentParams(torch.tensor([3, 1, 5])), LatentParams(torch.tensor([3, 1, 5]), record=True),
-        every(3, 3, settle=-1.0), every(3, 3, settle=1.0, record=True),
-        *(LatentParams(torch.tensor([6, 6, 4]), settle=level, record=True) for level in levels),
+        every(3, 3, stop_cosine=-1.0), every(3, 3, stop_cosine=1.0, record=True),
+        *(LatentParams(torch.tensor([6, 6, 4]), stop_cosine=level, record=True) for level in levels),
     ):  # fmt: skip
-        taken = think_both(engines, start, seed, aligner, thinking)
+        taken = think_both(engines, start, seed, aligner, latent_params)
         ends.add(tuple(taken))
-        if thinking.settle == -1.0:
+        if latent_params.stop_cosine == -1.0:
             assert taken == [2, 2, 2]
     assert len(ends) > 4
     assert len(captures) == 1
@@ -140,7 +140,7 @@ def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
         start.past_key_values,
         start.last_hidden,
         build_aligner(model, "identity"),
-        every(2, 20, settle=-1.0),
+        every(2, 20, stop_cosine=-1.0),
         seen.append,
     )
     assert seen == [0, 1, 2, 3]
@@ -173,16 +173,17 @@ def test_lent_slots_are_copied_in_from_where_they_lie(name):
 
 
 @pytest.mark.parametrize(
-    "thinking", [LatentParams(torch.tensor([3, 1])), every(2, 3, record=True), every(2, 3, settle=-1.0), every(2, 1)]
+    "latent_params",
+    [LatentParams(torch.tensor([3, 1])), every(2, 3, record=True), every(2, 3, stop_cosine=-1.0), every(2, 1)],
 )
 @torch.no_grad()
-def test_soft_feedback_of_rows_that_end_equals_eager(thinking):
+def test_soft_feedback_of_rows_that_end_equals_eager(latent_params):
     model = tiny_model("gemma3")
     engines = both(model)
     start = read(model, [6, 3]).past_key_values
     tokens = Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]]))
     seed = engines[1].extend(start, tokens, logits=True)
-    think_both(engines, start, seed, build_aligner(model, "soft"), thinking)
+    think_both(engines, start, seed, build_aligner(model, "soft"), latent_params)
 
 
 @torch.no_grad()

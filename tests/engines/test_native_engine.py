@@ -337,9 +337,9 @@ def test_samples_what_the_op_would():
     ids, mask = ragged([5, 3])
     read = latent_generate(model, ids, mask, latent_steps=0, max_cache_len=16, engine="native")
     logits = torch.randn(2, 97, generator=torch.Generator().manual_seed(3)) * 3
-    decoding = SamplingParams(4, 0, True, 0.8, 20, 0.9, ends=[], padding=0)
+    sampling_params = SamplingParams(4, 0, True, 0.8, 20, 0.9, eos_token_ids=[], pad_token_id=0)
     torch.manual_seed(11)
-    tokens = engine.decode(read.past_key_values.fork(16), logits, decoding, None)
+    tokens = engine.decode(read.past_key_values.fork(16), logits, sampling_params, None)
     torch.manual_seed(11)
     seed = int(torch.randint(2**62, ()).item())
     cache = read.past_key_values.fork(16)
@@ -358,7 +358,9 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_token(do_sample, fault):
     logits = torch.randn(2, 97)
     logits[1] = fault
     with pytest.raises(ValueError, match="the logits hold NaN or Inf"):
-        engine.decode(cache, logits, SamplingParams(2, 0, do_sample, 1.0, 5, 0.9, ends=[], padding=0), None)
+        engine.decode(
+            cache, logits, SamplingParams(2, 0, do_sample, 1.0, 5, 0.9, eos_token_ids=[], pad_token_id=0), None
+        )
 
 
 @settings(max_examples=40, deadline=None)

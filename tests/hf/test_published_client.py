@@ -633,7 +633,7 @@ def test_vllm_gets_prompts_and_settings_and_gives_texts(folder, vllm):
     wrapper.model.generation_config.eos_token_id = [2, 3]
     ((given, named),) = started
     assert given == (folder, wrapper.model)
-    assert named == {"hand_over": "embeds", "settings": {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}}
+    assert named == {"kv_transfer": "embeds", "settings": {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}}
     assert wrapper.use_vllm
     assert (wrapper.device, wrapper.vllm_device, wrapper.HF_device) == (torch.device("meta"),) * 2 + (
         torch.device("cpu"),

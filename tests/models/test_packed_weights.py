@@ -134,7 +134,7 @@ def activate(model):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (adapt, r"model.layers.0.self_attn.q_proj is a test_weights.Adapter, not a plain layer"),
+        (adapt, r"model.layers.0.self_attn.q_proj is a test_packed_weights.Adapter, not a plain layer"),
         (quantize, r"model.layers.1.mlp.down_proj holds a Parameter of torch.int8, not a parameter of torch.float32"),
         (patch, r"model.layers.0 has hooks or a forward of its own"),
         (lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None), r"lm_head has hooks"),

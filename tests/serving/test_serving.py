@@ -617,7 +617,7 @@ def test_a_server_that_is_away_for_a_while(house: House) -> None:
     assert house.empty()
 
 
-@pytest.mark.parametrize("hand_over", ["kv", "embeds"])
+@pytest.mark.parametrize("kv_transfer", ["kv", "embeds"])
 def test_other_servers_are_refused_at_once(model: Any, tmp_path: Path, kv_transfer: str) -> None:
     house = House(model, tmp_path, kv_transfer=kv_transfer)
     fake, likely = house.fake, house.fake.probe_token

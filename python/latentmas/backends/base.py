@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from latentmas.backends.kv_file import check_finite
 from latentmas_kernels import LatentCache
 from latentmas_kernels.cache.file import ModelFingerprint
+from latentmas_kernels.errors import LatentMASError
 
 KV_TRANSFERS = ("kv", "embeds")
 """Keys and values as they are, with nothing computed again; or what the memory was fed, which is read again."""
@@ -116,7 +117,7 @@ class Embeds:
             return None
         for at, thought in thoughts:
             if list(thought.shape) != [width]:
-                raise ValueError(
+                raise LatentMASError(
                     f"the embedding at position {at} has the shape {list(thought.shape)}; this model reads [{width}]: "
                     "build the aligner with target_model for a model of another width"
                 )
@@ -143,19 +144,21 @@ def check_requests(
     """Raise ValueError for a request that does not fit its memory or what the engine was started for."""
     for number, request in enumerate(requests):
         if not request.prompt:
-            raise ValueError(f"request {number} has an empty prompt; the text needs one token or more to go on from")
+            raise LatentMASError(
+                f"request {number} has an empty prompt; the text needs one token or more to go on from"
+            )
         if request.row is not None and (memory is None or not 0 <= request.row < memory.batch_size):
             rows = 0 if memory is None else memory.batch_size
-            raise ValueError(f"request {number} goes on from row {request.row} of a memory of {rows} rows")
+            raise LatentMASError(f"request {number} goes on from row {request.row} of a memory of {rows} rows")
         slots = 0 if request.row is None or memory is None else int(memory.lengths[request.row])
         if kv_transfer == "embeds" and len(request.fed) != slots:
-            raise ValueError(
+            raise LatentMASError(
                 f"request {number} says what {len(request.fed)} slots were fed, and its memory has {slots}; embeddings are all "
                 'that is sent of it: give `fed` for every slot, or start the engine with kv_transfer="kv"'
             )
         tokens = slots + len(request.prompt)
         if tokens + request.max_new_tokens > max_model_len:
-            raise ValueError(
+            raise LatentMASError(
                 f"request {number} has {tokens} tokens ({slots} of memory) and may write {request.max_new_tokens} more; vLLM "
                 f"was started for {max_model_len} together (max_model_len): shorten it, or start vLLM with more"
             )

@@ -23,6 +23,7 @@ from torch import Tensor
 from latentmas_kernels import LatentCache
 from latentmas_kernels.cache.file import ModelFingerprint, read_file, write_cache
 from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError
 from latentmas_kernels.models.rope import rope_types
 
@@ -93,7 +94,7 @@ class KVFileRow:
         file, row, slots = (params.get(name) for name in (FILE, ROW, SLOTS))
         plain = isinstance(file, str) and file.endswith(SUFFIX) and Path(file).name == file and "\0" not in file
         if not plain or type(row) is not int or type(slots) is not int or row < 0 or slots < 1:
-            raise ValueError(
+            raise LatentMASError(
                 f"got {FILE}={file!r}, {ROW}={row!r}, {SLOTS}={slots!r}; supported are the name of a file in the folder that "
                 "the connector was given, a row of it from 0 on, and its number of slots"
             )
@@ -124,9 +125,9 @@ class KVFile:
         lengths = memory.lengths.tolist()
         for row, length in enumerate(lengths):
             if not length:
-                raise ValueError(f"row {row} of the memory holds nothing; send its prompt as tokens")
+                raise LatentMASError(f"row {row} of the memory holds nothing; send its prompt as tokens")
         if bool((memory.next_position != memory.lengths).any()):
-            raise ValueError(
+            raise LatentMASError(
                 f"the slots of this memory do not have the positions 0, 1, 2, ... (lengths {lengths}, next positions "
                 f"{memory.next_position.tolist()}), which vLLM assumes; rebase(model) it first"
             )
@@ -167,15 +168,15 @@ def read_kv_rows(folder: Path, handed: KVFileRow, fingerprint: str) -> Tensor:
     path = folder / handed.file
     saved = read_file(path)
     if saved.stamp.fingerprint != fingerprint:
-        raise ValueError(
+        raise LatentMASError(
             f"{path} is the memory of another model: {saved.stamp.model} wrote it (fingerprint "
             f"{saved.stamp.fingerprint[:12]}), this engine was started for {fingerprint[:12]}; send it to that model's engine"
         )
     lengths = saved.lengths.tolist()
     if handed.row >= len(lengths) or lengths[handed.row] != handed.slots:
-        raise ValueError(f"{path} holds rows of {lengths} slots; got row {handed.row} of {handed.slots}")
+        raise LatentMASError(f"{path} holds rows of {lengths} slots; got row {handed.row} of {handed.slots}")
     if not torch.equal(saved.positions[handed.row, : handed.slots], torch.arange(handed.slots)):
-        raise ValueError(f"{path} has gaps in its positions; rebase(model) the memory before it is handed over")
+        raise LatentMASError(f"{path} has gaps in its positions; rebase(model) the memory before it is handed over")
     return saved.kv[:, :, handed.row, :, : handed.slots]
 
 
@@ -185,7 +186,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
     Both ends carry NaN along. 7 ms for 33 MB in bfloat16 on one core; a sum in float32 takes 37, `isfinite` on all 81.
     """
     if not bool(tensor.amax().isfinite() & tensor.amin().isfinite()):
-        raise ValueError(
+        raise LatentMASError(
             f"{what} holds NaN or Inf, which would spoil the engine for every later request; nothing was sent. Look for the "
             "agent that thought it (--trace), or take another aligner or dtype"
         )
@@ -194,7 +195,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
 def kv_heads_of_rank(rank: int, ranks: int, heads: int) -> slice:
     """KV heads of a tensor-parallel rank: as many for each, or, with more ranks than heads, one for several ranks each."""
     if max(ranks, heads) % min(ranks, heads):
-        raise ValueError(f"got {heads} KV heads and tensor_parallel_size {ranks}; one must divide the other")
+        raise LatentMASError(f"got {heads} KV heads and tensor_parallel_size {ranks}; one must divide the other")
     if ranks <= heads:
         own = heads // ranks
         return slice(rank * own, (rank + 1) * own)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy
 from latentmas.characters import check_characters
+from latentmas_kernels.errors import LatentMASError
 
 PLACES = ("question", "notes")
 """Names that a chain fills in; an agent's own fields have others."""
@@ -45,25 +46,27 @@ class Agent:
 
     def __post_init__(self) -> None:
         if (self.latent_steps is None) == (self.max_new_tokens is None):
-            raise ValueError(
+            raise LatentMASError(
                 f"agent {self.name!r} needs either latent_steps (it thinks) or max_new_tokens (it writes); "
                 f"got latent_steps={self.latent_steps}, max_new_tokens={self.max_new_tokens}"
             )
         for what, number, least in (("latent_steps", self.latent_steps, 0), ("max_new_tokens", self.max_new_tokens, 1)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
-                raise ValueError(f"agent {self.name!r}: {what} must be an integer of {least} or more; got {number!r}")
+                raise LatentMASError(
+                    f"agent {self.name!r}: {what} must be an integer of {least} or more; got {number!r}"
+                )
         if not isinstance(self.memory, MemoryPolicy):
-            raise ValueError(
+            raise LatentMASError(
                 f"agent {self.name!r}: memory must be a MemoryPolicy, like MemoryPolicy(agents='last'); got {self.memory!r}"
             )
         if self.settle is not None and (self.latent_steps is None or not -1 <= self.settle <= 1):
-            raise ValueError(
+            raise LatentMASError(
                 f"agent {self.name!r}: settle is a cosine, from -1 to 1, for agents that think; got {self.settle} and "
                 f"latent_steps={self.latent_steps}"
             )
         taken = [name for name in self.fields if name in PLACES]
         if taken:
-            raise ValueError(f"agent {self.name!r}: {taken[0]!r} is filled in by the chain and cannot be a field")
+            raise LatentMASError(f"agent {self.name!r}: {taken[0]!r} is filled in by the chain and cannot be a field")
         for what, text in (("name", self.name), ("prompt", self.prompt), ("system", self.system), *self.fields.items()):
             check_characters(text or "", f"agent {self.name!r}: {what}")
 

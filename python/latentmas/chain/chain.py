@@ -21,6 +21,7 @@ from latentmas.chain.stages import Stage, Stretch, stretches_of
 from latentmas.characters import check_characters
 from latentmas_kernels import Aligner, LatentCache, build_aligner
 from latentmas_kernels.cache.latent_cache import check_free_memory
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import check_sampling
 from latentmas_kernels.models.rope import RopeShift
 
@@ -67,9 +68,9 @@ Prompts = list[list[list[int]]]
 def check_request(questions: Sequence[str], temperature: float, top_p: float) -> None:
     """Raise ValueError for what no chain can run; needs no model."""
     if isinstance(questions, str):
-        raise ValueError("questions must be a list of strings; got one string: put it into a list")
+        raise LatentMASError("questions must be a list of strings; got one string: put it into a list")
     if not questions or not all(q.strip() for q in questions):
-        raise ValueError("every question needs some text; got an empty one")
+        raise LatentMASError("every question needs some text; got an empty one")
     for number, question in enumerate(questions, start=1):
         check_characters(question, "the question" if len(questions) == 1 else f"question {number}")
     check_sampling(temperature, top_p)
@@ -114,9 +115,9 @@ class Chain:
             ValueError: where a model cannot run, the agents make no chain, or a memory cannot be cut or cross as they want.
         """
         if max_note_tokens < 1:
-            raise ValueError(f"max_note_tokens must be 1 or more; got {max_note_tokens}")
+            raise LatentMASError(f"max_note_tokens must be 1 or more; got {max_note_tokens}")
         if not isinstance(budget, Budget | str | None):
-            raise ValueError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
+            raise LatentMASError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
         self.stretches = stretches_of(agents)
         self.agents = [agent for stretch in self.stretches for stage in stretch for agent in stage.agents]
         self.model, self.tokenizer, self.engine, self.weights = model, tokenizer, engine, weights
@@ -127,7 +128,7 @@ class Chain:
         names = list(dict.fromkeys([None, *(agent.model for agent in self.agents)]))
         unknown = [name for name in names if name not in given]
         if unknown:
-            raise ValueError(
+            raise LatentMASError(
                 f"agents run on model {unknown[0]!r}, which the chain was not given; given are {sorted(models or {})}"
             )
         self.seats = {name: Seat.of(name, given[name], engine, weights) for name in names}
@@ -378,7 +379,7 @@ class Chain:
         least = Plan(plan.loads, plan.shared, low)
         if least.bytes(sizes) > most:
             hungry = max(plan.loads, key=lambda load: max(load.of(q) for q in questions)).stage.names
-            raise ValueError(
+            raise LatentMASError(
                 f"{len(questions)} questions take at least {least.bytes(sizes) / 2**20:,.1f} MB of keys and values (most of "
                 f"it for {hungry}), and the budget is {most / 2**20:,.1f} MB; raise it, take fewer questions at a time, or "
                 "lower latent_steps and max_new_tokens"
@@ -396,7 +397,7 @@ class Chain:
             decoder = self.decoder_of(load.stage)
             tokens = max(begin + load.request(q) for q, begin in enumerate(size.begin))
             if decoder is not None and tokens > decoder.max_model_len:
-                raise ValueError(
+                raise LatentMASError(
                     f"{load.stage.names} goes up to {tokens} tokens ({max(size.begin)} of memory), and the decoder was started "
                     f"for {decoder.max_model_len} (max_model_len); start it with more, shorten the question, or lower "
                     "latent_steps and max_new_tokens"
@@ -412,7 +413,7 @@ class Chain:
             limit = architecture.max_positions
             end, prompt, load = max((e for e in ends if e[2].stage.model == name), key=lambda e: e[0])
             if limit is not None and end > limit:
-                raise ValueError(
+                raise LatentMASError(
                     f"the chain goes up to {end} positions ({prompt} of prompts, {end - prompt} of latent steps and new "
                     f"tokens), but {architecture.name} was made for {limit}; shorten the question or lower latent_steps "
                     "and max_new_tokens" + (", or max_note_tokens" if load.stage.reads_notes else "")

@@ -8,6 +8,7 @@ from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import Seat
 from latentmas.chain.stages import Stretch
 from latentmas_kernels.cache.file import ModelFingerprint
+from latentmas_kernels.errors import LatentMASError
 
 
 def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], budget: Budget | None) -> None:
@@ -18,7 +19,7 @@ def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], bu
     """
     stamp = ModelFingerprint.of(seat.model)
     if decoder.stamp != stamp:
-        raise ValueError(
+        raise LatentMASError(
             f"the decoder runs {decoder.stamp.model} (fingerprint {decoder.stamp.fingerprint[:12]}), the last agent "
             f"{stamp.model} (fingerprint {stamp.fingerprint[:12]}); start it with the last agent's model and dtype"
         )
@@ -44,19 +45,19 @@ def _check_linear(stretch: Stretch, number: int, budget: Budget | None) -> None:
     # What comes from another model is read anew, in one go.
     begin = max((n for n in range(1, number + 1) if stretch[n].model != stretch[n - 1].model), default=0)
     if budget is not None and number > begin:
-        raise ValueError(
+        raise LatentMASError(
             f"a budget may cut the memory before {reader.names}. What is left was computed in sight of what was cut, so its "
             f"embeddings, read again without that, are another memory; {remedy}, or leave the budget out"
         )
     for stage in stretch[begin + 1 : number + 1]:
         if stage.memory != KEEP_ALL:
-            raise ValueError(
+            raise LatentMASError(
                 f"the memory is cut before {stage.names}. What is left was computed in sight of what was cut, so its "
                 f"embeddings, read again without that, are another memory; {remedy}, or hand on all of it (memory: all)"
             )
     for stage in stretch[begin:number]:
         if stage.parallel:
-            raise ValueError(
+            raise LatentMASError(
                 f"{stage.names} work side by side, none in sight of the others; their embeddings, read again one behind the "
                 f"other, are another memory; {remedy}, or let them work one after the other (--hierarchical serial)"
             )

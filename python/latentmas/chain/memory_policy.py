@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from latentmas_kernels.errors import LatentMASError
+
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
@@ -25,13 +27,13 @@ class MemoryPolicy:
 
     def __post_init__(self) -> None:
         if self.agents not in ("all", "last"):
-            raise ValueError(f"agents of a hand-over must be 'all' or 'last'; got {self.agents!r}")
+            raise LatentMASError(f"agents of a hand-over must be 'all' or 'last'; got {self.agents!r}")
         if self.kinds not in ("all", "latent"):
-            raise ValueError(f"kinds of a hand-over must be 'all' or 'latent'; got {self.kinds!r}")
+            raise LatentMASError(f"kinds of a hand-over must be 'all' or 'latent'; got {self.kinds!r}")
         if self.slots is not None and (
             isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1
         ):
-            raise ValueError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
+            raise LatentMASError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
 
 
 KEEP_ALL = MemoryPolicy()
@@ -51,10 +53,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.bytes is None) == (self.slots is None):
-            raise ValueError(f"a budget is either bytes or slots; got bytes={self.bytes}, slots={self.slots}")
+            raise LatentMASError(f"a budget is either bytes or slots; got bytes={self.bytes}, slots={self.slots}")
         amount = self.bytes if self.bytes is not None else self.slots
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
-            raise ValueError(f"a budget must be an integer of 1 or more; got {amount!r}")
+            raise LatentMASError(f"a budget must be an integer of 1 or more; got {amount!r}")
 
     def __str__(self) -> str:
         return f"{self.slots} slots" if self.bytes is None else f"{self.bytes / UNITS['MB']:,.1f} MB"
@@ -65,5 +67,7 @@ class Budget:
         found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(KB|MB|GB|slots)\s*", text)
         amount = float(found[1]) * UNITS.get(found[2], 1) if found else 0.0
         if not found or amount < 1 or (found[2] == "slots" and amount != int(amount)):
-            raise ValueError(f'got a budget of {text!r}; supported are sizes like "64 MB" and numbers like "512 slots"')
+            raise LatentMASError(
+                f'got a budget of {text!r}; supported are sizes like "64 MB" and numbers like "512 slots"'
+            )
         return cls(slots=int(amount)) if found[2] == "slots" else cls(bytes=int(amount))

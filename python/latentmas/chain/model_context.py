@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentmas_kernels import Aligner, LatentCache, build_aligner, latent_generate
 from latentmas_kernels.engines import open_engine
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.hf.chat import text_ends
 from latentmas_kernels.models.architecture import Architecture
 
@@ -65,7 +66,7 @@ class Seat:
         """
         differs = tokens_differ(self, other)
         if differs:
-            raise ValueError(
+            raise LatentMASError(
                 f"memory cannot cross from {self.title} to {other.title}: {differs}. Let the agents before it write "
                 "(max_new_tokens) and the next one read {notes}: text crosses between any two models"
             )

@@ -7,6 +7,7 @@ from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain.stages import Stage
 from latentmas_kernels.cache.segments import Kind
+from latentmas_kernels.errors import LatentMASError
 
 SINK = 1
 """Slots at the beginning of a memory that stay whatever is cut: models put the attention there that they have no use for. On
@@ -161,7 +162,7 @@ class Plan:
         assert self.limit is not None
         left = self.limit - load.of(question)
         if left < SINK * before:
-            raise ValueError(
+            raise LatentMASError(
                 f"{load.stage.names} takes {load.of(question)} slots ({load.of(question) - sum(load.steps)} of prompts, "
                 f"{sum(load.steps)} of latent steps and new tokens){' and one of those before it' * before}, and the budget "
                 f"leaves {self.limit} to a question; raise it, shorten the question, or lower latent_steps and max_new_tokens"

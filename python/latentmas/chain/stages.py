@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MemoryPolicy
+from latentmas_kernels.errors import LatentMASError
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,24 @@ def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
     names = [agent.name for stage in stages for agent in stage.agents]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(
+        raise LatentMASError(
             f"every agent needs a name of its own, by which its memory is found; got more than one {twice[0]!r}"
         )
     if not stages or stages[-1].parallel or stages[-1].agents[0].thinks:
-        raise ValueError(
+        raise LatentMASError(
             "a chain ends with an agent that writes (max_new_tokens); got "
             + (f"{stages[-1].names!r}, which thinks" if stages and not stages[-1].parallel else "")
             + (f"{stages[-1].names!r}, side by side" if stages and stages[-1].parallel else "")
             + ("" if stages else "no agents")
         )
     if not any(agent.reads_question for stage in stages for agent in stage.agents):
-        raise ValueError(
+        raise LatentMASError(
             f"nobody gets the question: no agent of {', '.join(map(repr, names))} has {{question}} in its prompt; put it into "
             "one or more ({{question}} is the text {question})"
         )
     joined = next((stage.names for stage in stages if stage.parallel and stage.names in names), None)
     if joined is not None:
-        raise ValueError(
+        raise LatentMASError(
             f"no agent may be called {joined!r}, as what those agents side by side read together is called; give it "
             "another name"
         )
@@ -88,10 +89,10 @@ def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
             stretches[-1].append(stage)
             continue
         if not stretches:
-            raise ValueError(f"agent {stage.agents[0].name!r} reads {{notes}}, but nobody wrote any before it")
+            raise LatentMASError(f"agent {stage.agents[0].name!r} reads {{notes}}, but nobody wrote any before it")
         thinker = next((agent for agent in stretches[-1][-1].agents if agent.thinks), None)
         if thinker is not None:
-            raise ValueError(
+            raise LatentMASError(
                 f"agent {stage.agents[0].name!r} reads {{notes}} and so begins a new memory, in which the thoughts of "
                 f"{thinker.name!r} before it would be lost; take {{notes}} out of its prompt to go on from them, or "
                 "let an agent that writes come between"
@@ -102,7 +103,7 @@ def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
 
 def _check_stage(stage: Stage) -> None:
     if not stage.agents:
-        raise ValueError("a group of agents that work side by side needs one agent or more; got none")
+        raise LatentMASError("a group of agents that work side by side needs one agent or more; got none")
     first = stage.agents[0]
     for agent in stage.agents[1:]:
         for what, one, other in (
@@ -111,6 +112,6 @@ def _check_stage(stage: Stage) -> None:
             ("all read {notes}, or none of them", first.reads_notes, agent.reads_notes),
         ):
             if one != other:
-                raise ValueError(
+                raise LatentMASError(
                     f"agents side by side {what}; got {one!r} for {first.name!r} and {other!r} for {agent.name!r}"
                 )

@@ -16,6 +16,7 @@ from latentmas.chain.memory_policy import KEEP_ALL, MEMORY_POLICIES, Budget, Mem
 from latentmas.chain_files import yaml_lines
 from latentmas.chain_files.rules import Member, Step, check_chain, check_places
 from latentmas.chain_files.yaml_lines import Faults, fault, meant, peek, quoted, shown
+from latentmas_kernels.errors import LatentMASError
 
 LIMIT = 1000
 """Agents, groups and repeats of a chain after expansion, at most: aliases and repeats make much of little."""
@@ -71,7 +72,7 @@ def read_chain(
                 str(source), latent_steps=latent_steps, max_new_tokens=max_new_tokens, enable_thinking=enable_thinking
             )
         close = difflib.get_close_matches(path.stem, builtin_chains(), n=1)
-        raise ValueError(
+        raise LatentMASError(
             f"got chain {str(source)!r}, which is {'a folder' if path.is_dir() else 'no file'}; "
             + (f"did you mean {close[0]}? Give" if close else "give")
             + f" a file, or a chain that comes with the package: {', '.join(builtin_chains())}"
@@ -219,7 +220,7 @@ def _given(latent_steps: int | None, max_new_tokens: int | None, enable_thinking
     for name, value, least in (("latent_steps", latent_steps, 0), ("max_new_tokens", max_new_tokens, 1)):
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of {least} or more; got {value!r}")
+                raise LatentMASError(f"{name} must be an integer of {least} or more; got {value!r}")
             given[name] = value
     return given
 
@@ -243,7 +244,7 @@ def _read(data: bytes, source: str, given: dict[str, Any]) -> ChainFile:
                 f"and {len(told) - SHOWN_FAULTS:,} more faults from here on; mend those above first",
             )
             told = [*told[:SHOWN_FAULTS], more]
-        raise ValueError("\n".join(f"{source}:{line}: {message}" for line, message in told))
+        raise LatentMASError("\n".join(f"{source}:{line}: {message}" for line, message in told))
     groups = [[member.agent for member in step if member] for step in steps]
     agents = [group[0] if len(group) == 1 else group for group in groups]
     name, description = values.get("name", Path(source).stem), values.get("description", "").strip()

@@ -18,6 +18,7 @@ from rich.text import Text
 from latentmas.characters import decoded, visible
 from latentmas.cli.console import Terminal, print_json, working
 from latentmas.faults import shortened
+from latentmas_kernels.errors import LatentMASError
 
 if TYPE_CHECKING:
     from latentmas.cli.questions import Question
@@ -148,14 +149,14 @@ def run(
         check_linear(stretches_of(arranged.agents), arranged.budget)
     if trace is not None:
         if resume:
-            raise ValueError(
+            raise LatentMASError(
                 "got --resume and --trace; what is finished is not thought again, so the trace would lack it"
             )
         if not arranged.thinks:
-            raise ValueError("got --trace, and no agent of this chain thinks in hidden states")
+            raise LatentMASError("got --trace, and no agent of this chain thinks in hidden states")
         check_trace_path(trace, [name for name in (output, questions, chain) if name is not None])
     if (resume or overwrite) and output is None:
-        raise ValueError("--resume and --overwrite say what to do with the file of --output; got no --output")
+        raise LatentMASError("--resume and --overwrite say what to do with the file of --output; got no --output")
     asked, left_out = _questions(question, questions)
     _check_left_out(left_out, keep_going)
     check_request([entry.text for entry in asked] or ["-"], temperature, top_p)
@@ -176,7 +177,7 @@ def run(
             err.print(f"{len(done)} results are in {output}, {len(asked)} questions are left", soft_wrap=True)
         if not asked and not done:
             Report(out, serial(arranged.agents), (), as_json=as_json).close(settings, 0.0, None, left_out)
-            raise ValueError(f"no question is left to run: all {len(left_out):,} were left out")
+            raise LatentMASError(f"no question is left to run: all {len(left_out):,} were left out")
         if not asked and not as_json:
             raise typer.Exit(2 if left_out else 0)
         began, others = time.perf_counter(), OtherProcesses()
@@ -229,7 +230,7 @@ def run(
             raise typer.Exit(130) from None
         # Our own consoles deal with pipes that their readers close; another broken pipe is a fault.
         except (ValueError, EngineError, BrokenPipeError) as error:
-            raise ValueError(f"{error}. {_state(report.finished, len(asked), output)}") from error
+            raise LatentMASError(f"{error}. {_state(report.finished, len(asked), output)}") from error
         report.close(settings, setup, run_by.aligner, left_out)
     if left_out:
         raise typer.Exit(2)
@@ -306,7 +307,7 @@ def serve(
     try:
         from latentmas.serving.server import Serving, print_kv_config, serve
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise LatentMASError(
             f"latentmas serve needs {error.name}, which is not installed: pip install 'latentmas-kernels[serve]'"
         ) from error
     serving = Serving(
@@ -359,7 +360,7 @@ def _warn(message: str) -> None:
 
 def _check_choice(option: str, got: str, choices: Sequence[str]) -> None:
     if got not in choices:
-        raise ValueError(f"got {option} {got}; supported are {', '.join(choices)}")
+        raise LatentMASError(f"got {option} {got}; supported are {', '.join(choices)}")
 
 
 def _vllm_settings(
@@ -373,32 +374,32 @@ def _vllm_settings(
     _check_choice("--hand-over", kv_transfer or "kv", KV_TRANSFERS)
     if decoder == "own":
         if (kv_transfer, settings, folder) != (None, None, None):
-            raise ValueError("--hand-over, --vllm and --folder are for --decoder vllm; got --decoder own")
+            raise LatentMASError("--hand-over, --vllm and --folder are for --decoder vllm; got --decoder own")
         return None
     check_installed()
     if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"got --folder {folder}, which is no folder that can be written to; name one that is")
+        raise LatentMASError(f"got --folder {folder}, which is no folder that can be written to; name one that is")
     try:
         read = json.loads(settings or "{}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise LatentMASError(
             f"got --vllm {str(settings)[:60]}, which is no JSON ({error}); it takes an object of vLLM's settings"
         ) from error
     if not isinstance(read, dict):
-        raise ValueError(f"got --vllm {settings}; it takes an object of vLLM's settings")
+        raise LatentMASError(f"got --vllm {settings}; it takes an object of vLLM's settings")
     return read
 
 
 def _check_at_least_one(option: str, got: int) -> None:
     if got < 1:
-        raise ValueError(f"{option} must be 1 or more; got {got}")
+        raise LatentMASError(f"{option} must be 1 or more; got {got}")
 
 
 def _check_left_out(faults: list[str], keep_going: bool) -> None:
     """Each as a warning where the others shall run, all in one error otherwise."""
     if faults and not keep_going:
         told = "; ".join(shortened(faults, SHOWN_FAULTS))
-        raise ValueError(f"{told}. Mend this, or run the other questions with --keep-going")
+        raise LatentMASError(f"{told}. Mend this, or run the other questions with --keep-going")
     for fault in shortened(faults, SHOWN_FAULTS):
         _warn(f"left out: {fault}")
 
@@ -415,7 +416,7 @@ def _questions(question: str | None, source: str | None) -> tuple[list["Question
     from latentmas.cli.questions import SAMPLE, Question, read_questions, standard_input
 
     if question is not None and source is not None:
-        raise ValueError("got a question and --questions; give one of them")
+        raise LatentMASError("got a question and --questions; give one of them")
     if source is not None:
         return read_questions(source)
     if question is None:

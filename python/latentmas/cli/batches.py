@@ -13,6 +13,7 @@ from latentmas.cli.live_view import Display
 from latentmas.cli.questions import Question
 from latentmas.cli.results_file import ResultsFile
 from latentmas.cli.trace_file import TOP_K, TraceFile
+from latentmas_kernels.errors import LatentMASError
 
 
 def questions_that_fit(chain: Chain, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
@@ -66,7 +67,7 @@ def run_batches(
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                raise ValueError(
+                raise LatentMASError(
                     f"out of memory with {len(batch)} questions at a time ({str(error).splitlines()[0]}); take a smaller "
                     "--batch-size, or a lower --max-new-tokens"
                 ) from error

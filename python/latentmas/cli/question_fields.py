@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from latentmas.characters import SURROGATE, check_characters
+from latentmas_kernels.errors import LatentMASError
 
 QUESTION = ("question", "query", "problem", "prompt")
 ANSWER = ("answer", "gold", "label", "answerkey")
@@ -63,7 +64,7 @@ def read_entry(entry: Any) -> Entry:
         ValueError: says what is wrong with the question or its options, to go on from "line 3 ".
     """
     if not isinstance(entry, dict):
-        raise ValueError(f'is {_kind(entry)}, not an object with "question"')
+        raise LatentMASError(f'is {_kind(entry)}, not an object with "question"')
     fields = {str(name).strip().lower(): (str(name), value) for name, value in reversed(entry.items()) if _given(value)}
     options = _options(entry, fields)
     lines = [str(option) for option in options]
@@ -71,12 +72,14 @@ def read_entry(entry: Any) -> Entry:
     names = [name for name in QUESTION if name in fields]
     if not names:
         empty = any(str(name).strip().lower() in QUESTION for name in entry)
-        raise ValueError("has an empty question" if empty else f"has no {_either(QUESTION)}; it has {listed(entry)}")
+        raise LatentMASError(
+            "has an empty question" if empty else f"has no {_either(QUESTION)}; it has {listed(entry)}"
+        )
     once = [name for name in names if lines and all(_times(line, fields[name][1]) == 1 for line in lines)]
     name = (once or names)[0]
     written, text = fields[name]
     if not isinstance(text, str):
-        raise ValueError(f'has a "{written}" that is {_kind(text)}, not text')
+        raise LatentMASError(f'has a "{written}" that is {_kind(text)}, not text')
     check_characters(text, f'has a "{written}" that')
     if not all(_times(line, text) for line in lines):
         text = "\n".join([text.rstrip(), *lines])
@@ -113,7 +116,7 @@ def _options(entry: dict[Any, Any], fields: _Fields) -> list[_Option]:
             return []
         written, texts = ", ".join(letters), [entry[letter] for letter in letters]
         if not LETTERS.startswith(letters):
-            raise ValueError(f"has the options {written}, with a gap between them")
+            raise LatentMASError(f"has the options {written}, with a gap between them")
     in_a_cell = isinstance(texts, str)
     if in_a_cell:
         texts = _cell(texts)
@@ -128,12 +131,12 @@ def _options(entry: dict[Any, Any], fields: _Fields) -> list[_Option]:
         labels = None
     lists = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 0
     if in_a_cell and not (lists and len(texts) > 1):
-        raise ValueError(
+        raise LatentMASError(
             f'has a cell "{written}" that holds no options; supported are lists of at least two in JSON or as Python writes '
             """them, with commas: ["three", "four"], not ['three' 'four'] as numpy prints an array (save .tolist())"""
         )
     if not lists or not all(_is_text(part) for part in [*texts, *labels]):
-        raise ValueError(
+        raise LatentMASError(
             f'has "{written}" that are no options; supported are lists of up to {len(LETTERS)} texts or numbers, and texts '
             "by letter"
         )
@@ -196,13 +199,13 @@ def _answer(value: Any, options: list[_Option]) -> str:
         if isinstance(part, bool):
             part = str(part).lower()
         if not isinstance(part, str | int | float) or not _given(part):
-            raise ValueError("is neither text, a number, true or false, nor a list of these")
+            raise LatentMASError("is neither text, a number, true or false, nor a list of these")
         if SURROGATE.search(str(part)):
-            raise ValueError("holds half a surrogate pair or a byte that is not UTF-8")
+            raise LatentMASError("holds half a surrogate pair or a byte that is not UTF-8")
         right.append(_label(part, options) if options else _final(str(part)))
     right = list(dict.fromkeys(right))
     if options and len(right) > 1:
-        raise ValueError("is more than one of the options")
+        raise LatentMASError("is more than one of the options")
     return " or ".join(right)
 
 
@@ -222,7 +225,7 @@ def _label(answer: str | int | float, options: list[_Option]) -> str:
         meant.add(options[int(said)].label)
     if len(meant) == 1:
         return meant.pop()
-    raise ValueError("may be more than one of the options (give the letter)" if meant else "is none of the options")
+    raise LatentMASError("may be more than one of the options (give the letter)" if meant else "is none of the options")
 
 
 def _final(answer: str) -> str:

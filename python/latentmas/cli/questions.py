@@ -13,6 +13,7 @@ from typing import Any
 
 from latentmas.characters import decoded, without_mark
 from latentmas.cli.question_fields import ANSWER, LETTERS, OPTIONS, QUESTION, listed, read_entry
+from latentmas_kernels.errors import LatentMASError
 
 SAMPLE = "sample"
 SUPPORTED = (
@@ -72,7 +73,7 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
         except ValueError as error:
             faults.append(f"{place} {error}")
     if not questions and not faults:
-        raise ValueError(f"{name} holds no questions; {SUPPORTED}")
+        raise LatentMASError(f"{name} holds no questions; {SUPPORTED}")
     for message, place in passed_over.items():
         warnings.warn(f"{name}: {message} (first in {place})", stacklevel=2)
     return questions, faults
@@ -81,7 +82,7 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
 def standard_input() -> bytes:
     """All of it, without a byte-order mark. ValueError where it is closed, or in another encoding than UTF-8."""
     if sys.stdin is None:
-        raise ValueError("standard input is closed; give a question, or a file with --questions")
+        raise LatentMASError("standard input is closed; give a question, or a file with --questions")
     return without_mark(sys.stdin.buffer.read(), "standard input")
 
 
@@ -98,7 +99,7 @@ def _entries(name: str, data: bytes) -> Iterator[_Placed]:
 def _lines(name: str, data: bytes) -> Iterator[_Placed]:
     lines = data.split(b"\n")
     if data.strip() and not any(line.lstrip().startswith(b"{") for line in lines):
-        raise ValueError(f"{name} is neither JSON nor JSON lines: not one line begins with {{; {SUPPORTED}")
+        raise LatentMASError(f"{name} is neither JSON nor JSON lines: not one line begins with {{; {SUPPORTED}")
     if lines[0].strip() == b"{":  # an object over several lines
         yield 1, f"the object in {name}", _json(decoded(data, name), name)
         return
@@ -116,7 +117,7 @@ def _array(name: str, data: bytes) -> Iterator[_Placed]:
     try:
         entries = _json(decoded(data, name), name)
     except ValueError as error:
-        raise ValueError(f"{error}; {SUPPORTED}") from error
+        raise LatentMASError(f"{error}; {SUPPORTED}") from error
     for number, entry in enumerate(entries, start=1):
         yield number, f"entry {number}", entry
 
@@ -128,11 +129,11 @@ def _json(text: str, name: str = "") -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if name else ""
-        raise ValueError(f"{begin}is not JSON ({error.msg} at {line}column {error.colno})") from error
+        raise LatentMASError(f"{begin}is not JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError as error:
-        raise ValueError(f"{begin}is not JSON that can be read (nested too deeply)") from error
+        raise LatentMASError(f"{begin}is not JSON that can be read (nested too deeply)") from error
     except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{begin}is not JSON that can be read ({error})") from error
+        raise LatentMASError(f"{begin}is not JSON that can be read ({error})") from error
 
 
 def _csv(name: str, data: bytes) -> Iterator[_Placed]:
@@ -150,7 +151,7 @@ def _csv(name: str, data: bytes) -> Iterator[_Placed]:
                 return
             except csv.Error as error:
                 if names is None:
-                    raise ValueError(f"{name} is not CSV ({error} in its first row)") from error
+                    raise LatentMASError(f"{name} is not CSV ({error} in its first row)") from error
                 number += 1
                 yield number, f"row {number} (line {rows.line_num})", ValueError(f"is not CSV ({error})")
                 continue
@@ -175,7 +176,7 @@ def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
     try:
         from pyarrow import ArrowException, BufferReader, parquet
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise LatentMASError(
             f"{name} is a Parquet file, and pyarrow, which reads those, is not installed: pip install "
             "'latentmas-kernels[data]', or save it as JSON lines"
         ) from error
@@ -186,7 +187,7 @@ def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
         known = {*QUESTION, *ANSWER, *OPTIONS, *LETTERS.lower()}
         rows = file.read(columns=[column for column in columns if column.strip().lower() in known]).to_pylist()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{name} is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+        raise LatentMASError(f"{name} is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
     for number, row in enumerate(rows, start=1):
         yield number, f"row {number}", row
 
@@ -195,9 +196,9 @@ def _check_columns(name: str, columns: list[str]) -> None:
     """Raise ValueError where no row can hold a question, or it would not be known which column it is in."""
     names = [column.strip().lower() for column in columns]
     if not set(names) & set(QUESTION):
-        raise ValueError(
+        raise LatentMASError(
             f"{name} has the columns {listed(columns)}; one of them must be {', '.join(QUESTION[:-1])} or {QUESTION[-1]}"
         )
     twice = [column for column in names if names.count(column) > 1 and column]
     if twice:
-        raise ValueError(f"{name} has more than one column {listed(twice[:1])}; give each a name of its own")
+        raise LatentMASError(f"{name} has more than one column {listed(twice[:1])}; give each a name of its own")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentmas.cli.questions import Question
+from latentmas_kernels.errors import LatentMASError
 
 
 class ResultsFile:
@@ -41,7 +42,7 @@ class ResultsFile:
             OSError: where it cannot be written.
         """
         if resume and overwrite:
-            raise ValueError(
+            raise LatentMASError(
                 "got both --resume and --overwrite; go on from the results that are there, or replace them"
             )
         self.path, self.settings = Path(path), settings
@@ -49,9 +50,9 @@ class ResultsFile:
         self.written = 0
         self._made = not self.path.exists()
         if not self._made and not self.path.is_file():
-            raise ValueError(f"{self.path} is not a file; name a file to write results to")
+            raise LatentMASError(f"{self.path} is not a file; name a file to write results to")
         if not self._made and self.path.stat().st_size and not (resume or overwrite):
-            raise ValueError(
+            raise LatentMASError(
                 f"{self.path} exists; go on from it with --resume, replace it with --overwrite, or name another"
             )
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -105,19 +106,19 @@ class ResultsFile:
                 result = json.loads(entry)
                 number, question, settings = result["number"], result["question"], result["settings"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
+                raise LatentMASError(
                     f"{self.path} line {line} is no result of latentmas run; name another file, or replace it with --overwrite"
                 ) from error
             other = [name for name in self.settings if settings.get(name) != self.settings[name]]
             if other:
                 was = ", ".join(f"{name}={settings.get(name)}" for name in other)
                 now = ", ".join(f"{name}={self.settings[name]}" for name in other)
-                raise ValueError(
+                raise LatentMASError(
                     f"{self.path} line {line} was made with {was}; this run has {now}: go on with the same, or name "
                     "another file"
                 )
             if texts.get(number) != question:
-                raise ValueError(
+                raise LatentMASError(
                     f"{self.path} line {line} answers another question {number} than this run asks; go on with the same "
                     "questions, or name another file"
                 )

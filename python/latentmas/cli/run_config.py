@@ -9,6 +9,7 @@ from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files.methods import METHODS
 from latentmas.chain_files.reader import read_chain, serial
+from latentmas_kernels.errors import LatentMASError
 
 LATENT_STEPS, MAX_NEW_TOKENS = 10, 256
 
@@ -50,9 +51,9 @@ class Arrangement:
             OSError: where the file cannot be read.
         """
         if chain is not None and method is not None:
-            raise ValueError(f"got --chain {chain} and --method {method}; give one of them")
+            raise LatentMASError(f"got --chain {chain} and --method {method}; give one of them")
         if hierarchical not in (None, "parallel", "serial"):
-            raise ValueError(f"got --hierarchical {hierarchical}; supported are parallel, serial")
+            raise LatentMASError(f"got --hierarchical {hierarchical}; supported are parallel, serial")
         limit = None if budget is None else Budget.parse(budget)
         over = None if memory is None else _hand_over(memory)
         title = ""
@@ -60,7 +61,7 @@ class Arrangement:
         if chain is None:
             name = method or ("latent" if hierarchical is None else "hierarchical")
             if name not in METHODS:
-                raise ValueError(f"got --method {name}; supported are {', '.join(METHODS)}")
+                raise LatentMASError(f"got --method {name}; supported are {', '.join(METHODS)}")
             latent_steps = LATENT_STEPS if latent_steps is None else latent_steps
             max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
             agents = list(METHODS[name](latent_steps, max_new_tokens))
@@ -74,7 +75,7 @@ class Arrangement:
             settings |= {"chain": chain, "chain_digest": digest}
         settings |= {"latent_steps": latent_steps, "max_new_tokens": max_new_tokens}
         if hierarchical is not None and not any(isinstance(entry, list) for entry in agents):
-            raise ValueError(
+            raise LatentMASError(
                 f"got --hierarchical {hierarchical}, and no agents of {chain or settings['method']} work side by side; "
                 "take --method hierarchical, or a chain with a parallel group"
             )
@@ -103,6 +104,6 @@ def _hand_over(memory: str) -> MemoryPolicy:
         return MEMORY_POLICIES[memory]
     if memory.isascii() and memory.isdigit() and 0 < len(memory) < 10 and int(memory):
         return MemoryPolicy(slots=int(memory))
-    raise ValueError(
+    raise LatentMASError(
         f"got --memory {memory}; supported are {', '.join(MEMORY_POLICIES)} and a number of slots of 1 or more"
     )

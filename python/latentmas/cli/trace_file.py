@@ -10,6 +10,7 @@ from rich.console import Console
 
 from latentmas.cli.questions import Question
 from latentmas.cli.trace_view import AgentTrace, trace_document, trace_table, write_trace
+from latentmas_kernels.errors import LatentMASError
 
 TOP_K = 5
 """Tokens that are kept of each step."""
@@ -53,17 +54,17 @@ def check_trace_path(path: str | Path, others: Sequence[str | Path]) -> None:
     """Raise ValueError where no file can be written, or one of the others would be lost; before a model is loaded."""
     place = Path(path)
     if place.resolve() in [Path(other).resolve() for other in others]:
-        raise ValueError(
+        raise LatentMASError(
             f"cannot write the trace to {path}: this run reads or writes it as something else; name another file"
         )
     if not place.parent.is_dir() or (place.exists() and not place.is_file()):
-        raise ValueError(
+        raise LatentMASError(
             f"cannot write the trace to {path}: its folder must exist, and what is there must be a plain file or nothing"
         )
     try:
         with tempfile.TemporaryFile(dir=place.parent):
             pass
     except OSError as error:
-        raise ValueError(
+        raise LatentMASError(
             f"cannot write the trace to {path}: {error.strerror}; name a file in another folder"
         ) from error

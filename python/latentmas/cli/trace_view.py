@@ -17,6 +17,7 @@ from rich.text import Text
 from latentmas.chain.results import AgentTrace
 from latentmas.characters import visible
 from latentmas.cli.questions import Question
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.storage import atomic_write
 from latentmas_kernels.trace import LatentTrace
 
@@ -131,7 +132,7 @@ class _Step:
 def _rows(traces: Sequence[AgentTrace], questions: Sequence[Question | str]) -> Iterator[tuple[int, Question]]:
     for agent in traces:
         if len(agent.trace.steps) != len(questions):
-            raise ValueError(
+            raise LatentMASError(
                 f"the trace of {agent.agent!r} has {len(agent.trace.steps)} rows for {len(questions)} questions; pass the "
                 "questions of its batch"
             )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from latentmas.chain.results import ChainResult
+from latentmas_kernels.errors import LatentMASError
 
 SUPPORTED = (
     "model, messages, temperature, top_p, max_tokens, max_completion_tokens, stop, seed, stream, stream_options, "
@@ -98,7 +99,7 @@ def _listed(stop: Any) -> Any:
 
 def _false(value: bool) -> bool:
     if value:
-        raise ValueError("false")
+        raise LatentMASError("false")
     return value
 
 

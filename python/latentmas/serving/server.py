@@ -28,6 +28,7 @@ from latentmas.loading import load_model
 from latentmas.serving.gateway import Gateway
 from latentmas.serving.vllm_process import Child
 from latentmas_kernels import Aligner, build_aligner
+from latentmas_kernels.errors import LatentMASError
 
 GRACE_SECONDS, LEAVE_SECONDS = 10, 5
 """For requests that are being answered when the server is told to end; and to tell their clients when that is over."""
@@ -80,18 +81,18 @@ def serve(serving: Serving, console: Console) -> int:
         OSError: where a file cannot be read, or the address is taken.
     """
     if serving.vllm_url is not None and serving.vllm_options:
-        raise ValueError(
+        raise LatentMASError(
             f"got --vllm-url and options for vLLM ({' '.join(serving.vllm_options)}); give those to the server that runs"
         )
     if serving.vllm_url is not None:
         address_of(serving.vllm_url)
     if serving.vllm_options and not serving.vllm_options[0].startswith("-"):
-        raise ValueError(
+        raise LatentMASError(
             f"got {serving.vllm_options[0]!r}; supported are options, and behind -- options of `vllm serve`, like -- "
             "--max-model-len 4096"
         )
     if serving.max_waiting < 1:
-        raise ValueError(f"--max-waiting must be 1 or more; got {serving.max_waiting}")
+        raise LatentMASError(f"--max-waiting must be 1 or more; got {serving.max_waiting}")
     files = _files(serving)
     with _listening(serving.host, serving.port) as address:
         with working(console, "loading the model, measuring how hidden states are best fed back"):
@@ -104,7 +105,7 @@ def serve(serving: Serving, console: Console) -> int:
         try:
             return asyncio.run(_Server(serving, console, upstream, child, chains, address).run())
         except EngineError as error:  # as it starts
-            raise ValueError(str(error)) from error
+            raise LatentMASError(str(error)) from error
 
 
 def print_kv_config(serving: Serving, out: Console) -> None:
@@ -248,7 +249,7 @@ def _files(serving: Serving) -> dict[str, ChainFile]:
     for source in serving.chains:
         file = read_chain(source, **options)
         if file.name in files:
-            raise ValueError(
+            raise LatentMASError(
                 f"{file.source} and {files[file.name].source} are both called {file.name!r}, and requests name chains by that; "
                 "give one of them another name"
             )
@@ -271,7 +272,7 @@ def _chains(
         every = serial(agents)
         try:
             if every[-1].model is not None:
-                raise ValueError(
+                raise LatentMASError(
                     f"its last agent runs on {every[-1].model}, and vLLM on {serving.source}; serve it with --model "
                     f"{every[-1].model}"
                 )
@@ -300,13 +301,13 @@ def _refuse(serving: Serving, chains: dict[str, Chain], name: str, error: ValueE
     """A chain that cannot be served: an error where it was asked for, a warning where it merely comes with the package."""
     chains.pop(name, None)
     if serving.chains:
-        raise ValueError(f"chain {name}: {error}") from error
+        raise LatentMASError(f"chain {name}: {error}") from error
     _say(console, f"chain {name} is left out: {error}", "warning: ")
 
 
 def _check_any(chains: dict[str, Chain]) -> None:
     if not chains:
-        raise ValueError(
+        raise LatentMASError(
             "no chain that comes with the package can be served like this, for the reasons above; make room for them (a "
             "larger --max-model-len of vLLM, fewer --latent-steps or --max-new-tokens), or name a chain with --chain"
         )
@@ -322,7 +323,9 @@ def _listening(host: str, port: int) -> socket.socket:
         bound.listen(2048)  # an address that is only bound is not taken yet
         return bound
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen at {host} port {port}: {error}; name others with --host and --port") from error
+        raise LatentMASError(
+            f"cannot listen at {host} port {port}: {error}; name others with --host and --port"
+        ) from error
 
 
 def _say(console: Console, line: str, mark: str = "") -> None:

@@ -20,6 +20,7 @@ import torch
 
 from latentmas.backends.vllm.launch import environment, kv_config
 from latentmas.backends.vllm.server import Upstream
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 FAILED_STARTS = 3
@@ -57,12 +58,12 @@ class Child:
         """
         taken = [option for option in settings if _is_ours(option)]
         if taken:
-            raise ValueError(
+            raise LatentMASError(
                 f"got {' '.join(taken)} among vLLM's options, which the gateway sets itself or cannot work with; leave it out, "
                 "or run vLLM yourself and name it with --vllm-url"
             )
         if find_spec("vllm") is None:
-            raise ValueError(
+            raise LatentMASError(
                 "vLLM is not installed here; docs/vllm.md says how to make an environment with it, and --vllm-url takes a "
                 "server that runs elsewhere"
             )
@@ -104,7 +105,7 @@ class Child:
             if self._process.poll() is not None:
                 await self.end()
                 said = "\n".join(self._log) or "nothing"
-                raise ValueError(
+                raise LatentMASError(
                     f"vLLM ended as it started ({_ended(self._process.returncode)}); the last that it said:\n{said}"
                 )
 
@@ -128,7 +129,7 @@ class Child:
                     break
                 except ValueError as error:
                     if failed == FAILED_STARTS:
-                        raise ValueError(f"vLLM did not start {failed} times in a row. {error}") from error
+                        raise LatentMASError(f"vLLM did not start {failed} times in a row. {error}") from error
                     self.say(str(error))
                     await asyncio.sleep(failed)
             self.say("vLLM answers again")

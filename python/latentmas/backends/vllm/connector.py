@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from latentmas.backends.kv_file import check_finite, kv_heads_of_rank, read_kv_rows
 from latentmas.backends.vllm.pending_loads import Ledger, Load
+from latentmas_kernels.errors import LatentMASError
 
 logger = init_logger("vllm.latentmas")
 PR_SET_PDEATHSIG = 1
@@ -48,12 +49,12 @@ class LatentConnector(KVConnectorBase_V1):
         extra = settings.kv_connector_extra_config
         missing = [name for name in ("folder", "fingerprint") if not isinstance(extra.get(name), str)]
         if missing:
-            raise ValueError(
+            raise LatentMASError(
                 f"LatentConnector needs {' and '.join(missing)} in kv_connector_extra_config; `latentmas serve --kv-config` "
                 "prints the whole configuration for a model"
             )
         if settings.kv_load_failure_policy != "fail":
-            raise ValueError(
+            raise LatentMASError(
                 f"got kv_load_failure_policy {settings.kv_load_failure_policy!r}; LatentConnector needs 'fail': what vLLM "
                 "would compute in place of a memory are its placeholders"
             )
@@ -123,11 +124,11 @@ class LatentConnector(KVConnectorBase_V1):
 
     def _load(self, load: Load, layers: dict[str, Any]) -> None:
         if load.handed is None:
-            raise ValueError(load.fault)
+            raise LatentMASError(load.fault)
         kv = read_kv_rows(self.folder, load.handed, self.fingerprint)
         _, count, heads, _, width = kv.shape
         if (count, heads, width, kv.dtype) != (self.layers, self.heads, self.width, self.dtype):
-            raise ValueError(
+            raise LatentMASError(
                 f"{load.handed.file} has {count} layers, {heads} KV heads of {width} in {kv.dtype}; this engine runs "
                 f"{self.layers} layers, {self.heads} KV heads of {self.width} in {self.dtype}"
             )
@@ -176,7 +177,7 @@ def check_supported(vllm_config: Any) -> None:
 
 
 def _refusal(got: str, remedy: str = "hand embeddings over") -> ValueError:
-    return ValueError(
+    return LatentMASError(
         f"LatentConnector got {got}; supported are models with full attention in every layer and keys and values in the "
         f"model's dtype: {remedy}"
     )

@@ -22,6 +22,7 @@ from latentmas.backends.kv_file import KVFile, KVFileRow, check_transferable, sh
 from latentmas.backends.vllm.launch import end_engine, kv_config, start_engine
 from latentmas_kernels import LatentCache
 from latentmas_kernels.cache.file import ModelFingerprint
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 
@@ -57,7 +58,7 @@ class Vllm:
             ValueError: where vLLM is not installed, or cannot run this model or these settings.
         """
         if kv_transfer not in KV_TRANSFERS:
-            raise ValueError(f"got kv_transfer {kv_transfer!r}; supported are {', '.join(KV_TRANSFERS)}")
+            raise LatentMASError(f"got kv_transfer {kv_transfer!r}; supported are {', '.join(KV_TRANSFERS)}")
         architecture = Architecture.of(model)
         if kv_transfer == "kv":
             check_transferable(model)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from latentmas_kernels.cache.file import ModelFingerprint
+from latentmas_kernels.errors import LatentMASError
 
 TESTED = "0.32"
 """The version of vLLM that the tests run with: connectors are an interface that it still changes."""
@@ -28,7 +29,7 @@ REFUSED = {
 def check_installed() -> None:
     """Raise ValueError where there is no vLLM; imports nothing of it."""
     if find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
+        raise LatentMASError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
 
 
 def kv_config(stamp: ModelFingerprint, folder: Path, *, owner: int | None = None) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings
     if not vllm.__version__.startswith(f"{TESTED}."):
         warnings.warn(f"vLLM {vllm.__version__} is here; this was tested with {TESTED}", stacklevel=3)
     if has_kv_transfer_group():
-        raise ValueError(
+        raise LatentMASError(
             "there is an engine with a connector in this process, and vLLM has one at most; close it first"
         )
     # What is found in a cache is checked on every answer, so statistics are on.
@@ -101,10 +102,10 @@ def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings
             engine = LLMEngine.from_vllm_config(config)
             engine.get_supported_tasks()  # asked for by the first request, which could not be woken up then
     except TypeError as error:  # a setting that there is not
-        raise ValueError(f"vLLM does not take these settings: {error}") from error
+        raise LatentMASError(f"vLLM does not take these settings: {error}") from error
     except (ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"vLLM did not start: {said[0]} (more in its log above)") from error
+        raise LatentMASError(f"vLLM did not start: {said[0]} (more in its log above)") from error
     finally:
         if engine is None:
             _forget_connector()
@@ -128,14 +129,14 @@ def _forget_connector() -> None:
 def _check_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     taken = sorted(given.keys() & settings.keys())
     if taken:
-        raise ValueError(
+        raise LatentMASError(
             f"got {', '.join(taken)} among the settings of vLLM, which are set by the chain; leave them out"
         )
     for setting, why in REFUSED.items():
         if settings.get(setting) not in (None, 1):
-            raise ValueError(f"got {setting} {settings[setting]!r} among the settings of vLLM: {why}")
+            raise LatentMASError(f"got {setting} {settings[setting]!r} among the settings of vLLM: {why}")
     if settings.get("load_format") == "dummy":
-        raise ValueError("got load_format 'dummy' among the settings of vLLM: its weights would be random")
+        raise LatentMASError("got load_format 'dummy' among the settings of vLLM: its weights would be random")
 
 
 class _Interrupted(BaseException):

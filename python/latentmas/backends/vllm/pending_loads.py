@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentmas.backends.kv_file import KVFileRow
+from latentmas_kernels.errors import LatentMASError
 
 logger = logging.getLogger("vllm.latentmas")
 
@@ -103,11 +104,11 @@ def _checked(params: Mapping[str, Any] | None, salt: str | None, tokens: int) ->
     if handed is None:
         return None
     if salt != handed.salt:
-        raise ValueError(
+        raise LatentMASError(
             f"got cache_salt {salt!r}; it must be {handed.salt!r}, or vLLM's prefix cache would take one memory for another"
         )
     if handed.slots >= tokens:
-        raise ValueError(
+        raise LatentMASError(
             f"got a prompt of {tokens} tokens for {handed.slots} slots; it needs a placeholder for each slot and one token more"
         )
     return handed

@@ -30,6 +30,7 @@ from latentmas.serving.model_lease import Turn
 from latentmas_kernels import LatentCache, generate
 from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 CONNECT_SECONDS, HEALTH_SECONDS, ASK_SECONDS = 5.0, 3.0, 15.0
@@ -101,14 +102,14 @@ class Upstream:
             ValueError: where the model's memories cannot be handed over, or there is no such folder.
         """
         if kv_transfer not in KV_TRANSFERS:
-            raise ValueError(f"got --hand-over {kv_transfer}; supported are {', '.join(KV_TRANSFERS)}")
+            raise LatentMASError(f"got --hand-over {kv_transfer}; supported are {', '.join(KV_TRANSFERS)}")
         if not timeout > 0:
-            raise ValueError(f"got --timeout {timeout}; supported are seconds, more than 0")
+            raise LatentMASError(f"got --timeout {timeout}; supported are seconds, more than 0")
         if kv_transfer == "kv":
             check_transferable(model)
         self.folder = shared_folder() if folder is None else folder
         if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
-            raise ValueError(f"{self.folder} is no folder that can be written to; name one that vLLM can read, too")
+            raise LatentMASError(f"{self.folder} is no folder that can be written to; name one that vLLM can read, too")
         sweep(self.folder)
         self.kv_transfer, self.timeout, self.stamp, self.max_model_len = (
             kv_transfer,
@@ -181,14 +182,14 @@ class Upstream:
         if told.status_code == 503:
             raise Unreachable(f"vLLM at {self.url} is not ready (503); try again in a while")
         if told.status_code in (401, 403):
-            raise ValueError(
+            raise LatentMASError(
                 f"{self.url} wants an API key (status {told.status_code}); set VLLM_API_KEY to that of vLLM"
             )
         try:
             served = told.json()["data"][0]
             self.name, self.max_model_len = str(served["id"]), int(served["max_model_len"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(
+            raise LatentMASError(
                 f"{self.url}/v1/models gave {told.text[:200]!r} (status {told.status_code}), which is not what vLLM says; "
                 "--vllm-url is the address of a running `vllm serve`, like http://127.0.0.1:8001"
             ) from error
@@ -208,7 +209,7 @@ class Upstream:
         except (Unreachable, Busy, Silent):
             raise
         except EngineError as error:
-            raise ValueError(f"{error}. {self._remedy}") from error
+            raise LatentMASError(f"{error}. {self._remedy}") from error
         finally:
             sent.close()
 
@@ -218,7 +219,7 @@ class Upstream:
             written = piece.written
         assert written is not None
         if written.ids[0] not in self._probe.likely:
-            raise ValueError(
+            raise LatentMASError(
                 f"vLLM at {self.url} ({self.name}) goes on otherwise behind {PROBE_TEXT!r} than {self.stamp.model}, so it runs "
                 "another model; serve the same model and dtype there and here (--model, --dtype)"
             )

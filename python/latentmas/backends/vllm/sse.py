@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from latentmas.backends.base import EngineError
+from latentmas_kernels.errors import LatentMASError
 
 
 class Unreachable(EngineError):
@@ -115,7 +116,7 @@ def address_of(url: str) -> str:
     except httpx.InvalidURL:
         fits = False
     if not fits:
-        raise ValueError(
+        raise LatentMASError(
             f"got --vllm-url {url}; supported is the address of a running `vllm serve`, like http://127.0.0.1:8001"
         )
     return url.rstrip("/").removesuffix("/v1")
