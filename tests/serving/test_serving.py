@@ -508,7 +508,7 @@ def test_no_room(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for error in (OSError(errno.ENOSPC, "full"), InsufficientMemoryError("full")):
         with monkeypatch.context() as patch:
-            patch.setattr("latentmas.backends.vllm.server.Parcel", raising(error))
+            patch.setattr("latentmas.backends.vllm.server.KVFile", raising(error))
             response = house.ask()
         assert "--folder" in error_of(response, 503)["message"]
         assert response.json()["error"]["code"] == "folder_unwritable"
