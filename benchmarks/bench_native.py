@@ -38,8 +38,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
-from latentmas_kernels import extension as native
 from latentmas_kernels.engines import LatentParams, NativeEngine, SamplingParams
+from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.ops.realign import realign_reference
@@ -172,10 +172,10 @@ def steps(args: argparse.Namespace, shape: str, batch: int, folder: Path) -> dic
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    threads = native.extension().threads()
+    threads = extension().threads()
     return {
         **conditions("cpu"),
-        "native": native.extension_state(),
+        "native": extension_state(),
         "threads": threads,
         "dtype": args.dtype,
         "kv": args.kv,

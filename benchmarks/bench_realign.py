@@ -12,7 +12,7 @@ import torch
 from sweeps import MOST_CALLS, Race, cold, require_correct
 from torch import Tensor
 
-from latentmas_kernels import extension as native
+from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.ops.realign import realign, realign_reference
 
 TARGET_NORM = 2.5
@@ -32,8 +32,8 @@ def check(hidden: Tensor, weight: Tensor | None) -> None:
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("width", [576, 896, 1024, 2048, 4096])
 def test_realign(race: Race, device: str, width: int, rows: int, dtype: torch.dtype, kind: str) -> None:
-    if device == "cpu" and native.extension() is None:
-        pytest.skip(native.extension_state())
+    if device == "cpu" and extension() is None:
+        pytest.skip(extension_state())
     weights: list[Tensor | None] = [None] * MOST_CALLS
     if kind == "weight":
         weights = list(cold(device, torch.float32, width, width))

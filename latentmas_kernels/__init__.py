@@ -9,18 +9,19 @@ if TYPE_CHECKING:
     from latentmas_kernels.alignment import Aligner, build_aligner
     from latentmas_kernels.cache import LatentCache, Segment
     from latentmas_kernels.diagnostics import Report, doctor
-    from latentmas_kernels.generation import GenerateOutput, LatentOutput, Metrics, generate, latent_generate
+    from latentmas_kernels.generation import generate, latent_generate
     from latentmas_kernels.hf import accelerate, restore
     from latentmas_kernels.models.architecture import UnsupportedModelError
+    from latentmas_kernels.outputs import GenerateOutput, LatentOutput, Metrics
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Aligner": "alignment",
-    "GenerateOutput": "generation",
+    "GenerateOutput": "outputs",
     "LatentCache": "cache",
-    "LatentOutput": "generation",
-    "Metrics": "generation",
+    "LatentOutput": "outputs",
+    "Metrics": "outputs",
     "Report": "diagnostics",
     "Segment": "cache",
     "UnsupportedModelError": "models.architecture",

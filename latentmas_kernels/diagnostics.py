@@ -1,7 +1,6 @@
 """doctor(): which fast paths are on here, for a model where one is given, and why the others are not."""
 
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
@@ -9,12 +8,9 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from latentmas_kernels import extension as native
-from latentmas_kernels.engines import cuda
-from latentmas_kernels.engines import hf_graph as generic
-from latentmas_kernels.engines import native as native_engine
+from latentmas_kernels.engines.registry import REGISTRY, EngineEntry
+from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, in_short
-from latentmas_kernels.models.packable import FAMILIES
 
 DISTRIBUTION = "latentmas-kernels"
 PACKAGES = ("torch", "transformers", "triton")
@@ -22,7 +18,7 @@ PACKAGES = ("torch", "transformers", "triton")
 
 @dataclass(frozen=True)
 class Path:
-    """A fast path: whether it is on, and with what, or why not."""
+    """A fast path: whether it is on, and what it runs on, or why it is off."""
 
     on: bool
     why: str
@@ -33,7 +29,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found; `print(doctor())` shows it, a line per topic.
+    """The findings of doctor(); `print(doctor())` shows them, a line per topic.
 
     Attributes:
         python: version and platform.
@@ -56,7 +52,7 @@ class Report:
 
     @property
     def lines(self) -> dict[str, str]:
-        """One line of text per topic."""
+        """Return one line of text per topic."""
         lines = {
             "python": self.python,
             **self.packages,
@@ -75,12 +71,12 @@ class Report:
         return "\n".join(f"{topic:<{width}}  {state}" for topic, state in lines.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """For `json.dumps`."""
+        """Return the report as `json.dumps` takes it."""
         return asdict(self)
 
 
 def doctor(model: Any = None) -> Report:
-    """Look at versions, devices, the native extension and Triton.
+    """Report versions, devices, the C++ extension, Triton and the engines.
 
     Args:
         model: a causal LM of transformers, on any device ("meta" will do); None looks at the machine only.
@@ -88,24 +84,19 @@ def doctor(model: Any = None) -> Report:
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
-    extension = native.extension()
+    loaded = extension()
     sets: list[str] = []
-    if extension is not None:
-        active = extension.active_isa()
-        sets = [active, *(isa for isa in extension.available_isas().split() if isa != active)]
+    if loaded is not None:
+        active = loaded.active_isa()
+        sets = [active, *(isa for isa in loaded.available_isas().split() if isa != active)]
     return Report(
         python=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         packages={package: _judged(package) for package in PACKAGES},
         devices=["cpu", *gpus],
         instruction_sets=sets,
         threads=torch.get_num_threads(),
-        kernels={"native": Path(extension is not None, native.extension_state()), "triton": _triton(bool(gpus))},
-        engines={
-            "native": _native(model),
-            "cuda": _cuda(model, bool(gpus)),
-            "generic": _generic(model, bool(gpus)),
-            "eager": _eager(model),
-        },
+        kernels={"native": Path(loaded is not None, extension_state()), "triton": _triton(bool(gpus))},
+        engines={entry.name: _engine(entry, model) for entry in REGISTRY},
         model=None if model is None else _shape(model),
     )
 
@@ -119,56 +110,21 @@ def _triton(gpu: bool) -> Path:
     return Path(True, f"the ops of a decode step (triton {found})")
 
 
-def _native(model: Any) -> Path:
-    """The C++ engine on the CPU."""
-    on = f"whole calls in C++ on {_threads()} threads"
+def _engine(entry: EngineEntry, model: Any) -> Path:
     if model is None:
-        if native.extension() is None:
-            return Path(False, native.extension_state())
-        return Path(True, f"{on}, for {', '.join(FAMILIES)}")
-    reason = _reason(model, native_engine.unsupported_reason)
+        missing = entry.missing()
+        return Path(missing is None, missing or entry.summary() + (f", for {entry.covers}" if entry.covers else ""))
+    reason = _unsupported_reason(entry, model)
     if reason is not None:
         return Path(False, reason)
-    kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in native_engine.memory_report(model).items())
-    return Path(True, on + (f"; kept: {kept}" if kept else ""))
+    kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in entry.module.memory_report(model).items())
+    return Path(True, entry.summary() + (f"; kept: {kept}" if kept else ""))
 
 
-def _threads() -> int:
-    return native.extension().threads() if native.extension() is not None else 1
-
-
-def _cuda(model: Any, gpu: bool) -> Path:
-    """The packed engine: kernels and graphs of our own."""
-    if model is None:
-        if not gpu:
-            return Path(False, "there is no CUDA device")
-        return Path(True, f"whole steps as CUDA graphs, for {', '.join(FAMILIES)}")
-    reason = _reason(model, cuda.unsupported_reason)
-    if reason is not None:
-        return Path(False, reason)
-    kept = ", ".join(f"{what} {size / 2**20:.1f} MB" for what, size in cuda.memory_report(model).items())
-    return Path(True, "whole steps as CUDA graphs" + (f"; kept: {kept}" if kept else ""))
-
-
-def _generic(model: Any, gpu: bool) -> Path:
-    """transformers' forward as a graph."""
-    if model is None:
-        if not gpu:
-            return Path(False, "there is no CUDA device")
-        return Path(True, "transformers' own forward as a CUDA graph, for what the cuda engine does not cover")
-    reason = _reason(model, generic.unsupported_reason)
-    return Path(reason is None, reason or "transformers' own forward as a CUDA graph")
-
-
-def _eager(model: Any) -> Path:
-    reason = None if model is None else _reason(model, lambda *_: None)
-    return Path(reason is None, reason or "transformers' own forward on our cache")
-
-
-def _reason(model: Any, unsupported_reason: Callable[[Any, Architecture], str | None]) -> str | None:
-    """Why an engine does not run the model, an error on the way included."""
+def _unsupported_reason(entry: EngineEntry, model: Any) -> str | None:
+    """Return why an engine does not run the model; an error on the way is a reason too."""
     try:
-        return unsupported_reason(model, Architecture.of(model))
+        return entry.module.unsupported_reason(model, Architecture.of(model))
     except UnsupportedModelError as error:
         return str(error)
     except Exception as error:

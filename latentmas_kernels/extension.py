@@ -13,7 +13,6 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "not built: no C++ compiler was found at install time; install g++ or clang++, then install again"
     try:
         _C = importlib.import_module("latentmas_kernels._C")
-
         _C.active_isa()  # raises where LATENTMAS_ISA names what this processor cannot run
     except ImportError as error:
         return None, f"built, but it does not load ({error}); install the package again on this machine"
@@ -21,10 +20,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def extension() -> Any:
-    """The C++ extension module, or None where it was not built."""
+    """Return the C++ extension module, or None where it was not built or does not load."""
     return _load()[0]
 
 
 def extension_state() -> str:
-    """One line: the instruction set in use, or why the extension is missing."""
+    """Return one line: the instruction set in use, or why the extension is missing."""
     return _load()[1]

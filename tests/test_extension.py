@@ -17,21 +17,21 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 import latentmas_kernels
 from latentmas_kernels import doctor, latent_generate
-from latentmas_kernels import extension as native
+from latentmas_kernels.extension import _load, extension, extension_state
 from latentmas_kernels.ops.realign import realign, realign_reference
 from latentmas_kernels.storage import atomic_write, cache_folder
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
-needs_extension = pytest.mark.skipif(native.extension() is None, reason=native.extension_state())
+needs_extension = pytest.mark.skipif(extension() is None, reason=extension_state())
 
 
 @pytest.fixture
 def looked_for_again(monkeypatch):
     """The extension is looked for anew in the test, and once more after it. Torn down before monkeypatch's changes."""
-    native._load.cache_clear()
+    _load.cache_clear()
     yield monkeypatch
-    native._load.cache_clear()
+    _load.cache_clear()
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def missing(looked_for_again):
     def find(name, package=None):
         return None if name == "latentmas_kernels._C" else find_spec(name, package)
 
-    looked_for_again.setattr(native.importlib.util, "find_spec", find)
+    looked_for_again.setattr(importlib.util, "find_spec", find)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_doctor_names_the_instruction_set_that_runs():
     assert report.instruction_sets[0] == _C.active_isa()
     assert sorted(report.instruction_sets) == sorted(_C.available_isas().split())
     assert "portable" in report.instruction_sets
-    assert native.extension() is _C
+    assert extension() is _C
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -137,14 +137,14 @@ def test_doctor_says_that_the_extension_was_not_built(missing):
     assert (report.kernels["native"].on, report.instruction_sets) == (False, [])
     assert state.startswith("off: not built: no C++ compiler was found at install time")
     assert "install g++ or clang++, then install again" in state
-    assert native.extension() is None
+    assert extension() is None
 
 
 def test_doctor_says_that_the_extension_does_not_load(broken):
     state = doctor().lines["native kernels"]
     assert state.startswith("off: built, but it does not load (")
     assert state.endswith("install the package again on this machine")
-    assert native.extension() is None
+    assert extension() is None
 
 
 def test_doctor_describes_the_model_that_it_is_given():
@@ -214,7 +214,7 @@ def test_with_and_without_the_extension_the_result_is_the_same(request):
     hidden, weight = inputs()
     with_extension = realign(hidden, weight, 1.5)
     request.getfixturevalue("missing")
-    assert native.extension() is None
+    assert extension() is None
     torch.testing.assert_close(realign(hidden, weight, 1.5), with_extension, rtol=1e-5, atol=1e-6)
 
 

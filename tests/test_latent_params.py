@@ -9,7 +9,7 @@ from tiny_models import OTHERS, PlainLoop, feed_back, is_tied, ragged, real, tin
 
 from latentmas_kernels import LatentCache, Segment, build_aligner, generation, latent_generate
 from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams, NativeEngine
-from latentmas_kernels.engines.thinking import converged, cosine
+from latentmas_kernels.engines.base import converged, cosine
 from latentmas_kernels.models.architecture import Architecture
 
 ENGINES = ["eager", "native"]

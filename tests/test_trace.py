@@ -10,9 +10,9 @@ from torch import Tensor
 
 from latentmas_kernels import LatentOutput, latent_generate, trace
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.thinking import cosine
-from latentmas_kernels.generation import Metrics
+from latentmas_kernels.engines.base import cosine
 from latentmas_kernels.models.architecture import Architecture, decoder_of, logits_of
+from latentmas_kernels.outputs import Metrics
 from latentmas_kernels.trace import LatentTrace, trace_of
 
 EAGER = {"engine": "eager", "aligner": "identity"}

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.engines.base import LatentParams, LatentResult, SamplingParams
 from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraphs, EagerReplay, Replay
 from latentmas_kernels.engines.cuda_step import Step
-from latentmas_kernels.engines.decoding import SamplingParams
 from latentmas_kernels.engines.eager import EagerEngine
-from latentmas_kernels.engines.thinking import LatentParams, LatentResult
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import Weights, pack_weights

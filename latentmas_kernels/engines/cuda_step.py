@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.thinking import LatentParams
+from latentmas_kernels.engines.base import LatentParams
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import Weights
 from latentmas_kernels.ops.triton import row_state as fields

@@ -1,9 +1,9 @@
 """The eager engine: transformers' own forward, with explicit positions and masks, on a ragged cache.
 
-Runs every model that `Architecture.of` accepts, and is what each faster engine is held against.
+Runs every model that `Architecture.of` accepts, and is the reference that every faster engine is tested against.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,25 @@ from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache, Slots
+from latentmas_kernels.engines.base import LatentParams, LatentResult, OnStep
 from latentmas_kernels.engines.stepwise import latent_stepwise
-from latentmas_kernels.engines.thinking import LatentParams, LatentResult
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, cache_argument, decoder_of
 
 
+def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
+    """Return None: this engine runs every model that has an Architecture."""
+    return None
+
+
+def memory_report(model: Any) -> dict[str, int]:
+    """Return nothing: this engine keeps nothing between calls."""
+    return {}
+
+
 class EagerEngine:
-    """See `latentmas_kernels.engines.Engine`."""
+    """See `latentmas_kernels.engines.base.Engine`."""
 
     name = "eager"
     uses_thread_pool = False
@@ -39,18 +49,18 @@ class EagerEngine:
             return self.decoder(**inputs).last_hidden_state[:, -1]
 
     def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """As extend: states [B, D] and logits [B, V]. All layers' states are collected on the way."""
+        """As `extend`: states [B, D] and logits [B, V]. The forward collects the states of all layers on the way."""
         with self._inputs(cache, prompt) as inputs:
             result = self.model(**inputs, logits_to_keep=1, output_hidden_states=True)
         return result.hidden_states[-1][:, -1], self.of_tokens(result.logits)
 
     def of_tokens(self, logits: Tensor) -> Tensor:
-        """[B, V] of a forward's logits [B, 1, rows of the lm_head], which may have rows beyond those of the embedding."""
+        """Return [B, V] of a forward's logits [B, 1, rows of the lm_head], which may be more than those of the embedding."""
         return logits[:, -1, : self.architecture.vocab_size]
 
     @contextmanager
     def _inputs(self, cache: LatentCache, prompt: Prompt) -> Iterator[dict[str, Any]]:
-        """What a forward is called with that appends the prompt; the cache counts it in behind the block."""
+        """Give the arguments of a forward that appends the prompt. The cache's lengths grow at the end of the block."""
         slots = cache.reserve(prompt.counts, prompt.columns)
         yield {
             "input_ids": prompt.input_ids,
@@ -63,17 +73,12 @@ class EagerEngine:
         cache.advance(prompt.counts)
 
     def run_latent(
-        self,
-        cache: LatentCache,
-        seed: Tensor,
-        aligner: Aligner,
-        latent_params: LatentParams,
-        on_step: Callable[[int], None] | None,
+        self, cache: LatentCache, seed: Tensor, aligner: Aligner, latent_params: LatentParams, on_step: OnStep | None
     ) -> LatentResult:
         return latent_stepwise(self, cache, seed, aligner, latent_params, on_step)
 
     def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
-        """The explicit mask [B, 1, T, width], one per layer type where the model mixes them.
+        """Return the explicit mask [B, 1, T, width], one per layer type where the model mixes them.
 
         Query q sees slot k of its row if k is in use, pos_k <= pos_q and, in a sliding layer, pos_q - pos_k < window.
         """
@@ -84,11 +89,11 @@ class EagerEngine:
         masks = {}
         for kind, window in zip(self.architecture.layer_types, self.architecture.windows, strict=True):
             if kind not in masks:
-                masks[kind] = self.as_model_wants(causal if window is None else causal & (query - stored < window))
+                masks[kind] = self.attention_mask_of(causal if window is None else causal & (query - stored < window))
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def as_model_wants(self, mask: Tensor) -> Tensor:
-        """A mask of what is seen in the form that the model's attention takes: bool, or added to the scores."""
+    def attention_mask_of(self, mask: Tensor) -> Tensor:
+        """Return a bool mask of visible slots in the form that the model's attention takes: bool, or added to the scores."""
         if self.model.config._attn_implementation == "sdpa":
             return mask
         lowest = torch.finfo(self.architecture.dtype).min
@@ -96,14 +101,14 @@ class EagerEngine:
 
 
 class _RaggedForward(Cache):
-    """The cache of one forward: stores the real positions in their slots, gives back all slots in use."""
+    """The cache of one forward: stores the real positions in their slots, returns all slots in use."""
 
     def __init__(self, cache: LatentCache, slots: Slots) -> None:
         super().__init__(layers=cache.layers)
         self.cache, self.slots = cache, slots
         # [B, 1, width, 1], true for slots behind a row's end: they are undefined, and 0 x NaN is NaN in attention.
         stop, width = slots.stop, slots.width
-        # Where the slots of each row lie: its own, and at the beginning those that it borrows.
+        # The row that holds each slot of a row: the row itself, or for a shared prefix the prefix row.
         self.rows: Tensor | None = None
         if bool(cache.prefix_len.any()):
             own = torch.arange(width) >= cache.prefix_len[:, None]

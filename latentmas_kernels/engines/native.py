@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentmas_kernels import extension as native
 from latentmas_kernels.alignment import TOP_K, Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.decoding import SamplingParams
+from latentmas_kernels.engines.base import LatentParams, LatentResult, SamplingParams
 from latentmas_kernels.engines.stepwise import latent_stepwise
-from latentmas_kernels.engines.thinking import LatentParams, LatentResult
+from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import Layer, Weights, pack_weights
@@ -31,8 +30,8 @@ def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
     """Why this engine cannot run the model, as a clause; None where it can."""
     if architecture.device.type != "cpu":
         return f"the model is on {architecture.device}, not on the CPU"
-    if native.extension() is None:
-        return f"the C++ extension is missing ({native.extension_state()})"
+    if extension() is None:
+        return f"the C++ extension is missing ({extension_state()})"
     return unpackable_reason(model, architecture)
 
 
@@ -92,7 +91,7 @@ class State:
             "attention_scaling": weights.attention_scaling,
             "inv_freq": weights.inv_freq.tolist(),
         }
-        self.runner = native.extension().Runner(model, [layer_of(layer) for layer in weights.layers])
+        self.runner = extension().Runner(model, [layer_of(layer) for layer in weights.layers])
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +129,7 @@ class NativeEngine:
             # LoRA does). Reading all weights once costs a call as much as one bfloat16 step.
             self.name = "native (int8)"
             products = [getattr(layer, name) for layer in self.weights.layers for name in PRODUCTS]
-            checksum = native.extension().checksum
+            checksum = extension().checksum
             key += tuple(checksum(w.data_ptr(), w.nbytes) for w in [*products, self.weights.lm_head])
         states = _states.setdefault(model, {})
         if int8 not in states or states[int8].key != key:
@@ -225,7 +224,7 @@ class NativeEngine:
             lengths=cache.lengths.tolist(),
             positions=cache.next_position.tolist(),
             logits=logits.data_ptr(),
-            sampling=native.extension().Sampling(
+            sampling=extension().Sampling(
                 draw=sampling_params.do_sample,
                 temperature=sampling_params.temperature,
                 top_k=sampling_params.top_k,

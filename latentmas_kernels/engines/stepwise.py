@@ -1,6 +1,5 @@
-"""Steps one `extend` at a time: for engines, kinds of feedback and ways to choose tokens that have no loop of their own."""
+"""Latent steps and decoding by one `Engine.extend` per step, where an engine has no loop of its own for what is asked."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +10,20 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.thinking import LatentParams, LatentResult, converged
+from latentmas_kernels.engines.base import Engine, LatentParams, LatentResult, OnStep, SupportsExtendBoth, converged
 from latentmas_kernels.engines.torch_threads import one_torch_thread
 from latentmas_kernels.inputs import Prompt
 
 
 def latent_stepwise(
-    engine: Any,
+    engine: SupportsExtendBoth,
     cache: LatentCache,
     seed: Tensor,
     aligner: Aligner,
     latent_params: LatentParams,
-    on_step: Callable[[int], None] | None,
+    on_step: OnStep | None,
 ) -> LatentResult:
-    """`Engine.think` by `engine.extend`, and `engine.extend_both` where a step's logits and states are both asked for."""
+    """Run latent steps by `engine.extend`, or `engine.extend_both` where a step's logits and states are both needed."""
     batch, longest = len(seed), latent_params.longest
     dtype, device, width = engine.architecture.dtype, seed.device, engine.architecture.hidden_size
     latents = torch.zeros(batch, longest, width, dtype=dtype, device=device)
@@ -56,10 +55,10 @@ def latent_stepwise(
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """What `decode_stepwise` decoded.
+    """The decoded tokens of a batch.
 
     Attributes:
-        sequences: int64 [B, T + n], what it was given and the new tokens; behind a row's end the padding token.
+        sequences: int64 [B, T + n], the given sequences and the new tokens; behind a row's end the padding token.
         new_tokens: int64 [B] on the CPU, how many are a row's own.
         stopped: bool [B] on the CPU, whether a criterion ended the row.
         scores, logits: float32 [B, V] per new token, with and without the processors; None where not recorded.
@@ -73,7 +72,7 @@ class DecodeResult:
 
 
 def decode_stepwise(
-    engine: Any,
+    engine: Engine,
     cache: LatentCache,
     sequences: Tensor,
     logits: Tensor,
@@ -82,7 +81,7 @@ def decode_stepwise(
     *,
     max_new_tokens: int,
     do_sample: bool,
-    padding: int | None,
+    pad_token_id: int | None,
     streamer: Any = None,
     record_scores: bool = False,
     record_logits: bool = False,
@@ -93,7 +92,7 @@ def decode_stepwise(
     Args:
         sequences: int64 [B, T], what processors and criteria see before the first new token.
         logits: [B, V], of each row's last position.
-        padding: token behind a row's end. Needed where a criterion has an `eos_token_id`; as in transformers, rows that other
+        pad_token_id: behind a row's end. Needed where a criterion has an `eos_token_id`; as in transformers, rows that other
             criteria stopped go on with the batch.
         streamer: gets `put(tokens [B])` for each step.
         feed_ended: feed the padding of ended rows as well, as transformers does: what is recorded and cached for them is
@@ -106,8 +105,8 @@ def decode_stepwise(
     scores: tuple[Tensor, ...] | None = () if record_scores else None
     raw: tuple[Tensor, ...] | None = () if record_logits else None
     # A processor that runs a model of its own (guidance) is better off with torch's threads.
-    held = [value for processor in processors for value in getattr(processor, "__dict__", {}).values()]
-    runs_model = any(isinstance(value, nn.Module) for value in held)
+    attributes = [value for processor in processors for value in getattr(processor, "__dict__", {}).values()]
+    runs_model = any(isinstance(value, nn.Module) for value in attributes)
     with one_torch_thread() if engine.uses_thread_pool and not runs_model else nullcontext():
         for step in range(max_new_tokens):
             logits = logits.float()
@@ -116,8 +115,8 @@ def decode_stepwise(
             raw = None if raw is None else (*raw, logits)
             tokens = torch.multinomial(processed.softmax(-1), 1)[:, 0] if do_sample else processed.argmax(-1)
             if ends_rows:
-                assert padding is not None
-                tokens = torch.where(active, tokens, padding)
+                assert pad_token_id is not None
+                tokens = torch.where(active, tokens, pad_token_id)
             counts += active
             sequences = torch.cat([sequences, tokens[:, None]], dim=1)
             if criteria:

@@ -220,7 +220,7 @@ def to_sampling_params(
         return getattr(given[kind], name) if kind in given else otherwise
 
     return SamplingParams(
-        max_new_tokens=most_new_tokens(criteria, columns),
+        max_new_tokens=max_new_tokens_of(criteria, columns),
         min_new_tokens=max([0, *(_least_new_tokens(p, columns) for p in at_least)]),
         do_sample=bool(config.do_sample),
         temperature=setting(TemperatureLogitsWarper, "temperature", 1.0),
@@ -248,6 +248,6 @@ def _penalised(penalty: RepetitionPenaltyLogitsProcessor, input_ids: Tensor, wid
     return penalty(input_ids, ones) != 1
 
 
-def most_new_tokens(criteria: StoppingCriteriaList, columns: int) -> int:
+def max_new_tokens_of(criteria: StoppingCriteriaList, columns: int) -> int:
     """New tokens until the first MaxLengthCriteria ends the call."""
     return max(1, int(min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)) - columns)

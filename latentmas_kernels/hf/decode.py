@@ -1,7 +1,7 @@
 """latent_decode: transformers' decoding loop for greedy search and sampling, on our engines, after latent steps if asked for.
 
-transformers does what comes before: arguments, configuration, processors, criteria, the cache. What an engine cannot do goes
-on to transformers' own loop with the same arguments, with one warning.
+transformers prepares the call: arguments, configuration, processors, criteria, the cache. What an engine cannot do runs in
+transformers' own loop with the same arguments, with one warning.
 """
 
 import functools
@@ -18,22 +18,15 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.cache.from_hf import append_columns
 from latentmas_kernels.cache.latent_cache import InsufficientMemoryError, LatentCache
-from latentmas_kernels.engines import (
-    EagerEngine,
-    Engine,
-    LatentParams,
-    SupportsDecode,
-    check_engine_options,
-    fast_engine,
-)
+from latentmas_kernels.engines import EagerEngine, Engine, LatentParams, check_engine_options, fast_engine
 from latentmas_kernels.engines.stepwise import DecodeResult, decode_stepwise
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.generation import check_finite_states
+from latentmas_kernels.generation import check_finite_states, decode_by_engine, prefill
 from latentmas_kernels.hf.coverage import (
     CACHE,
     cached_columns,
     mask_of,
-    most_new_tokens,
+    max_new_tokens_of,
     past_columns,
     to_sampling_params,
     unsupported_reason,
@@ -60,20 +53,20 @@ def latent_decode(
     weights: str = "model",
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """For `model.generate(..., custom_generate=latent_decode, latent_steps=10)`: think, then decode, on a fast engine.
+    """Run latent steps, then decode: `model.generate(..., custom_generate=latent_decode, latent_steps=10)`.
 
-    transformers calls it with what it prepared, and hands a function neither the streamer (which has had the prompt) nor the
+    transformers calls it with what it prepared, and gives a function neither the streamer (which has had the prompt) nor the
     tokenizer, which stop_strings need, nor an assistant model. Pass `functools.partial(latent_decode, streamer=streamer)`
     besides `streamer=streamer`, or use `accelerate(model)`, where all of them work or are refused.
 
     Args:
         latent_steps: latent steps between the prompt and the first new token (LatentMAS, arXiv 2511.20639, section 3); they
-            take no place in the ids. None: as many as the generation_config says (`latent_steps`, an entry of your own), or 0.
+            take no place in the ids. None: as many as the generation_config has (`latent_steps`, an entry of your own), or 0.
         aligner, engine, weights: as in `latent_generate`. Without latent steps "auto" leaves a model that no fast engine
             covers to transformers' own loop.
 
     Returns:
-        What transformers' loop returns: int64 [B, T + new], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
+        As transformers' loop: int64 [B, T + new], or with return_dict_in_generate a GenerateDecoderOnlyOutput.
         A transformers cache that was passed in is extended in place and returned, as there. A LatentCache is not changed:
         a longer one is returned, and so it is after latent steps without a cache.
 
@@ -119,13 +112,15 @@ def decode(
     engine: str,
     weights: str,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """`latent_decode`, given the loop of transformers (it gets the model_kwargs) that runs what no engine covers."""
+    """Run `latent_decode`, or `loop` of transformers, called with the model_kwargs, for what no engine covers."""
     latent_steps = steps_of(latent_steps, generation_config)
     check_engine_options(engine, weights)
     inputs = {"input_ids": input_ids, **model_kwargs}
     # transformers' loop cannot do these.
     needed = latent_steps > 0 or isinstance(inputs.get(CACHE), LatentCache)
-    chosen = _why_left(model, generation_config, synced_gpus, inputs) or _engine(engine, model, weights, needed=needed)
+    chosen = _unsupported_reason(model, generation_config, synced_gpus, inputs) or _engine(
+        engine, model, weights, needed=needed
+    )
     if isinstance(chosen, str):
         reason = chosen
     else:
@@ -148,15 +143,15 @@ def decode(
 
 
 def steps_of(latent_steps: int | None, generation_config: GenerationConfig) -> int:
-    """Latent steps that a call asks for, by argument or in its configuration."""
+    """Return the latent steps that a call asks for, by argument or in its configuration."""
     asked = getattr(generation_config, "latent_steps", 0) if latent_steps is None else latent_steps
     if isinstance(asked, bool) or not hasattr(asked, "__index__") or operator.index(asked) < 0:
         raise LatentMASError(f"latent_steps must be an integer of 0 or more; got {asked!r}")
     return operator.index(asked)
 
 
-def _why_left(model: Any, config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
-    """`unsupported_reason`, for which an error is a reason too."""
+def _unsupported_reason(model: Any, config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
+    """Return `unsupported_reason`; an error on the way is a reason too."""
     try:
         return unsupported_reason(model, config, synced_gpus, inputs)
     except Exception as error:
@@ -164,10 +159,10 @@ def _why_left(model: Any, config: GenerationConfig, synced_gpus: bool, inputs: d
 
 
 def _engine(engine: str, model: Any, weights: str, *, needed: bool) -> Engine | str:
-    """The engine, or why transformers' own loop is as good: it is the eager engine's equal."""
+    """Return the engine, or why transformers' own loop runs instead: it is as fast as the eager engine."""
     try:
         architecture = Architecture.of(model)
-        # What its cache keeps decides what transformers' own loop would answer; latent steps have no such loop.
+        # Positions that its cache drops change the answer of transformers' own loop; latent steps have no such loop.
         dropped = None if needed else what_its_cache_drops(model, architecture)
     except UnsupportedModelError as error:
         return str(error)
@@ -188,13 +183,13 @@ def _engine(engine: str, model: Any, weights: str, *, needed: bool) -> Engine | 
 
 @dataclass
 class _Ready:
-    """What a call has before any of its work is done.
+    """The prepared inputs of a call.
 
     Attributes:
         prompt, columns: the new tokens; the mask [B, T] of their columns.
-        cache, held: what they are appended to, and the slots [B] that it came with.
-        most: new tokens at most.
-        outgoing: the transformers cache that goes out: the caller's, or the one that transformers made for this call.
+        cache, held: the cache that they are appended to, and its slots [B] in use before.
+        max_new_tokens: limit per row.
+        outgoing: the transformers cache to return: the caller's, or the one that transformers made for this call.
         aligner: of the latent steps, None without them.
     """
 
@@ -202,7 +197,7 @@ class _Ready:
     columns: Tensor
     cache: LatentCache
     held: Tensor
-    most: int
+    max_new_tokens: int
     outgoing: Cache | None
     aligner: Aligner | None
 
@@ -219,10 +214,10 @@ class _Call:
     streamer: Any
 
     def prepare(self, criteria: StoppingCriteriaList, aligner: str | Aligner) -> _Ready | str:
-        """Check and read all that the call needs and find it room; or, as a clause, why transformers has to run it.
+        """Check the inputs and allocate the cache; or return, as a clause, why transformers has to run the call.
 
         Raises:
-            ValueError: for what the caller gave (ids, masks, an aligner), and for weights of NaN or Inf.
+            ValueError: for inputs of the caller (ids, masks, an aligner), and for weights of NaN or Inf.
         """
         try:
             return self._prepare(criteria, aligner)
@@ -235,31 +230,33 @@ class _Call:
 
     def _prepare(self, criteria: StoppingCriteriaList, aligner: str | Aligner) -> _Ready:
         check_finite_weights(self.model)
-        architecture, mapped = self.runner.architecture, None
+        architecture, latent_aligner = self.runner.architecture, None
         if self.latent_steps:
-            mapped = build_aligner(self.model, aligner) if isinstance(aligner, str) else aligner
-            mapped.check_fits(architecture)
+            latent_aligner = build_aligner(self.model, aligner) if isinstance(aligner, str) else aligner
+            latent_aligner.check_fits(architecture)
         input_ids, target = self.inputs["input_ids"], self.inputs.get(CACHE)
-        most = most_new_tokens(criteria, input_ids.shape[1])
+        max_new_tokens = max_new_tokens_of(criteria, input_ids.shape[1])
         prompt, columns, past = self._read_prompt()
         held = torch.zeros_like(prompt.counts) if past is None else past.lengths
-        capacity = int((held + prompt.counts).max()) + self.latent_steps + most - 1
+        capacity = int((held + prompt.counts).max()) + self.latent_steps + max_new_tokens - 1
         outgoing: Cache | None = None
         if target is not None and not isinstance(target, LatentCache):
             is_callers = getattr(target, "_is_user_defined", False)
             outgoing = target if is_callers or (self.config.return_dict_in_generate and not self.latent_steps) else None
         cache = LatentCache.for_model(architecture, len(held), capacity) if past is None else past.acquire(capacity)
-        return _Ready(prompt, columns, cache, held, most, outgoing, mapped)
+        return _Ready(prompt, columns, cache, held, max_new_tokens, outgoing, latent_aligner)
 
     def run(
         self, ready: _Ready, processors: LogitsProcessorList, criteria: StoppingCriteriaList
     ) -> GenerateDecoderOnlyOutput | Tensor:
         prompt, cache, held, outgoing = ready.prompt, ready.cache, ready.held, ready.outgoing
         with cache.transaction():
-            logits = self._read_and_think(cache, prompt, ready.aligner)
+            logits = self._prefill_and_run_latent(cache, prompt, ready.aligner)
             start = cache.lengths
-            # Such a cache has padding behind ended rows, which transformers feeds: it is made the same.
-            spoken = self._speak(cache, logits, processors, criteria, ready.most, feed_ended=outgoing is not None)
+            # transformers feeds the padding behind ended rows, and its cache holds it.
+            result = self._decode(
+                cache, logits, processors, criteria, ready.max_new_tokens, feed_ended=outgoing is not None
+            )
             if bool((cache.lengths > start).any()):
                 cache.add_segment("text", start)
         if self.streamer is not None:
@@ -267,18 +264,18 @@ class _Call:
         if outgoing is not None:
             append_columns(cache, outgoing, held, ready.columns)
         if not self.config.return_dict_in_generate:
-            return spoken.sequences
+            return result.sequences
         if outgoing is None and (self.latent_steps or isinstance(self.inputs.get(CACHE), LatentCache)):
             outgoing = cache
         return GenerateDecoderOnlyOutput(
-            sequences=spoken.sequences,  # type: ignore[arg-type]
-            scores=spoken.scores,  # type: ignore[arg-type]
-            logits=spoken.logits,  # type: ignore[arg-type]
+            sequences=result.sequences,  # type: ignore[arg-type]
+            scores=result.scores,  # type: ignore[arg-type]
+            logits=result.logits,  # type: ignore[arg-type]
             **{CACHE: outgoing},  # type: ignore[arg-type]
         )
 
     def _read_prompt(self) -> tuple[Prompt, Tensor, LatentCache | None]:
-        """The new tokens; the mask [B, T] of their columns; and what they go on from."""
+        """Return the new tokens, the mask [B, T] of their columns, and the past."""
         known = cached_columns(self.inputs)
         assert known is not None
         ids, embeds, mask = self.inputs["input_ids"], self.inputs.get("inputs_embeds"), mask_of(self.inputs)
@@ -289,22 +286,20 @@ class _Call:
             ids = ids[:, known:].to(device)
         else:
             ids, embeds = None, embeds[:, known:].detach().to(device)
-        prompt, own = read_prompt(self.runner.architecture, ids, mask, embeds, past)
+        prompt, past = read_prompt(self.runner.architecture, ids, mask, embeds, past)
         given = ids if embeds is None else embeds
-        return prompt, mask[:, -given.shape[1] :].cpu() != 0, own
+        return prompt, mask[:, -given.shape[1] :].cpu() != 0, past
 
-    def _read_and_think(self, cache: LatentCache, prompt: Prompt, aligner: Aligner | None) -> Tensor:
-        """Logits [B, V] behind the prompt and the latent steps."""
-        runner, steps, start = self.runner, self.latent_steps, cache.lengths
-        seed = runner.extend(cache, prompt, logits=aligner is None or aligner.needs_logits)
-        cache.add_segment("prompt", start)
-        check_finite_states(seed, "prompt")
+    def _prefill_and_run_latent(self, cache: LatentCache, prompt: Prompt, aligner: Aligner | None) -> Tensor:
+        """Append the prompt and the latent steps; return the logits [B, V] of each row's last position."""
+        runner = self.runner
+        seed = prefill(runner, cache, prompt, logits=aligner is None or aligner.needs_logits)
         if aligner is None:
             return seed
         start = cache.lengths
-        latent_params = LatentParams(torch.full_like(start, steps))
+        latent_params = LatentParams(torch.full_like(start, self.latent_steps))
         latents = runner.run_latent(cache, seed, aligner, latent_params, None).latents
-        # An engine's thinking ends with a hidden state. The last step once more, by the way that gives logits, as each model
+        # An engine's latent steps end with a hidden state. The last step runs once more, by `extend`, for logits as each model
         # makes them (some scale or cap them behind the lm_head).
         cache.crop(-1)
         last = Prompt(torch.ones_like(start), inputs_embeds=latents[:, -1:])
@@ -313,42 +308,40 @@ class _Call:
         check_finite_states(logits, "latent steps")
         return logits
 
-    def _speak(
+    def _decode(
         self,
         cache: LatentCache,
         logits: Tensor,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
-        most: int,
+        max_new_tokens: int,
         *,
         feed_ended: bool,
     ) -> DecodeResult:
-        """Decode. With feed_ended the cache gets as many positions in each row, padding behind the end of a row."""
+        """Decode text behind the cache. With feed_ended all rows get as many positions, padding behind the end of a row."""
         input_ids, config, runner, streamer = self.inputs["input_ids"], self.config, self.runner, self.streamer
         record = bool(config.return_dict_in_generate)
         recorded = record and bool(config.output_scores or config.output_logits)
-        own = None if recorded else to_sampling_params(processors, criteria, config, input_ids, logits.shape[1])
-        if (
-            own is None
-            or not isinstance(runner, SupportsDecode)
-            or not runner.can_decode(own, len(logits), streaming=streamer is not None)
-        ):
+        sampling_params, result = None, None
+        if not recorded:
+            sampling_params = to_sampling_params(processors, criteria, config, input_ids, logits.shape[1])
+        if sampling_params is not None:
+            result = decode_by_engine(runner, cache, input_ids, logits, sampling_params, streamer)
+        if result is None:
             return decode_stepwise(
                 runner, cache, input_ids, logits, processors,
                 StoppingCriteriaList([c for c in criteria if type(c) is not MaxLengthCriteria]),
-                max_new_tokens=most, do_sample=bool(config.do_sample),
-                padding=None if config._pad_token_tensor is None else int(config._pad_token_tensor), streamer=streamer,
+                max_new_tokens=max_new_tokens, do_sample=bool(config.do_sample),
+                pad_token_id=None if config._pad_token_tensor is None else int(config._pad_token_tensor), streamer=streamer,
                 record_scores=record and bool(config.output_scores), record_logits=record and bool(config.output_logits),
                 feed_ended=feed_ended or recorded,
             )  # fmt: skip
-        tokens = runner.decode(cache, logits, own, None if streamer is None else streamer.put)
-        new, total = own.lengths(tokens), tokens.shape[1]
-        sequences = torch.cat([input_ids, tokens.to(input_ids.device)], dim=1)
         for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria):  # says so where the text went beyond the model's positions
-                criterion(sequences[:, :-1], None)
-        missing = total - new
+            if isinstance(criterion, MaxLengthCriteria):  # warns where the text went beyond the model's positions
+                criterion(result.sequences[:, :-1], None)
+        tokens = result.sequences[:, input_ids.shape[1] :]
+        missing = tokens.shape[1] - result.new_tokens
         if feed_ended and bool(missing.any()):  # an ended row's last token and the padding behind it, at its right end
-            ended = tokens[:, -1 - int(missing.max()) : -1]
+            ended = tokens[:, -1 - int(missing.max()) : -1].to(logits.device)
             runner.extend(cache, Prompt(missing, ended), logits=False)
-        return DecodeResult(sequences, new, new < total, None, None)
+        return result

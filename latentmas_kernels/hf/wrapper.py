@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.generation import LatentOutput, check_sampling, generate, latent_generate
+from latentmas_kernels.generation import check_sampling, generate, latent_generate
 from latentmas_kernels.hf.chat import ids_behind, render, text_ends, without_end
 from latentmas_kernels.hf.continued import Continued
 from latentmas_kernels.hf.legacy_cache import CACHES, past_length
@@ -19,6 +19,7 @@ from latentmas_kernels.hf.vllm_texts import check_vllm, start_vllm, write_texts
 from latentmas_kernels.inputs import read_prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.rope import RopeShift
+from latentmas_kernels.outputs import LatentOutput
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: {"role": ..., "content": ...}, oldest first."""

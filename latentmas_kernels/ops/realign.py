@@ -12,8 +12,8 @@ accuracy that it was solved with.
 import torch
 from torch import Tensor
 
-from latentmas_kernels import extension as native
 from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.extension import extension
 from latentmas_kernels.ops.triton.launch import target_of
 
 MIN_NORM = 1e-12
@@ -35,7 +35,7 @@ def _realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Ten
         from latentmas_kernels.ops.triton.realign import realign as kernel
 
         kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
-    elif hidden.device.type == "cpu" and native.extension() and hidden.dtype in (torch.float32, torch.bfloat16):
+    elif hidden.device.type == "cpu" and extension() and hidden.dtype in (torch.float32, torch.bfloat16):
         _realign_cpu(hidden, weight, target_norm, out)
     else:
         out.copy_(realign_reference(hidden, weight, target_norm))
@@ -103,7 +103,7 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
 def _realign_cpu(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
     name = str(hidden.dtype).removeprefix("torch.")
     weight = None if weight is None else weight.contiguous()
-    native.extension().realign(
+    extension().realign(
         hidden=hidden.data_ptr(),
         hidden_dtype=name,
         # A matrix of one row may carry any stride; the kernel wants one that spans the row.

@@ -9,8 +9,7 @@ from transformers import GenerationConfig
 from transformers.models.gemma2 import modeling_gemma2
 
 from latentmas_kernels import build_aligner, generate, latent_generate
-from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams
-from latentmas_kernels.engines import hf_graph as generic
+from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams, hf_graph
 from latentmas_kernels.engines.cuda_graphs import EagerReplay
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
@@ -132,7 +131,7 @@ def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
 
 @torch.no_grad()
 def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
-    monkeypatch.setattr(generic, "SYNC_EVERY", 4)
+    monkeypatch.setattr(hf_graph, "SYNC_EVERY", 4)
     model = tiny_model("olmo2")
     engine, _ = both(model)
     start, seen = read(model, [4, 6]), []
@@ -217,7 +216,7 @@ def test_windows_are_kept_and_caches_told_apart():
                 for e, c in zip((engine, eager), caches, strict=True)
             )
             assert_same_thought(ours, theirs)
-    assert sorted(engine.state.windows) == [(2, 256), (2, 512)]
+    assert sorted(engine.state.batches) == [(2, 256), (2, 512)]
     assert len(engine.state.graphs) == 2
 
 
@@ -283,8 +282,8 @@ def test_a_window_is_used_again_only_for_the_content_that_is_in_it(change):
 def test_tokens_in_a_row_are_not_copied_in_again(monkeypatch):
     model = tiny_model("olmo2")
     engine, _ = both(model)
-    loaded, real = [], generic.Window.load
-    monkeypatch.setattr(generic.Window, "load", lambda self, cache: (loaded.append(cache), real(self, cache)))
+    loaded, real = [], hf_graph.StaticBatch.copy_in
+    monkeypatch.setattr(hf_graph.StaticBatch, "copy_in", lambda self, cache: (loaded.append(cache), real(self, cache)))
     caches = [read(model, [20]).past_key_values.fork(40) for _ in range(2)]
     token = Prompt(torch.tensor([1]), torch.tensor([[5]]))
     for which in (0, 0, 0, 1, 1, 0):
@@ -314,7 +313,7 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(monkeypatch):
         start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
     )
     assert torch.equal(ours.latents, theirs.latents)
-    assert not engine.state.windows
+    assert not engine.state.batches
 
 
 def wider(model):
@@ -414,7 +413,7 @@ def test_a_graph_stays_with_what_no_forward_reads():
 def test_what_is_no_candidate_says_why():
     model = tiny_model("gpt2")
     architecture = Architecture.of(model)
-    assert generic.unsupported_reason(model, architecture) == "the model is on cpu, not on a CUDA device"
+    assert hf_graph.unsupported_reason(model, architecture) == "the model is on cpu, not on a CUDA device"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -15,18 +15,18 @@ from tiny_models import FAMILIES, VOCAB, ragged, tiny_model
 from torch import nn
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
-from latentmas_kernels import extension as native
 from latentmas_kernels.engines import EagerEngine, LatentParams, NativeEngine, SamplingParams, open_engine
 from latentmas_kernels.engines.native import memory_report, quantize_rows
+from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.ops.sample import sample_reference
 from latentmas_kernels.warn_once import warn_once
 
-if native.extension() is None:
-    pytest.skip(native.extension_state(), allow_module_level=True)
+if extension() is None:
+    pytest.skip(extension_state(), allow_module_level=True)
 
-ISAS = native.extension().available_isas().split()
+ISAS = extension().available_isas().split()
 RUNS = [f"{isa}-{threads}" for isa, threads in itertools.product(ISAS, (1, 2))]
 ROPES = [
     {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -375,8 +375,8 @@ def test_hypothesis_draws_as_the_reference(vocabulary, top_k, top_p, distinct, s
     """With many equal logits and few, fewer blocks than top-k and more."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, distinct, (3, vocabulary), generator=draw).float() * (8 / distinct)
-    native_sampling = native.extension().Sampling(True, 0.8, top_k, top_p, seed=seed)
-    got = native.extension().sample(logits.data_ptr(), 3, vocabulary, native_sampling, 7)
+    native_sampling = extension().Sampling(True, 0.8, top_k, top_p, seed=seed)
+    got = extension().sample(logits.data_ptr(), 3, vocabulary, native_sampling, 7)
     assert got == sample_reference(logits, True, 0.8, top_k, top_p, seed, 7).tolist()
 
 

@@ -82,7 +82,7 @@ def test_without_a_fast_engine_the_eager_one_runs_and_says_why(model: Any, monke
     want = latent_generate(model, IDS, MASK, latent_steps=2, aligner="ridge", engine="eager")
     monkeypatch.setattr(where, raising(error))
     said: list[str] = []
-    monkeypatch.setattr("latentmas_kernels.engines.warn_once", said.append)
+    monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", said.append)
     got = latent_generate(model, IDS, MASK, latent_steps=2, aligner="ridge")
     assert torch.equal(got.latents, want.latents)
     assert got.metrics.engine == "eager"
@@ -209,7 +209,7 @@ def test_offloaded_models_run_in_transformers_loop(tmp_path: Any, monkeypatch: p
 @pytest.mark.parametrize("how", OFFLOADS)
 def test_latent_steps_of_offloaded_models_run_or_say_why(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, how: str):
     """Layers may lie anywhere. Of the embeddings, an aligner reads those that it is made of."""
-    monkeypatch.setattr("latentmas_kernels.engines.warn_once", lambda _: None)
+    monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", lambda _: None)
     plain = tiny_model("llama")
     away = offload(copy.deepcopy(plain), how, tmp_path)
     for kind in ("ridge", "soft", "identity"):
@@ -250,7 +250,7 @@ def test_heads_that_differ_by_layer_are_left_to_transformers(monkeypatch: pytest
     plain = causal("gemma4_text", **options)
     said: list[str] = []
     monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", said.append)
-    monkeypatch.setattr("latentmas_kernels.engines.warn_once", lambda _: None)
+    monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", lambda _: None)
     ours = accelerate(copy.deepcopy(plain))
     assert torch.equal(ours.generate(**BATCH), plain.generate(**BATCH))
     assert "different shapes (2 heads of width 16, 2 heads of width 32)" in said[0]
@@ -266,7 +266,7 @@ def test_heads_that_differ_by_layer_are_left_to_transformers(monkeypatch: pytest
 
 def test_rotation_in_part_runs_and_a_forward_that_fails_is_named(monkeypatch: pytest.MonkeyPatch):
     """StableLM rotates a quarter of each head; a quarter of 12 is odd, which transformers itself cannot run."""
-    monkeypatch.setattr("latentmas_kernels.engines.warn_once", lambda _: None)
+    monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", lambda _: None)
     monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", lambda _: None)
     sound, broken = causal("stablelm", hidden_size=64), causal("stablelm", head_dim=12)
     assert torch.equal(accelerate(copy.deepcopy(sound)).generate(**BATCH), sound.generate(**BATCH))

@@ -197,7 +197,7 @@ def test_no_model_is_kept_alive_by_what_is_kept_of_it(kind):
         start = latent_generate(model, IDS, MASK, latent_steps=0, max_cache_len=40, engine="eager")
         engine = HFGraphEngine(model, Architecture.of(model))
         engine.extend(start.past_key_values, Prompt(torch.tensor([1, 1]), torch.tensor([[5], [6]])), logits=True)
-        assert engine.state.windows
+        assert engine.state.batches
         del engine, start
     alive = [weakref.ref(model), weakref.ref(model.model)]
     del model

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DEVICE, poisoned
 
-from latentmas_kernels import extension as native
+from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.ops.realign import realign, realign_reference
 from latentmas_kernels.ops.triton.launch import target_of
 
 SIZES = [(1, 576, 576), (3, 100, 130), (19, 77, 64), (8, 960, 1000), (5, 1, 3), (2, 33, 1)]
 DTYPES = [torch.float32, torch.bfloat16]
-needs_extension = pytest.mark.skipif(native.extension() is None, reason=native.extension_state())
+needs_extension = pytest.mark.skipif(extension() is None, reason=extension_state())
 
 
 def triton_realign(hidden, weight, target_norm, *, out=None):
@@ -93,8 +93,8 @@ def test_every_instruction_set(isa):
 
 
 def test_unknown_instruction_set_says_what_there_is():
-    if native.extension() is None:
-        pytest.skip(native.extension_state())
+    if extension() is None:
+        pytest.skip(extension_state())
     code = "from latentmas_kernels import extension; extension.extension()"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "LATENTMAS_ISA": "sse9"}, capture_output=True, text=True

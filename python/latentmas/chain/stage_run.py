@@ -14,9 +14,9 @@ from latentmas.chain.results import AgentTrace, Turn
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.cache.segments import Kind, slots_of
 from latentmas_kernels.engines import open_engine
-from latentmas_kernels.generation import LatentOutput, Metrics
 from latentmas_kernels.hf.chat import without_end
 from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.outputs import LatentOutput, Metrics
 from latentmas_kernels.trace import trace_of
 
 if TYPE_CHECKING:
