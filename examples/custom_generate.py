@@ -1,4 +1,4 @@
-"""Latent steps by transformers' custom_generate: the model stays as it is.
+"""Latent steps by transformers' custom_generate: the model is not changed.
 
 Once with the function, once with a folder that might as well be a repository on the hub. Prints the same text twice, the
 first as it is written; it goes on where the latent steps ended.
@@ -23,7 +23,7 @@ def read(model, tokenizer, prompt):
 
 
 def by_function(model, inputs, streamer=None, **options):
-    # transformers gives the prompt to the streamer and does not hand it on to a function, which gives it the tokens.
+    # transformers gives the prompt to the streamer, but not the streamer to a function, which gives it the tokens.
     decode = functools.partial(latent_decode, streamer=streamer)
     return model.generate(**inputs, custom_generate=decode, streamer=streamer, **options)
 

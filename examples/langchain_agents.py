@@ -22,7 +22,7 @@ def chat_model(model, tokenizer, max_new_tokens=24):
 
 
 def agents(model, tokenizer, max_new_tokens=24):
-    """The writer, from a topic to its text; and both, from a topic to the draft and the review."""
+    """Return the writer, from a topic to its text; and both agents, from a topic to the draft and the review."""
     chat = chat_model(model, tokenizer, max_new_tokens)
     writer = (
         ChatPromptTemplate.from_messages([("user", "Write one sentence about {topic}.")]) | chat | StrOutputParser()

@@ -1,7 +1,8 @@
 """A program for the published LatentMAS interface: a class ModelWrapper(model_name, device, use_vllm, args) and its caches.
 
 Nothing in it knows of this package but the import at its end, which was `from models import ModelWrapper`. Prints the judger's
-answers, the questions one by one and then in one batch; `--latent-only` hands on the latent steps of the agent before alone.
+answers, the questions one by one and then in one batch; with `--latent-only` an agent sees only the latent steps of the one
+before.
 """
 
 import argparse
@@ -14,7 +15,10 @@ QUESTIONS = [
     "Add 17 and 25.",
     "A train leaves at 9 and arrives at 11. For how many hours does it travel?",
 ]
-THINKERS = ["You are the planner. Write a plan for: {}", "You are the critic. What does the plan for this overlook: {}"]
+LATENT_AGENTS = [
+    "You are the planner. Write a plan for: {}",
+    "You are the critic. What does the plan for this overlook: {}",
+]
 JUDGER = "{}\nThe notes may not help. Answer in your own words."
 
 
@@ -23,7 +27,7 @@ def length_of(past):
 
 
 def last_columns(past, count):
-    """A past of which only the last columns are kept."""
+    """Return a past with only the last columns."""
     layers = past.to_legacy_cache() if hasattr(past, "to_legacy_cache") else past
     cut = tuple(tuple(states[..., -count:, :].contiguous() for states in layer) for layer in layers)
     return type(past).from_legacy_cache(cut) if hasattr(past, "from_legacy_cache") else cut
@@ -38,7 +42,7 @@ def tokens(wrapper, prompt, questions):
 
 def answers(wrapper, questions, latent_steps=6, max_new_tokens=24, latent_only=False):
     past = None
-    for prompt in THINKERS:
+    for prompt in LATENT_AGENTS:
         ids, mask = tokens(wrapper, prompt, questions)
         past = wrapper.generate_latent_batch(ids, attention_mask=mask, latent_steps=latent_steps, past_key_values=past)
         if latent_only:

@@ -20,8 +20,8 @@ CHATS = [
 
 def answers(model, tokenizer, chats, batch_size=2):
     chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
-    said = chat(chats, batch_size=batch_size, max_new_tokens=24, do_sample=False)
-    return [conversation["generated_text"][-1]["content"] for (conversation,) in said]
+    conversations = chat(chats, batch_size=batch_size, max_new_tokens=24, do_sample=False)
+    return [conversation["generated_text"][-1]["content"] for (conversation,) in conversations]
 
 
 if __name__ == "__main__":

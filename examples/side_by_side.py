@@ -1,7 +1,7 @@
-"""Three specialists think at the same time; then two judgers answer from the same memory, one of them from the scientist's part
-alone.
+"""Three specialists run latent steps at the same time; then two judgers answer from the same cache, one of them from the
+scientist's part alone.
 
-Prints the segments of the memory, what the scientist's thoughts say, and both answers.
+Prints the segments of the cache, the trace of the scientist's latent steps, and both answers.
 """
 
 import torch
@@ -26,15 +26,15 @@ def agents(latent_steps=10, max_new_tokens=24):
     return [group, Agent("judger", "{question}\n\nAnswer in one sentence.", max_new_tokens=max_new_tokens)]
 
 
-def answer_from(model, tokenizer, memory, names, max_new_tokens=24):
-    """What the model says from some segments of a memory, which stays as it is."""
-    part = memory.branch()  # no copy yet
-    part.keep(["math + science + code", *names])  # what the prompts have in common begins the conversation
+def answer_from(model, tokenizer, cache, names, max_new_tokens=24):
+    """Return the model's answer from some segments of a cache, which is not changed."""
+    part = cache.branch()  # no copy yet
+    part.keep(["math + science + code", *names])  # the prompts' common prefix begins the conversation
     part.rebase(model)
     text = "<|im_end|>\n<|im_start|>user\nAnswer in one sentence.<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=model.device)
-    said = generate(model, ids, past_key_values=part, max_new_tokens=max_new_tokens)
-    return tokenizer.decode(said.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+    output = generate(model, ids, past_key_values=part, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Stopped(StoppingCriteria):
 
 
 def stream(model, tokenizer, prompt, **options):
-    """Pieces of the answer; `close()` stops the model."""
+    """Yield pieces of the answer; `close()` stops the model."""
     chat = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     streamer, stop = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), threading.Event()
@@ -35,7 +35,7 @@ def stream(model, tokenizer, prompt, **options):
             criteria = StoppingCriteriaList([Stopped(stop)])
             model.generate(**inputs.to(model.device), streamer=streamer, stopping_criteria=criteria, **options)
         finally:
-            streamer.end()  # also after an error, or whoever reads would wait for the next piece
+            streamer.end()  # also after an error, or the reader would wait for the next piece
 
     with ThreadPoolExecutor(1) as pool:  # leaving it waits for the thread
         writing = pool.submit(write)

@@ -235,7 +235,7 @@ def spoken(model, tokenizer, prompts, max_new_tokens):
 @torch.no_grad()
 def test_latent_generate(default_model, default_tokenizer, fast, native_calls, printed):
     module = example("latent_generate")
-    roles = [*module.THINKERS, module.JUDGER]
+    roles = [*module.LATENT_AGENTS, module.JUDGER]
     ids = [module.read(default_model, default_tokenizer, r.format(module.QUESTION)).input_ids for r in roles]
 
     text, memories = module.discuss(fast, default_tokenizer, module.QUESTION, STEPS, max_new_tokens=NEW)
@@ -259,7 +259,9 @@ def test_model_wrapper(default_model, default_tokenizer, native_calls, printed):
     texts, memory = module.discuss(wrapper, module.QUESTIONS, STEPS, max_new_tokens=NEW)
     assert native_calls.count("run_latent") == 2
     for row, question in enumerate(module.QUESTIONS):
-        turns = [[{"role": "user", "content": role.format(question)}] for role in (*module.THINKERS, module.JUDGER)]
+        turns = [
+            [{"role": "user", "content": role.format(question)}] for role in (*module.LATENT_AGENTS, module.JUDGER)
+        ]
         prompts = [wrapper.prepare_chat_input(turn)[1] for turn in turns]
         assert texts[row] == spoken(default_model, default_tokenizer, prompts, NEW).strip()
         assert memory.lengths[row] > sum(ids.shape[1] for ids in prompts) + 2 * STEPS

@@ -28,7 +28,7 @@ _swapping = threading.Lock()
 
 
 class _Accelerated:
-    """What marks an accelerated model's class, and what needs none of its options."""
+    """The base of accelerated models' classes: it marks them, and has the methods that need none of the options."""
 
     _original: ClassVar[Any]
     _options: ClassVar[dict[str, Any]]
@@ -37,13 +37,13 @@ class _Accelerated:
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles as the original class: a reader need not have this package."""
+        """Pickle as the original class, so that loading it does not need this package."""
         plain = self._original.__new__(self._original)
         plain.__dict__ = self.__dict__
         return plain.__reduce_ex__(1)  # from 2 on pickle insists on the object's present class
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy is accelerated too, and runs on weights of its own."""
+        """Return a copy, accelerated too, with weights of its own."""
         twin = memo[id(self)] = self._original.__new__(self._original)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         twin.__class__ = type(self)
@@ -55,11 +55,11 @@ class _Accelerated:
 
 
 def _class_of(original: Any, options: dict[str, Any], outer: dict[str, Any] | None) -> Any:
-    """The subclass of `original` that runs with the options. Its functions hold all they need: a call that is under way may
-    find the object's class changed by another thread.
+    """Return the subclass of `original` that runs with the options. Its functions are closures over them, since another thread
+    may change the object's class during a call.
 
     Args:
-        outer: the options that leaving a `with` block gives back; None gives back the original class. Not the class itself,
+        outer: the options that leaving a `with` block restores; None restores the original class. Not the class itself,
             since a program that accelerates before every call would make a chain of them.
     """
 
@@ -100,7 +100,7 @@ def _class_of(original: Any, options: dict[str, Any], outer: dict[str, Any] | No
 
 
 def _fallback(loop: Callable[..., Any], name: str, engine: str) -> Callable[..., Any]:
-    """Another decoding loop of transformers: it runs unchanged, where nothing was asked for that it cannot do."""
+    """Return another decoding loop of transformers, which refuses latent steps, LatentCaches and engines of ours."""
     what = name.strip("_").replace("_", " ")
 
     @functools.wraps(loop)  # transformers looks at its parameters
@@ -165,9 +165,9 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
 
 
 def restore(model: Any) -> Any:
-    """Undo `accelerate(model)`, and what the engines moved: every parameter has a storage of its own again.
+    """Undo `accelerate(model)`, and give every parameter that the engines moved a storage of its own again.
 
-    A model that was not accelerated is given back its storages as well: `latent_generate`, `generate` and `ModelWrapper` move
+    The storages of a model that was not accelerated are restored as well: `latent_generate`, `generate` and `ModelWrapper` move
     them too. Tools that save by storage (safetensors' `save_model`, huggingface_hub's `save_torch_model`) need that.
 
     Returns:

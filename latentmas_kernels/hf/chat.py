@@ -1,7 +1,7 @@
-"""Conversations as text and tokens: the tokenizer's chat template, where a turn ends, and text that goes on behind other text.
+"""Conversations as text and tokens: the tokenizer's chat template, where a turn ends, and text that continues other text.
 
 A chat template is a program of the checkpoint's author. It may drop a message, read other keys than `role` and `content`, or
-fail; what it makes of a conversation is therefore looked at before a model reads it.
+fail; the rendered conversation is therefore checked before a model reads it.
 """
 
 import json
@@ -16,9 +16,9 @@ Message = Mapping[str, Any]
 """{"role": ..., "content": ...}; the content is a text, or a list of parts such as {"type": "text", "text": ...}."""
 
 ANSWER, NEXT = "what-an-assistant-says", "what-is-asked-next"
-"""Stand in for the messages between which a turn ends."""
+"""Placeholders of the messages between which a turn ends."""
 ANCHORS = ("a", "0", "\n")
-"""Texts that other text is tokenised behind, to see what its tokens are there; the first one that stays a token of its own."""
+"""Texts that a text is tokenised behind, to get its tokens there; the first that keeps its own tokens is used."""
 WHERE = "tokenizer.chat_template (chat_template.jinja in the model's folder)"
 
 
@@ -27,10 +27,10 @@ class ChatTemplateError(LatentMASError):
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool, **options: Any) -> str:
-    """A conversation as its chat template writes it, with every message in it.
+    """Return a conversation as its chat template writes it, with every message in it.
 
-    Some templates take a content as text, others as a list of parts (those of multimodal models): where what was given does
-    not come out, it is tried in the other form.
+    Some templates take a content as text, others as a list of parts (those of multimodal models): where a given content is
+    missing in the text, it is tried in the other form.
 
     Args:
         tokenizer: of transformers, with a chat template.
@@ -56,7 +56,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
 
 
 def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
-    """The token with which the chat template ends an assistant's message, `<|im_end|>` or `<|eot_id|>`, say.
+    """Return the token with which the chat template ends an assistant's message, such as `<|im_end|>` or `<|eot_id|>`.
 
     Empty where there is no template, or where it ends a message with plain text ("\\n\\nUser:"): such words may be part of an
     answer as well.
@@ -68,19 +68,19 @@ def end_of_turn(tokenizer: Any) -> tuple[int, ...]:
 
 
 def text_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text of an assistant: those of the model's generation_config, then that of the chat template."""
+    """Return the tokens that end an assistant's text: those of the model's generation_config, then that of the template."""
     ends = model.generation_config.eos_token_id
-    named = [] if ends is None else [ends] if isinstance(ends, int) else ends
-    return tuple(dict.fromkeys([*(int(end) for end in named), *end_of_turn(tokenizer)]))
+    eos = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    return tuple(dict.fromkeys([*(int(end) for end in eos), *end_of_turn(tokenizer)]))
 
 
 def closing_of(tokenizer: Any) -> str:
-    """What the chat template writes behind an assistant's message: behind the last one of a conversation, or, where that is
-    nothing, before the next user's. Without blanks around it; empty where that cannot be told."""
+    """Return the chat template's text behind an assistant's message: behind the last one of a conversation, or, where that is
+    nothing, before the next user's. Without surrounding blanks; empty where the template fails."""
     if not tokenizer.chat_template:
         return ""
-    said = [{"role": "user", "content": "-"}, {"role": "assistant", "content": ANSWER}]
-    for messages in (said, [*said, {"role": "user", "content": NEXT}]):
+    turn = [{"role": "user", "content": "-"}, {"role": "assistant", "content": ANSWER}]
+    for messages in (turn, [*turn, {"role": "user", "content": NEXT}]):
         try:
             text = render(tokenizer, messages, add_generation_prompt=False)
         except ChatTemplateError:
@@ -92,15 +92,15 @@ def closing_of(tokenizer: Any) -> str:
 
 
 def without_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """A text's tokens without the one that ended it, which need not be a special token."""
+    """Return a text's tokens without the one that ended it, which need not be a special token."""
     return list(ids[:-1] if ids and ids[-1] in ends else ids)
 
 
 def ids_behind(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that goes on behind other text, without special tokens.
+    """Return the token ids of a text that continues other text, without special tokens.
 
-    Tokenised alone, a text is taken for the beginning of one: SentencePiece tokenizers (Llama 2, Mistral) put a space before
-    it. Here it is tokenised behind an anchor, whose own tokens are then taken off.
+    Tokenised alone, a text is treated as the beginning of one: SentencePiece tokenizers (Llama 2, Mistral) put a space before
+    it. Here it is tokenised behind an anchor, whose own tokens are then removed.
     """
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
     for anchor in ANCHORS:
@@ -121,7 +121,7 @@ def _apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: b
 
 
 def _mark(messages: Sequence[Message]) -> str:
-    """A word that is in none of the messages; in capitals and small letters, so that a template that changes the case shows."""
+    """Return a word that is in none of the messages; in mixed case, so that a template that changes the case is noticed."""
     texts = [_text_of(content) for content in (m.get("content") for m in messages) if _is_text(content)]
     mark = "Message-Mark"
     while any(mark in text for text in texts):
@@ -130,7 +130,7 @@ def _mark(messages: Sequence[Message]) -> str:
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The conversation as it was given; then its texts as texts, and as lists of parts."""
+    """Yield the conversation as given; then with all contents as texts, and as lists of parts."""
     given = [dict(message) for message in messages]
     yield given
     contents = [message.get("content") for message in given]
@@ -147,7 +147,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def _is_text(content: Any) -> bool:
-    """Whether it is a text, or a list of parts that all are."""
+    """Return whether a content is a text, or a list of text parts."""
     return isinstance(content, str) or (
         isinstance(content, list)
         and all(
@@ -168,9 +168,9 @@ def _missing(
     add_generation_prompt: bool,
     options: dict[str, Any],
 ) -> int | None:
-    """The first message whose content the template does not write, by number; None where it writes all of them.
+    """Return the number of the first message whose content the template does not write; None where it writes all of them.
 
-    A short content may be in the text by chance ("User"), and a template may take words out of one on purpose ("/no_think"):
+    A short content may be in the text by chance ("User"), and a template may remove words of one on purpose ("/no_think"):
     the conversation is rendered once more, with marks at both ends of every content.
     """
     mark = _mark(messages)
@@ -181,14 +181,14 @@ def _missing(
         # Beside the calls of tools, templates leave the text out.
         if message.get("tool_calls") or not _is_text(content):
             continue
-        # Templates take out of an answer what was thought before it.
-        thought, closing, answer = _text_of(content).rpartition("</think>")
-        new = f"{thought}{closing}{mark}-{number}-begin{answer}{mark}-{number}-end"
+        # Templates remove the reasoning before an answer.
+        reasoning, closing, answer = _text_of(content).rpartition("</think>")
+        new = f"{reasoning}{closing}{mark}-{number}-begin{answer}{mark}-{number}-end"
         message["content"] = new if isinstance(content, str) else _parts(new)
         read.append(number)
     try:
         shown = _apply(tokenizer, marked, add_generation_prompt, options)
-    except Exception:  # the template minds what the messages say; then they must be there as they are
+    except Exception:  # the template depends on the contents; then they must be in the text unchanged
         return next((n for n in read if _bare(_text_of(messages[n]["content"])) not in _bare(text)), None)
     for number in read:
         begin, end = (shown.find(f"{mark}-{number}-{side}") for side in ("begin", "end"))
@@ -199,7 +199,7 @@ def _missing(
 
 
 def _is_dumped(parts: list[dict[str, str]], text: str) -> bool:
-    """Whether the text has a list of parts in Python's notation or as JSON."""
+    """Return whether the text has a list of parts in Python's notation or as JSON."""
     return any(dump in text for dump in (str(parts), json.dumps(parts), json.dumps(parts, ensure_ascii=False)))
 
 
@@ -213,10 +213,10 @@ def _name(tokenizer: Any) -> str:
 
 def _failure(tokenizer: Any, messages: Sequence[Message], error: Exception) -> ChatTemplateError:
     roles = " and ".join(dict.fromkeys(str(message.get("role")) for message in messages))
-    # What raise_exception() in a template raises says why in the template's own words.
+    # raise_exception() in a template raises a TemplateError with the template's own words.
     refused = type(error) is TemplateError
-    said = " ".join(str(error).split())
-    does, what = ("refuses", said) if refused else ("fails on", f"{type(error).__name__}: {said}")
+    message = " ".join(str(error).split())
+    does, what = ("refuses", message) if refused else ("fails on", f"{type(error).__name__}: {message}")
     failure = ChatTemplateError(
         f"the chat template of {_name(tokenizer)} {does} a conversation of {roles}: {what}; set {WHERE} to one that takes it, "
         "or to None for plain text"
@@ -226,10 +226,10 @@ def _failure(tokenizer: Any, messages: Sequence[Message], error: Exception) -> C
 
 
 def _loss(tokenizer: Any, messages: Sequence[Message], number: int) -> ChatTemplateError:
-    said = " ".join(_text_of(messages[number]["content"]).split())
-    said = said if len(said) <= 40 else said[:40] + "..."
+    text = " ".join(_text_of(messages[number]["content"]).split())
+    text = text if len(text) <= 40 else text[:40] + "..."
     return ChatTemplateError(
         f"the chat template of {_name(tokenizer)} does not write the {messages[number]['role']}'s message as it is (message "
-        f"{number + 1} of {len(messages)}: {said!r}), given as text or as a list of parts; set {WHERE} to one that writes "
+        f"{number + 1} of {len(messages)}: {text!r}), given as text or as a list of parts; set {WHERE} to one that writes "
         "message['content'], or to None for plain text"
     )

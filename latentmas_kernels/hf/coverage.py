@@ -1,4 +1,4 @@
-"""What of transformers' `generate()` runs on our engines, and what is left to transformers' own loop."""
+"""Which calls of transformers' `generate()` run on our engines, and why the others run in transformers' own loop."""
 
 from typing import Any
 
@@ -28,10 +28,10 @@ from latentmas_kernels.cache.padded_cache import PaddedCache, real_columns
 from latentmas_kernels.engines import SamplingParams
 from latentmas_kernels.models.architecture import Architecture, cache_argument
 
-# What generate() and its loops call the cache.
+# The name of the cache's argument in generate() and its loops.
 CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)
-# What transformers hands to every decoding loop. `use_cache` and `logits_to_keep` do not change the tokens; `tokenizer`, given
-# for stop_strings, has done its work.
+# Inputs that transformers passes to every decoding loop. `use_cache` and `logits_to_keep` do not change the tokens; `tokenizer`
+# is for stop_strings, which are criteria by then.
 KNOWN_INPUTS = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep",
     "tokenizer",
@@ -53,10 +53,10 @@ WARPERS = {TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogi
 def unsupported_reason(
     model: Any, generation_config: GenerationConfig, synced_gpus: bool, inputs: dict[str, Any]
 ) -> str | None:
-    """Why a call of transformers' decoding loop is left to transformers, as a clause; None where it is not.
+    """Return why a call of transformers' decoding loop is left to transformers, as a clause; None where it is not.
 
     Args:
-        inputs: what the loop got for the model's forward, input_ids included.
+        inputs: of the model's forward, as the loop got them, input_ids included.
     """
     if synced_gpus:
         return "its GPUs have to stay in step (synced_gpus)"
@@ -101,9 +101,9 @@ def unsupported_reason(
 
 
 def what_its_cache_drops(model: Any, architecture: Architecture) -> str | None:
-    """Why transformers' own loop would not answer what the model's forward does over the whole sequence, as a clause.
+    """Return why the answer of transformers' own loop differs from the model's forward over the whole sequence, as a clause.
 
-    It makes its cache of the configuration alone. Where that names windows that no layer has, the cache forgets positions
+    The loop makes its cache of the configuration alone. Where that names windows that no layer has, the cache forgets positions
     which the layers attend to, and the answer depends on what was read in one piece.
     """
     if 0 not in architecture.slots:
@@ -127,20 +127,20 @@ def _records(config: GenerationConfig) -> bool:
 
 
 def _has_padded_head(model: Any) -> bool:
-    said = getattr(model.get_output_embeddings(), "weight", None)
-    read = getattr(model.get_input_embeddings(), "weight", None)
-    return said is not None and read is not None and len(said) > len(read)
+    lm_head = getattr(model.get_output_embeddings(), "weight", None)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    return lm_head is not None and embedding is not None and len(lm_head) > len(embedding)
 
 
 def past_columns(past: Cache | None) -> int:
-    """Columns of a cache, padding of a transformers cache included; of a LatentCache, its longest row."""
+    """Return the columns of a cache, padding of a transformers cache included; of a LatentCache, those of its longest row."""
     if isinstance(past, LatentCache):
         return int(past.lengths.max())
     return int(past.get_seq_length()) if past is not None and past.layers else 0
 
 
 def cached_columns(inputs: dict[str, Any]) -> int | None:
-    """How many of the given columns are in the cache already; None where it cannot be told.
+    """Return how many of the given columns are in the cache already; None where that is not known.
 
     transformers takes the whole conversation (the mask is as long as the ids; always so with embeddings), or the new tokens
     only (the mask is longer by the past). What goes behind a LatentCache is always new, whatever the mask covers; behind a
@@ -165,13 +165,13 @@ def cached_columns(inputs: dict[str, Any]) -> int | None:
 
 
 def mask_of(inputs: dict[str, Any]) -> Tensor:
-    """int64 [B, columns], the mask that the caller gave or transformers made; it drops one that is all ones."""
+    """Return the mask of the caller or of transformers, int64 [B, columns]; transformers drops one that is all ones."""
     mask = inputs.get("attention_mask")
     return inputs["input_ids"].new_ones(len(inputs["input_ids"]), _mask_columns(inputs)) if mask is None else mask
 
 
 def _mask_columns(inputs: dict[str, Any]) -> int:
-    """Known without the mask too: transformers makes the positions of it."""
+    """Return the mask's columns. Without it, those of the positions, which transformers makes from it."""
     mask = inputs.get("attention_mask")
     return int((inputs["position_ids"] if mask is None else mask).shape[1])
 
@@ -189,7 +189,7 @@ def to_sampling_params(
     input_ids: Tensor,
     width: int,
 ) -> SamplingParams | None:
-    """The call as an engine's own loop can run it, or None where processors or criteria need one step at a time.
+    """Return the call's parameters for an engine's own loop, or None where processors or criteria need one step at a time.
 
     Reads what transformers built, not the configuration: a processor that the caller passed may stand in for one of those.
 
@@ -241,7 +241,7 @@ def _least_new_tokens(processor: Any, columns: int) -> int:
 
 
 def _penalised(penalty: RepetitionPenaltyLogitsProcessor, input_ids: Tensor, width: int) -> Tensor:
-    """bool [B, width], asked of the processor itself: it leaves out padding, and a prompt that is to be ignored."""
+    """Return the tokens that the processor penalises, bool [B, width]: it leaves out padding, and an ignored prompt."""
     if input_ids.shape[1] == 0:
         return torch.zeros(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
     ones = torch.ones(len(input_ids), width, device=input_ids.device)
@@ -249,5 +249,5 @@ def _penalised(penalty: RepetitionPenaltyLogitsProcessor, input_ids: Tensor, wid
 
 
 def max_new_tokens_of(criteria: StoppingCriteriaList, columns: int) -> int:
-    """New tokens until the first MaxLengthCriteria ends the call."""
+    """Return the number of new tokens at which the first MaxLengthCriteria ends the call."""
     return max(1, int(min(c.max_length for c in criteria if type(c) is MaxLengthCriteria)) - columns)

@@ -1,4 +1,4 @@
-"""LegacyCache: a transformers cache as code from before transformers 5 takes it, by layers of (keys, values)."""
+"""LegacyCache: a transformers cache with the interface of transformers 4, by layers of (keys, values)."""
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, kv_heads, columns, head_dim] each."""
 
 
-CUT_BY_HAND = (
+MANUAL_CUT = (
     "from_legacy_cache, key_cache: what was cut out of a memory by hand is taken to have the positions 0, 1, 2, ..., as the "
     "published LatentMAS code takes it, under keys that were rotated for others; latent_only= and sequential_info_only= of "
     "ModelWrapper.generate_latent_batch keep the same tokens exactly"
@@ -25,7 +25,7 @@ CUT_BY_HAND = (
 
 
 class _PerLayer(list[Tensor]):
-    """The keys or the values of all layers, as transformers 4 had them; one that is set is set in the cache."""
+    """The keys or the values of all layers, as in transformers 4. Setting an item sets the layer's tensor in the cache."""
 
     def __init__(self, cache: Cache, name: str) -> None:
         self._layers: list[Any] = cache.layers
@@ -41,8 +41,8 @@ class _PerLayer(list[Tensor]):
             )
         for layer, tensor in zip(self._layers, self, strict=True):
             if tensor is not getattr(layer, self._name):
-                if self._name == "keys" and not _begins_with(layer.keys, tensor):
-                    warn_once(CUT_BY_HAND)
+                if self._name == "keys" and not _is_prefix(layer.keys, tensor):
+                    warn_once(MANUAL_CUT)
                 setattr(layer, self._name, tensor)
 
     def _fixed(self, *arguments: Any, **options: Any) -> Any:
@@ -55,10 +55,10 @@ class _PerLayer(list[Tensor]):
 
 
 class LegacyCache(PaddedCache):
-    """A PaddedCache that can be indexed and iterated as a tuple of (keys, values), and made of one.
+    """A PaddedCache that can be indexed and iterated as a tuple of (keys, values), and made from one.
 
     `past[0][0].shape[-2]`, `len(past)`, `for keys, values in past`, `key_cache`, `to_legacy_cache()`, `from_legacy_cache()` and
-    `crop(columns_to_keep)` do what they did in transformers 4. Columns of padding hold zeros, and are known by that.
+    `crop(columns_to_keep)` work as in transformers 4. Columns of padding hold zeros, and are recognized by that.
     """
 
     @overload
@@ -73,7 +73,7 @@ class LegacyCache(PaddedCache):
 
     @property
     def key_cache(self) -> list[Tensor]:
-        """Per layer the keys. `key_cache[i] = keys` and `key_cache = [...]` set those of the cache."""
+        """The keys of each layer. `key_cache[i] = keys` and `key_cache = [...]` set those of the cache."""
         return _PerLayer(self, "keys")
 
     @key_cache.setter
@@ -82,7 +82,7 @@ class LegacyCache(PaddedCache):
 
     @property
     def value_cache(self) -> list[Tensor]:
-        """Per layer the values; as `key_cache`."""
+        """The values of each layer; as `key_cache`."""
         return _PerLayer(self, "values")
 
     @value_cache.setter
@@ -90,10 +90,10 @@ class LegacyCache(PaddedCache):
         self.value_cache[:] = values
 
     def to_legacy_cache(self) -> tuple[Pair, ...]:
-        """Per layer (keys, values); the cache's own tensors, which nothing changes in place. Zeros where the model runs no
-        layer."""
+        """Return (keys, values) of each layer: the cache's own tensors, which nothing changes in place. Zeros where the model
+        runs no layer."""
         layers: list[Any] = self.layers
-        _handed_out.add(self)
+        _exposed.add(self)
         like = next((layer for layer in layers if layer.is_initialized), None)
         return tuple(
             (layer.keys, layer.values)
@@ -104,16 +104,16 @@ class LegacyCache(PaddedCache):
 
     @classmethod
     def from_legacy_cache(cls, past_key_values: Sequence[Sequence[Tensor]] | None = None) -> "LegacyCache":
-        """A cache of such layers, as a rule some that were cut; an empty one from None.
+        """Return a cache of such layers, mostly some that were cut; an empty one from None.
 
         The columns of each row that are not zeros have the positions 0, 1, 2, ... from here on, as in transformers: where
-        others were cut off before them, their keys stay rotated for the positions that they had. One warning says so, unless
-        these are the first columns, or all, of a LegacyCache that still exists: then nothing was cut off before them.
+        others were cut off before them, their keys stay rotated for the positions that they had. One warning reports it,
+        unless these are the first columns, or all, of a LegacyCache that still exists: then nothing was cut off before them.
         """
         if past_key_values is not None and len(past_key_values):
-            known = [list[Any](cache.layers)[0].keys for cache in list(_handed_out) if cache.layers]
-            if not any(_begins_with(keys, past_key_values[0][0]) for keys in known):
-                warn_once(CUT_BY_HAND)
+            known = [list[Any](cache.layers)[0].keys for cache in list(_exposed) if cache.layers]
+            if not any(_is_prefix(keys, past_key_values[0][0]) for keys in known):
+                warn_once(MANUAL_CUT)
         return cls.of(past_key_values or ())
 
     @classmethod
@@ -121,18 +121,18 @@ class LegacyCache(PaddedCache):
         return cls(ddp_cache_data=[(layer[0], layer[1]) for layer in layers]) if len(layers) else cls()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in transformers; a positive number is, as in transformers 4, that of the columns to keep."""
+        """Remove columns, as in transformers; a positive number is, as in transformers 4, that of the columns to keep."""
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         super().crop(tokens_to_remove)
 
 
-_handed_out: weakref.WeakSet[LegacyCache] = weakref.WeakSet()
-"""Caches whose tensors somebody has got, and may have cut."""
+_exposed: weakref.WeakSet[LegacyCache] = weakref.WeakSet()
+"""Caches whose tensors a caller has got, and may have cut."""
 
 
-def _begins_with(whole: Any, part: Any) -> bool:
-    """Whether keys [B, kv_heads, columns, head_dim] are the first columns, or all, of others."""
+def _is_prefix(whole: Any, part: Any) -> bool:
+    """Return whether keys `part` [B, kv_heads, columns, head_dim] are the first columns, or all, of keys `whole`."""
     if not (isinstance(whole, Tensor) and isinstance(part, Tensor)) or whole.ndim != 4 or part.ndim != 4:
         return False
     first = whole[:, :, : part.shape[2]]
@@ -140,12 +140,12 @@ def _begins_with(whole: Any, part: Any) -> bool:
 
 
 CACHES: dict[str, type[PaddedCache]] = {"hf": PaddedCache, "legacy": LegacyCache}
-"""What ModelWrapper may give back in place of a LatentCache, by name."""
+"""Classes of the cache that ModelWrapper returns in place of a LatentCache, by name."""
 
 
 def past_length(past: Any) -> int:
-    """Columns of a past, padding included: of any cache of transformers, or of a tuple of (keys, values); 0 for None. Of a
-    LatentCache the slots of its longest row."""
+    """Return the columns of a past, padding included: of any cache of transformers, or of a tuple of (keys, values); 0 for
+    None. Of a LatentCache the slots of its longest row."""
     if past is None:
         return 0
     if isinstance(past, LatentCache):
@@ -156,7 +156,7 @@ def past_length(past: Any) -> int:
 
 
 def as_cache(past: Any) -> Cache | None:
-    """A past as a cache: an empty one of transformers is none, and a tuple of (keys, values) becomes a LegacyCache.
+    """Return a past as a cache: None for an empty one of transformers, a LegacyCache for a tuple of (keys, values).
 
     Raises:
         ValueError: for anything else.
@@ -173,17 +173,17 @@ def as_cache(past: Any) -> Cache | None:
     return past if isinstance(past, Cache) else LegacyCache.of(past)
 
 
-def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCache]) -> PaddedCache:
-    """A cache of that kind with the columns of `past`, which stays as it is; an empty one without a past.
+def to_padded(past: Cache | None, past_mask: Tensor | None, cache_class: type[PaddedCache]) -> PaddedCache:
+    """Return a cache of that class with the columns of `past`, which is not changed; an empty one without a past.
 
     Args:
-        past_mask: [B, columns], 0 for padding, which becomes zeros; None where the past knows it.
+        past_mask: [B, columns], 0 for padding, which becomes zeros; None where the past has it.
 
     Raises:
         ValueError: where layers keep less than all columns.
     """
     if past is None or past_length(past) == 0:
-        return kind()
+        return cache_class()
     if isinstance(past, LatentCache):
         past = past.to_hf()
     length, layers = int(past.get_seq_length()), dict[int, Any](enumerate(past.layers))
@@ -195,7 +195,7 @@ def in_columns(past: Cache | None, past_mask: Tensor | None, kind: type[PaddedCa
             f"past_key_values is a {type(past).__name__} whose layers do not keep all of its {length} columns, which cache="
             "'hf' and cache='legacy' cannot give back; use cache='latent'"
         )
-    cache = kind()
+    cache = cache_class()
     cache.expect(past_mask != 0)
     for place, layer in layers.items():
         cache.update(layer.keys[:, :, :length], layer.values[:, :, :length], place)

@@ -1,4 +1,4 @@
-"""What the published LatentMAS code makes of a model's name, and attributes that stand until somebody sets them."""
+"""ModelWrapper as the published LatentMAS code has it: loading by name, and attributes with computed defaults."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 class Default:
-    """An attribute that is computed at each reading, until one of the same name is set on the object."""
+    """An attribute that is computed at each access, until one of the same name is set on the object."""
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self.compute, self.__doc__ = compute, compute.__doc__
@@ -26,10 +26,10 @@ def is_device(value: Any) -> bool:
 
 
 def load(name: str, device: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub name as the published code loads them.
+    """Load the model and tokenizer of a folder or hub name as the published code does.
 
     In bfloat16 where there is a GPU, else float32; in eval mode, and the tokenizer with a padding token. Rows of the
-    embedding that no token has stay, where the published code drops them.
+    embedding that no token has are kept; the published code drops them.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,7 @@
-"""ModelWrapper's texts by vLLM, through the backend of the latentmas package, which is imported when it is asked for."""
+"""ModelWrapper's texts by vLLM, through the backend of the latentmas package.
+
+The functions import it: latentmas imports this package, and vLLM is optional.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +12,7 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.hf.chat import text_ends, without_end
 
 SETTINGS = ("tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching")
-"""Of vLLM's engine, as the published command line names them."""
+"""Settings of vLLM's engine, by their names in the published command line."""
 
 
 def check_vllm() -> None:
@@ -20,7 +23,7 @@ def check_vllm() -> None:
 
 
 def start_vllm(name: str | None, model: Any, args: Any) -> Any:
-    """vLLM with the model of that name, as `latentmas.backends.vllm.engine.Vllm`.
+    """Start vLLM with the model of that name; return a `latentmas.backends.vllm.engine.Vllm`.
 
     Args:
         model: the same, as a causal LM of transformers.
@@ -48,7 +51,8 @@ def write_texts(
     temperature: float,
     top_p: float,
 ) -> list[str]:
-    """Per prompt (token ids) its text, without special tokens and blanks around it. Draws seeds from torch's generator."""
+    """Return the text of each prompt (token ids), without special tokens and surrounding blanks. Seeds are drawn from torch's
+    generator."""
     from latentmas.backends.base import GenerationRequest
 
     ends = tuple(text_ends(model, tokenizer))
@@ -57,5 +61,5 @@ def write_texts(
         GenerationRequest(list(prompt), max_new_tokens, ends, temperature=temperature, top_p=top_p, seed=seed)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    texts = [without_end(written.ids, ends) for written in vllm.write(None, requests)]
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
+    new = [without_end(completion.ids, ends) for completion in vllm.write(None, requests)]
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]

@@ -1,4 +1,4 @@
-"""ModelWrapper: the interface that LatentMAS codebases carry along, on this package's calls."""
+"""ModelWrapper: the model class of LatentMAS codebases, on this package's calls."""
 
 import os
 import weakref
@@ -11,8 +11,8 @@ from torch import Tensor
 from latentmas_kernels.alignment import Aligner, build_aligner
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import check_sampling, generate, latent_generate
+from latentmas_kernels.hf.call_inputs import CallInputs
 from latentmas_kernels.hf.chat import ids_behind, render, text_ends, without_end
-from latentmas_kernels.hf.continued import Continued
 from latentmas_kernels.hf.legacy_cache import CACHES, past_length
 from latentmas_kernels.hf.published import Default, is_device, is_name, load
 from latentmas_kernels.hf.vllm_texts import check_vllm, start_vllm, write_texts
@@ -32,28 +32,28 @@ _past_length = past_length  # the name that old code imports
 class ModelWrapper:
     """A model and its tokenizer behind the method names of the LatentMAS code (arXiv 2511.20639) and its forks.
 
-    `ModelWrapper(model, tokenizer)` wraps what is loaded and changes neither. `ModelWrapper(name, device, use_vllm, args)`
-    loads it as the published class does, with its settings: latents are rescaled only ("identity", no W_a) unless
+    `ModelWrapper(model, tokenizer)` wraps loaded objects and changes neither. `ModelWrapper(name, device, use_vllm, args)`
+    loads them as the published class does, with its settings: latents are rescaled only ("identity", no W_a) unless
     `args.latent_space_realign`, and caches are of the kind "legacy". A subclass with an `__init__` of its own need not call
     this one: it sets `model` and `tokenizer`, and has the published settings too.
 
-    The methods take and give what they do there, and row b of a padded batch gets what it gets alone; padding may be left or
-    right. Every method that takes `attention_mask` takes it over the new tokens [B, T] or over past and new [B, past + T],
-    with 0 for padding; None means no padding. No past is changed (a LatentCache that was `donate()`d is extended in place, as
-    asked for).
+    The methods take and return the same as there, and row b of a padded batch has the same result as alone; padding may be
+    left or right. Every method that takes `attention_mask` takes it over the new tokens [B, T] or over past and new
+    [B, past + T], with 0 for padding; None means no padding. No past is changed (but a LatentCache that was `donate()`d is
+    extended in place).
 
-    A vLLM that it starts ends with `close()`, at the end of a `with` block, or when the wrapper is no longer used.
+    A vLLM that it starts ends with `close()`, at the end of a `with` block, or when the wrapper is garbage-collected.
 
     Attributes:
         model, tokenizer: of transformers. HF_model is the model too.
-        device: where prepared inputs go; the device of the input embeddings, until it is set.
+        device: of prepared inputs; the device of the input embeddings, until it is set.
         HF_device, vllm_device: the device of the model's input embeddings; `device`.
         embedding_layer: the model's input embeddings.
-        cache: the kind of the memory that comes back: "latent" (LatentCache), "hf" (`PaddedCache`, a DynamicCache of
+        cache: the class of the returned cache: "latent" (LatentCache), "hf" (`PaddedCache`, a DynamicCache of
             transformers) or "legacy" (`LegacyCache`, which can be indexed as well). The last two grow by T + latent_steps
             columns per call in all rows, padding included, so that arithmetic on columns is right.
         latent_space_realign: whether W_a is applied where no aligner was asked for; None leaves it to "auto".
-        use_vllm, vllm_engine: whether there is a vLLM, and our backend of it.
+        use_vllm, vllm_engine: whether there is a vLLM, and its backend.
         model_name, args: as given.
     """
 
@@ -82,7 +82,8 @@ class ModelWrapper:
         engine: str = "auto",
         cache: str | None = None,
     ) -> None:
-        """
+        """Wrap a model and its tokenizer, or load both by name.
+
         Args:
             model: a decoder-only causal LM of transformers, in eval mode, on the device where it is to run; or the name of one
                 (folder or hub), as model_name.
@@ -186,28 +187,28 @@ class ModelWrapper:
         return_hidden_states: bool = False,
         max_cache_len: int | None = None,
     ) -> Any:
-        """Read a prompt and think `latent_steps` steps in hidden states.
+        """Prefill a prompt and run `latent_steps` latent steps.
 
         Args:
             input_ids: int [B, T].
             attention_mask, past_key_values: see the class.
-            latent_steps: 0 or more; 0 only reads the prompt.
-            past_attention_mask: [B, past], 0 for padding, in place of an attention_mask over past and new; a cache that came
-                from here needs none.
-            latent_only, sequential_info_only: forget all but the latent steps, or all but this prompt and its latent steps,
-                once they are taken. A LatentCache records the gap; in the other kinds the keys are rotated to the positions
+            latent_steps: 0 or more; 0 only prefills.
+            past_attention_mask: [B, past], 0 for padding, in place of an attention_mask over past and new; a cache that a
+                method returned needs none.
+            latent_only, sequential_info_only: at the end drop all but the latent steps, or all but this prompt and its latent
+                steps. A LatentCache records the gap; in the other kinds the keys are rotated to the positions
                 0, 1, 2, ...
             return_latent_embeds: also return the latents [B, latent_steps, D].
             return_hidden_states: also return a dictionary: input_hidden [B, D], the embedding of each row's last prompt token;
                 latent_vectors, a list of it and the latents [B, D]; final_hidden [B, D], the state behind the last step.
-            max_cache_len: slots per row of a LatentCache that comes back, so that later calls can extend it in place where it
+            max_cache_len: slots per row of a returned LatentCache, so that later calls can extend it in place where it
                 is `donate()`d; without it they move it to a larger one.
 
         Returns:
-            The memory: past, prompt and latent steps; with one of the return_ options (memory, what was asked for).
+            The cache: past, prompt and latent steps; with one of the return_ options (cache, the returned value).
 
         Raises:
-            ValueError: as `latent_generate`, and where what is asked for does not go together.
+            ValueError: as `latent_generate`, and for arguments that exclude each other.
         """
         if return_latent_embeds and return_hidden_states:
             raise LatentMASError(
@@ -217,15 +218,15 @@ class ModelWrapper:
         if latent_only and latent_steps == 0:
             raise LatentMASError("latent_only keeps nothing where latent_steps is 0; leave one of them out")
         model, keep = self.model, "latent" if latent_only else "agent" if sequential_info_only else None
-        past = self._past(input_ids, attention_mask, past_key_values, past_attention_mask)
-        memory, thought = self._think(model, past, latent_steps, keep, max_cache_len)
+        inputs = self._inputs(input_ids, attention_mask, past_key_values, past_attention_mask)
+        cache, output = self._run_latent(model, inputs, latent_steps, keep, max_cache_len)
         if return_latent_embeds:
-            return memory, thought.latents
+            return cache, output.latents
         if return_hidden_states:
-            last = self._embedded(model, past)[:, -1]
-            vectors = [last, *thought.latents.unbind(1)]
-            return memory, {"input_hidden": last, "latent_vectors": vectors, "final_hidden": thought.last_hidden}
-        return memory
+            last = self._embedded(model, inputs)[:, -1]
+            vectors = [last, *output.latents.unbind(1)]
+            return cache, {"input_hidden": last, "latent_vectors": vectors, "final_hidden": output.last_hidden}
+        return cache
 
     def generate_latent_batch_hidden_state(
         self,
@@ -237,14 +238,14 @@ class ModelWrapper:
         past_attention_mask: Tensor | None = None,
         max_cache_len: int | None = None,
     ) -> tuple[Any, Tensor]:
-        """As `generate_latent_batch`, and what the model was fed, for a server that takes embeddings as a prompt.
+        """As `generate_latent_batch`, and the embeddings that were fed, for a server that takes embeddings as a prompt.
 
         Args:
             input_ids, attention_mask, latent_steps, past_key_values, past_attention_mask, max_cache_len: as in
                 `generate_latent_batch`.
 
         Returns:
-            The memory, and the embeddings [B, T + latent_steps, D] in the model's dtype and on its device: each row's
+            The cache, and the embeddings [B, T + latent_steps, D] in the model's dtype and on its device: each row's
             prompt as the model's embedding module gives it, then its latents. Rows are left-padded with zeros, however
             input_ids was padded, so the last latent_steps columns are the latents of every row, and a row with n real
             tokens fills the last n + latent_steps. The past is not among them.
@@ -252,9 +253,9 @@ class ModelWrapper:
         Raises:
             ValueError: as `latent_generate`.
         """
-        model, past = self.HF_model, self._past(input_ids, attention_mask, past_key_values, past_attention_mask)
-        memory, thought = self._think(model, past, latent_steps, None, max_cache_len)
-        return memory, torch.cat([self._embedded(model, past), thought.latents], dim=1)
+        model, inputs = self.HF_model, self._inputs(input_ids, attention_mask, past_key_values, past_attention_mask)
+        cache, output = self._run_latent(model, inputs, latent_steps, None, max_cache_len)
+        return cache, torch.cat([self._embedded(model, inputs), output.latents], dim=1)
 
     def generate_text_batch(
         self,
@@ -269,7 +270,7 @@ class ModelWrapper:
         past_attention_mask: Tensor | None = None,
         skip_special_tokens: bool = True,
     ) -> tuple[list[str], Any]:
-        """Decode text behind a memory, until each row's end: an end-of-sequence token of the model's generation_config, or
+        """Decode text behind a cache, until each row's end: an end-of-sequence token of the model's generation_config, or
         the token with which the tokenizer's chat template ends an assistant's message.
 
         Args:
@@ -278,29 +279,29 @@ class ModelWrapper:
             max_new_tokens: limit per row, 1 or more.
             temperature: 0 is greedy, None is 1. Above 0 tokens are drawn, and `torch.manual_seed` repeats a call.
             top_p: more than 0, at most 1; None is 1 (off). It and temperature alone shape the distribution: there is no top-k,
-                and what the model's generation_config says about sampling is not read.
+                and the sampling settings of the model's generation_config are not read.
             do_sample: False is greedy whatever the temperature is; None goes by the temperature.
             skip_special_tokens: leave them out of the texts.
 
         Returns:
-            Per row the text of its new tokens, without the one that ended it and without blanks around it; and the memory:
+            Per row the text of its new tokens, without the one that ended it and without blanks around it; and the cache:
             past, prompt and all new tokens but each row's last, which was not fed in.
 
         Raises:
             ValueError: for a temperature or top_p outside of these, and as `generate`.
         """
         temperature, top_p = _sampling(temperature, top_p, do_sample)
-        past = self._past(input_ids, attention_mask, past_key_values, past_attention_mask)
+        inputs = self._inputs(input_ids, attention_mask, past_key_values, past_attention_mask)
         ends = text_ends(self.model, self.tokenizer)
-        said = generate(
-            self.model, past.input_ids, past.attention_mask, past_key_values=past.cache, max_new_tokens=max_new_tokens,
+        output = generate(
+            self.model, inputs.input_ids, inputs.attention_mask, past_key_values=inputs.past, max_new_tokens=max_new_tokens,
             do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=top_p, eos_token_id=ends,
             engine=self._engine,
         )  # fmt: skip
-        new = said.sequences[:, -max(said.new_tokens) :].tolist()
-        own = [without_end(row[:count], ends) for row, count in zip(new, said.new_tokens, strict=True)]
+        new = output.sequences[:, -max(output.new_tokens) :].tolist()
+        own = [without_end(row[:count], ends) for row, count in zip(new, output.new_tokens, strict=True)]
         texts = [self.tokenizer.decode(row, skip_special_tokens=skip_special_tokens).strip() for row in own]
-        return texts, past.grown(said.past_key_values, torch.tensor(said.new_tokens) - 1)
+        return texts, inputs.extended(output.past_key_values, torch.tensor(output.new_tokens) - 1)
 
     def vllm_generate_text_batch(
         self,
@@ -310,7 +311,7 @@ class ModelWrapper:
         temperature: float | None = 0.7,
         top_p: float | None = 0.95,
     ) -> list[str]:
-        """Per prompt (text, as `render_chat` gives it) the text that vLLM writes behind it; use_vllm=True starts one.
+        """Return the text that vLLM decodes for each prompt (text, as of `render_chat`); use_vllm=True starts a vLLM.
 
         Args:
             max_new_tokens, temperature, top_p: as in `generate_text_batch`.
@@ -331,7 +332,7 @@ class ModelWrapper:
         )
 
     def _apply_latent_realignment(self, hidden: Tensor, model: Any = None) -> Tensor:
-        """The embeddings [B, D] that states after the final norm [B, D] are fed back as; for loops of your own.
+        """Return the embeddings [B, D] that states after the final norm [B, D] are fed back as; for loops of your own.
 
         Raises:
             ValueError: where the aligner is "soft", which starts from logits.
@@ -345,43 +346,45 @@ class ModelWrapper:
 
     @Default
     def aligner(self) -> str | Aligner:
-        """As in `latent_generate`: what was asked for, or what latent_space_realign says."""
+        """As in `latent_generate`: the argument of the constructor, or by latent_space_realign."""
         if self._aligner is not None:
             return self._aligner
         return {None: "auto", True: "ridge", False: "identity"}[self.latent_space_realign]
 
-    def _past(self, input_ids: Tensor, mask: Tensor | None, past: Past, past_mask: Tensor | None) -> Continued:
-        return Continued.of(input_ids.to(self.HF_device), mask, past, past_mask, CACHES.get(self.cache))
+    def _inputs(self, input_ids: Tensor, mask: Tensor | None, past: Past, past_mask: Tensor | None) -> CallInputs:
+        return CallInputs.of(input_ids.to(self.HF_device), mask, past, past_mask, CACHES.get(self.cache))
 
-    def _think(
-        self, model: Any, past: Continued, latent_steps: int, keep: str | None, max_cache_len: int | None
+    def _run_latent(
+        self, model: Any, inputs: CallInputs, latent_steps: int, keep: str | None, max_cache_len: int | None
     ) -> tuple[Any, LatentOutput]:
-        """The memory to give back, of which only the last part is kept where `keep` says so, and the thought."""
-        if keep is not None and past.kind is not None:
+        """Return the cache and the output of latent_generate(). The cache keeps all slots, or the last by `keep`: "latent"
+        the latent steps, "agent" the prompt too."""
+        if keep is not None and inputs.cache_class is not None:
             RopeShift.of(model)  # refuses a model whose keys cannot be moved, before any work
-        thought = latent_generate(
-            model, past.input_ids, past.attention_mask, latent_steps=latent_steps, past_key_values=past.cache,
+        output = latent_generate(
+            model, inputs.input_ids, inputs.attention_mask, latent_steps=latent_steps, past_key_values=inputs.past,
             aligner=self.aligner, engine=self._engine, max_cache_len=max_cache_len,
         )  # fmt: skip
-        steps = torch.tensor(thought.latent_steps)
+        steps = torch.tensor(output.latent_steps)
         if keep is None:
-            return past.grown(thought.past_key_values, steps), thought
-        return past.cut(thought.past_key_values, steps + (past.counts if keep == "agent" else 0), model), thought
+            return inputs.extended(output.past_key_values, steps), output
+        kept = steps + (inputs.counts if keep == "agent" else 0)
+        return inputs.keep_last(output.past_key_values, kept, model), output
 
     @torch.no_grad()
-    def _embedded(self, model: Any, past: Continued) -> Tensor:
-        """[B, T, D]: the prompt as the model's embedding module gives it, left-padded with zeros."""
-        prompt, _ = read_prompt(Architecture.of(model), past.input_ids, past.new_mask, None, None)
+    def _embedded(self, model: Any, inputs: CallInputs) -> Tensor:
+        """Return the prompt's embeddings by the model's embedding module, [B, T, D], left-padded with zeros."""
+        prompt, _ = read_prompt(Architecture.of(model), inputs.input_ids, inputs.new_mask, None, None)
         assert prompt.input_ids is not None
         read = model.get_input_embeddings()(prompt.input_ids)
         padding = torch.arange(prompt.columns)[None, :] < prompt.columns - prompt.counts[:, None]
         read = read.masked_fill(padding[:, :, None].to(read.device), 0)
-        return torch.nn.functional.pad(read, (0, 0, past.input_ids.shape[1] - prompt.columns, 0))
+        return torch.nn.functional.pad(read, (0, 0, inputs.input_ids.shape[1] - prompt.columns, 0))
 
     # ---- chats and tokens -------------------------------------------------------------------------------------------
 
     def render_chat(self, messages: Messages, add_generation_prompt: bool = True, **template_options: Any) -> str:
-        """A conversation as text, by the tokenizer's chat template.
+        """Return a conversation as text, by the tokenizer's chat template.
 
         Without a template, messages are paragraphs "Role: content" with an empty line between them, and the generation
         prompt is "Assistant:".
@@ -389,7 +392,7 @@ class ModelWrapper:
         Args:
             messages: one conversation, not empty. What roles there may be is up to the template.
             add_generation_prompt: end with what opens the assistant's answer.
-            **template_options: go to the template, such as enable_thinking=False (Qwen3 thinks aloud unless told so).
+            **template_options: go to the template, such as enable_thinking=False (Qwen3 writes its reasoning without it).
 
         Raises:
             ValueError: for no messages, for something else than messages, and for options where there is no template.
@@ -413,7 +416,7 @@ class ModelWrapper:
     def prepare_chat_input(
         self, messages: Messages, add_generation_prompt: bool = True, **template_options: Any
     ) -> tuple[str, Tensor, Tensor, list[str]]:
-        """One conversation as text and tokens.
+        """Render and tokenize one conversation.
 
         Args:
             messages, add_generation_prompt, **template_options: as in `render_chat`.
@@ -430,7 +433,7 @@ class ModelWrapper:
     def prepare_chat_batch(
         self, batch_messages: Sequence[Messages], add_generation_prompt: bool = True, **template_options: Any
     ) -> tuple[list[str], Tensor, Tensor, list[list[str]]]:
-        """Several conversations as text and left-padded tokens.
+        """Render and tokenize several conversations, left-padded.
 
         A chat template writes the special tokens, so no others are added; without a template the tokenizer adds its own.
 
@@ -439,7 +442,7 @@ class ModelWrapper:
             add_generation_prompt, **template_options: as in `render_chat`.
 
         Returns:
-            Per row the text; input_ids and attention_mask, int64 [B, T] on the model's device (padding is the tokenizer's
+            The text of each row; input_ids and attention_mask, int64 [B, T] on the model's device (padding is the tokenizer's
             padding token, or 0 where it has none); and per row its tokens as strings, without padding.
 
         Raises:
@@ -457,20 +460,22 @@ class ModelWrapper:
         return prompts, ids, mask, [self.tokenizer.convert_ids_to_tokens(row) for row in rows]
 
     def tokenize_text(self, text: str) -> Tensor:
-        """input_ids, int64 [1, T] on the model's device, of a text to put behind others: without special tokens, and without
-        the space that SentencePiece tokenizers put before a text that stands alone.
+        """Return input_ids, int64 [1, T] on the model's device, of a text that continues another: without special tokens, and
+        without the space that SentencePiece tokenizers put before a text that stands alone.
 
         Raises:
             ValueError: where the text has no tokens.
         """
-        return torch.tensor([_some(ids_behind(self.tokenizer, text), text)], device=self.device)
+        return torch.tensor([_checked_ids(ids_behind(self.tokenizer, text), text)], device=self.device)
 
     def _prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a rendered conversation: a chat template writes the special tokens itself."""
-        return _some(self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"], text)
+        """Return the token ids of a rendered conversation: a chat template writes the special tokens itself."""
+        return _checked_ids(
+            self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"], text
+        )
 
 
-def _some(ids: list[int], text: str) -> list[int]:
+def _checked_ids(ids: list[int], text: str) -> list[int]:
     if not ids:
         raise LatentMASError(f"the text {text!r} has no tokens; every row needs at least one")
     return ids
@@ -488,7 +493,7 @@ def _paragraphs(messages: Messages, add_generation_prompt: bool) -> str:
 
 
 def _sampling(temperature: float | None, top_p: float | None, do_sample: bool | None) -> tuple[float, float]:
-    """Temperature, 0 for greedy, and top_p."""
+    """Return the temperature, 0 for greedy, and top_p, checked."""
     temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
     check_sampling(temperature, top_p)
     if do_sample and temperature == 0:

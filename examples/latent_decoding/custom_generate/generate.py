@@ -18,10 +18,10 @@ def generate(
     assistant_model: Any = None,
     **arguments: Any,
 ) -> Any:
-    """transformers' generate() with latent_decode as its decoding loop.
+    """Run transformers' generate() with latent_decode as its decoding loop.
 
     Args:
-        model: gets latent steps where it is greedy or samples.
+        model: runs latent steps with greedy decoding or sampling.
         **arguments: of generate(), and latent_steps, aligner, engine, weights as in `latent_decode`.
 
     Raises:
@@ -29,17 +29,17 @@ def generate(
     """
     if assistant_model is not None:
         raise ValueError("got an assistant_model; latent decoding drafts nothing: leave it or custom_generate out")
-    # transformers does not hand streamer, synced_gpus and tokenizer on to a function.
+    # transformers does not pass streamer, synced_gpus and tokenizer to a function.
     decode = functools.partial(latent_decode, streamer=streamer, synced_gpus=bool(synced_gpus))
     stop_strings = _stop_strings(model, arguments)
-    if stop_strings and tokenizer is not None:  # without one transformers says what is missing
+    if stop_strings and tokenizer is not None:  # without a tokenizer transformers raises an error
         criteria = [*(arguments.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)]
         arguments |= {"stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}
     return GenerationMixin.generate(model, streamer=streamer, custom_generate=decode, **arguments)
 
 
 def _stop_strings(model: Any, arguments: dict[str, Any]) -> str | list[str] | None:
-    """In transformers' order: an argument, the configuration that was passed, the model's."""
+    """Return them in transformers' order: an argument, the given configuration, the model's."""
     if "stop_strings" in arguments:
         return arguments["stop_strings"]
     passed = arguments.get("generation_config")
