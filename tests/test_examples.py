@@ -222,8 +222,8 @@ def test_an_error_in_the_thread_reaches_the_reader(default_tokenizer, fast):
 # ---- latent steps --------------------------------------------------------------------------------------------------
 
 
-def spoken(model, tokenizer, prompts, max_new_tokens):
-    """What the published loop thinks and says: prompts but the last are thought about."""
+def decoded(model, tokenizer, prompts, max_new_tokens):
+    """Return the text of the published loop: latent steps behind all prompts but the last."""
     loop = PlainLoop(model, feed_back(model, "soft"))
     for ids in prompts[:-1]:
         loop.run_latent(ids, STEPS)
@@ -238,15 +238,15 @@ def test_latent_generate(default_model, default_tokenizer, fast, native_calls, p
     roles = [*module.LATENT_AGENTS, module.JUDGER]
     ids = [module.read(default_model, default_tokenizer, r.format(module.QUESTION)).input_ids for r in roles]
 
-    text, memories = module.discuss(fast, default_tokenizer, module.QUESTION, STEPS, max_new_tokens=NEW)
+    text, caches = module.discuss(fast, default_tokenizer, module.QUESTION, STEPS, max_new_tokens=NEW)
 
     assert native_calls.count("run_latent") == 2
-    assert text == spoken(default_model, default_tokenizer, ids, NEW)
+    assert text == decoded(default_model, default_tokenizer, ids, NEW)
     assert text
-    assert all(isinstance(memory, LatentCache) for memory in memories)
+    assert all(isinstance(cache, LatentCache) for cache in caches)
     lengths = [ids[0].shape[1] + STEPS, ids[0].shape[1] + ids[1].shape[1] + 2 * STEPS]
-    assert [int(memory.lengths) for memory in memories[:2]] == lengths
-    assert memories[2].lengths > lengths[1] + ids[2].shape[1]
+    assert [int(cache.lengths) for cache in caches[:2]] == lengths
+    assert caches[2].lengths > lengths[1] + ids[2].shape[1]
     *shown, answer = printed("latent_generate").splitlines()
     assert [line.split()[-1] for line in shown] == ["latent", "latent", "text"]
     assert answer
@@ -256,15 +256,15 @@ def test_latent_generate(default_model, default_tokenizer, fast, native_calls, p
 def test_model_wrapper(default_model, default_tokenizer, native_calls, printed):
     module = example("model_wrapper")
     wrapper = ModelWrapper(default_model, default_tokenizer, aligner="soft")
-    texts, memory = module.discuss(wrapper, module.QUESTIONS, STEPS, max_new_tokens=NEW)
+    texts, cache = module.discuss(wrapper, module.QUESTIONS, STEPS, max_new_tokens=NEW)
     assert native_calls.count("run_latent") == 2
     for row, question in enumerate(module.QUESTIONS):
         turns = [
             [{"role": "user", "content": role.format(question)}] for role in (*module.LATENT_AGENTS, module.JUDGER)
         ]
         prompts = [wrapper.prepare_chat_input(turn)[1] for turn in turns]
-        assert texts[row] == spoken(default_model, default_tokenizer, prompts, NEW).strip()
-        assert memory.lengths[row] > sum(ids.shape[1] for ids in prompts) + 2 * STEPS
+        assert texts[row] == decoded(default_model, default_tokenizer, prompts, NEW).strip()
+        assert cache.lengths[row] > sum(ids.shape[1] for ids in prompts) + 2 * STEPS
     assert printed("model_wrapper").splitlines()[::2] == module.QUESTIONS
 
 
@@ -445,19 +445,19 @@ def test_runs_as_a_script(default_folder):
 
 
 def test_side_by_side(default_model, default_tokenizer, printed):
-    """The second answer is that of a chain whose memory holds the scientist's part alone, and the first memory stays."""
+    """The second answer is that of a chain whose cache holds the scientist's part alone; the first cache is not changed."""
     script = example("side_by_side")
     chain = Chain(default_model, default_tokenizer, script.agents(3, 8), aligner="soft")
-    memory = chain.run([script.QUESTION]).memory
-    before = memory.keys.clone(), [*memory.segments], memory.lengths.clone()
-    names = [segment.name for segment in memory.segments]
+    cache = chain.run([script.QUESTION]).memory
+    before = cache.keys.clone(), [*cache.segments], cache.lengths.clone()
+    names = [segment.name for segment in cache.segments]
     assert names[:7] == [
         "math + science + code:prompt", *(f"{agent}:{kind}" for agent in script.SPECIALISTS for kind in ("prompt", "latent"))
     ]  # fmt: skip
-    said = script.answer_from(default_model, default_tokenizer, memory, ["science"], 8)
-    assert torch.equal(memory.keys, before[0])
-    assert memory.segments == before[1]
-    assert torch.equal(memory.lengths, before[2])
+    said = script.answer_from(default_model, default_tokenizer, cache, ["science"], 8)
+    assert torch.equal(cache.keys, before[0])
+    assert cache.segments == before[1]
+    assert torch.equal(cache.lengths, before[2])
     alone = Chain(
         default_model, default_tokenizer, [[script.agents(3, 8)[0][1]], script.agents(3, 8)[1]], aligner="soft"
     )

@@ -1,4 +1,4 @@
-"""native, doctor, storage and setup.py: what is on here, why the rest is not, and files that are whole."""
+"""The C++ extension, doctor, storage and setup.py."""
 
 import importlib.machinery
 import importlib.util

@@ -29,15 +29,15 @@ def assert_latents_close(got, want, tolerance=LATENT_TOLERANCE):
 @pytest.mark.parametrize("kind", ["ridge", "identity", "soft"])
 @torch.no_grad()
 def test_ragged_chain_equals_plain_loop(family_model, kind):
-    """Three agents over a ragged batch of 5: every row thinks and says what the plain loop does for it alone."""
+    """Three agents over a ragged batch of 5: every row has the latents and the text of the plain loop for it alone."""
     model, steps = family_model, 6
     turns = [ragged(LENGTHS, seed=1), ragged([4, 2, 9, 5, 1], seed=2), ragged([5, 6, 2, 1, 8], seed=3)]
-    memory, thoughts = None, []
+    cache, thoughts = None, []
     for ids, mask in turns[:2]:
-        out = latent_generate(model, ids, mask, latent_steps=steps, past_key_values=memory, aligner=kind)
-        memory = out.past_key_values
+        out = latent_generate(model, ids, mask, latent_steps=steps, past_key_values=cache, aligner=kind)
+        cache = out.past_key_values
         thoughts.append(out)
-    spoken = generate(model, *turns[2], past_key_values=memory, max_new_tokens=10, eos_token_id=None)
+    decoded = generate(model, *turns[2], past_key_values=cache, max_new_tokens=10, eos_token_id=None)
 
     for row in range(len(LENGTHS)):
         alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
@@ -45,7 +45,7 @@ def test_ragged_chain_equals_plain_loop(family_model, kind):
             latents, last = alone.run_latent(real(ids, mask, row), steps)
             assert_latents_close(out.latents[row], latents)
             assert_latents_close(out.last_hidden[row], last)
-        assert spoken.sequences[row, -10:].tolist() == alone.decode(real(*turns[2], row), 10)
+        assert decoded.sequences[row, -10:].tolist() == alone.decode(real(*turns[2], row), 10)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -55,12 +55,12 @@ def test_other_families_equal_plain_loop(name):
     model = tiny_model(name, tie_word_embeddings=name not in ("granite", "mixtral"))
     ids, mask = ragged([3, 14, 1])
     for kind in ("ridge", "soft"):
-        thought = latent_generate(model, ids, mask, latent_steps=4, aligner=kind, engine="eager")
-        spoken = generate(
+        latent = latent_generate(model, ids, mask, latent_steps=4, aligner=kind, engine="eager")
+        decoded = generate(
             model,
             ids,
             mask,
-            past_key_values=thought.past_key_values,
+            past_key_values=latent.past_key_values,
             max_new_tokens=6,
             eos_token_id=None,
             engine="eager",
@@ -68,8 +68,8 @@ def test_other_families_equal_plain_loop(name):
         for row in range(3):
             alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
             latents, _ = alone.run_latent(real(ids, mask, row), 4)
-            assert_latents_close(thought.latents[row], latents)
-            assert spoken.sequences[row, -6:].tolist() == alone.decode(real(ids, mask, row), 6)
+            assert_latents_close(latent.latents[row], latents)
+            assert decoded.sequences[row, -6:].tolist() == alone.decode(real(ids, mask, row), 6)
 
 
 @torch.no_grad()
@@ -191,8 +191,8 @@ def in_one_pass(model, back, turns, thoughts, said):
 
     Args:
         back: what `feed_back` made of the model.
-        turns: the row's own ids, [1, T] each, of the agents that think and of the one that writes.
-        thoughts: the latents of those that think, [steps, D] each.
+        turns: the row's own ids, [1, T] each, of the agents with latent steps and of the one that decodes.
+        thoughts: the latents of the former, [steps, D] each.
         said: the tokens of the one that writes, [n].
 
     Returns:
@@ -238,22 +238,22 @@ def test_default_model_ragged_chain(default_model, default_tokenizer):
         second = latent_generate(
             default_model, ids, mask, latent_steps=5, aligner=kind, past_key_values=first.past_key_values
         )
-        spoken = generate(
+        decoded = generate(
             default_model, ids, mask, past_key_values=second.past_key_values, max_new_tokens=12, eos_token_id=None
         )
         backs = [feed_back(model, kind) for model in (exact, *orders)]
         for row in range(5):
-            turns, thoughts = [real(ids, mask, row)] * 3, [first.latents[row], second.latents[row]]
-            said = spoken.sequences[row, -12:]
+            turns, latents = [real(ids, mask, row)] * 3, [first.latents[row], second.latents[row]]
+            said = decoded.sequences[row, -12:]
             (want, logits), *plain = (
-                in_one_pass(model, back, turns, thoughts, said)
+                in_one_pass(model, back, turns, latents, said)
                 for model, back in zip((exact, *orders), backs, strict=True)
             )
             noise, logit_noise = (
                 max((order[part] - true).abs().max().item() for order in plain)
                 for part, true in enumerate((want, logits))
             )
-            assert_latents_close(torch.cat(thoughts), want, 4 * noise)
+            assert_latents_close(torch.cat(latents), want, 4 * noise)
             # Greedy: no other token is better by more than the rounding of two logits.
             behind = logits.amax(-1) - logits.gather(-1, said[:, None])[:, 0]
             assert behind.max() <= 2 * logit_noise
@@ -343,10 +343,10 @@ def new_tokens_for(model):
 def test_transformers_continues_from_our_cache(family_model):
     ids, mask = ragged(LENGTHS)
     new, new_mask = new_tokens_for(family_model)
-    memory = latent_generate(family_model, ids, mask, latent_steps=6, aligner="ridge").past_key_values
-    ours = generate(family_model, new, new_mask, past_key_values=memory, max_new_tokens=9, eos_token_id=None)
+    cache = latent_generate(family_model, ids, mask, latent_steps=6, aligner="ridge").past_key_values
+    ours = generate(family_model, new, new_mask, past_key_values=cache, max_new_tokens=9, eos_token_id=None)
     theirs = family_model.generate(
-        new, past_key_values=memory.to_hf(), attention_mask=memory.attention_mask(new_mask), max_new_tokens=9,
+        new, past_key_values=cache.to_hf(), attention_mask=cache.attention_mask(new_mask), max_new_tokens=9,
         do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     assert torch.equal(ours.sequences[:, -9:], theirs[:, -9:])
@@ -358,10 +358,10 @@ def test_transformers_continues_on_the_default_model(default_model, default_toke
     tokenized = default_tokenizer(
         ["Tell me about the sea.", "Why?"], padding=True, padding_side="left", return_tensors="pt"
     )
-    memory = latent_generate(default_model, **tokenized, latent_steps=5, aligner="soft").past_key_values
-    ours = generate(default_model, **tokenized, past_key_values=memory, max_new_tokens=16, eos_token_id=None)
+    cache = latent_generate(default_model, **tokenized, latent_steps=5, aligner="soft").past_key_values
+    ours = generate(default_model, **tokenized, past_key_values=cache, max_new_tokens=16, eos_token_id=None)
     theirs = default_model.generate(
-        tokenized.input_ids, past_key_values=memory.to_hf(), attention_mask=memory.attention_mask(tokenized.attention_mask),
+        tokenized.input_ids, past_key_values=cache.to_hf(), attention_mask=cache.attention_mask(tokenized.attention_mask),
         max_new_tokens=16, do_sample=False, eos_token_id=None,
     )  # fmt: skip
     assert torch.equal(ours.sequences[:, -16:], theirs[:, -16:])
@@ -447,7 +447,7 @@ def test_sampling_draws_what_transformers_draws(model, options):
 
 @torch.no_grad()
 def test_ended_rows_store_nothing_more(model):
-    """A row's memory holds its prompt and its text but the last token, however long the others go on."""
+    """A row's cache holds its prompt and its text but the last token, however long the others go on."""
     ids, mask = ragged([5, 5, 5], seed=4)
     free = generate(model, ids, mask, max_new_tokens=8, eos_token_id=None).sequences[:, 5:]
     end = int(free[0, 2])
@@ -470,7 +470,7 @@ def test_ended_rows_store_nothing_more(model):
 @example(lengths=[3, 5, 4], new=10, ends=[], divisor=7)
 @torch.no_grad()
 def test_rows_report_how_long_they_are_and_why_they_ended(lengths, new, ends, divisor):
-    """Their own tokens up to the end token or what a criterion stops, else all; metrics and memory count the same.
+    """Their own tokens up to the end token or what a criterion stops, else all; metrics and cache count the same.
 
     As in transformers, a row that a criterion stopped goes on with the batch where there are no end tokens.
     """
@@ -512,22 +512,22 @@ def test_numbers_of_steps_may_be_those_of_numpy(model):
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_steps_are_told_of_as_they_begin(model, steps):
     """Each by its number from 0, after the forward of the step before it."""
-    forwards, told = [], []
+    forwards, seen = [], []
     model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     latent_generate(
         model, *ragged(LENGTHS), latent_steps=steps, aligner="identity", engine="eager",
-        on_step=lambda step: told.append((step, len(forwards))),
+        on_step=lambda step: seen.append((step, len(forwards))),
     )  # fmt: skip
-    assert told == [(step, step + 1) for step in range(steps)], "the first forward reads the prompt"
+    assert seen == [(step, step + 1) for step in range(steps)], "the first forward reads the prompt"
     assert len(forwards) == steps + 1
 
 
 def test_telling_of_steps_changes_nothing(model):
     ids, mask = ragged(LENGTHS)
     quiet = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge")
-    told = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", on_step=lambda step: None)
-    assert torch.equal(told.latents, quiet.latents)
-    assert torch.equal(told.last_hidden, quiet.last_hidden)
+    seen = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", on_step=lambda step: None)
+    assert torch.equal(seen.latents, quiet.latents)
+    assert torch.equal(seen.last_hidden, quiet.last_hidden)
 
 
 def test_streamer_gets_prompt_then_tokens(model):
@@ -551,8 +551,8 @@ def test_streamer_gets_prompt_then_tokens(model):
 
 def test_metrics_count_real_tokens(model):
     ids, mask = ragged(LENGTHS)
-    thought = latent_generate(model, ids, mask, latent_steps=3, aligner="identity", engine="eager")
-    m = thought.metrics
+    latent = latent_generate(model, ids, mask, latent_steps=3, aligner="identity", engine="eager")
+    m = latent.metrics
     assert (m.engine, m.aligner, m.prefill_tokens, m.latent_tokens, m.decode_tokens) == (
         "eager",
         "identity",
@@ -565,7 +565,7 @@ def test_metrics_count_real_tokens(model):
     assert m.kv_bytes == (sum(LENGTHS) + 15) * per_slot
 
 
-# ---- memory: never changed unless given away ------------------------------------------------------------------------
+# ---- the cache: never changed unless donated -------------------------------------------------------------------------
 
 
 def snapshot(cache):
@@ -589,37 +589,37 @@ def assert_unchanged(cache, before):
 @torch.no_grad()
 def test_memory_is_forked(model):
     ids, mask = ragged(LENGTHS)
-    memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge").past_key_values
-    before = snapshot(memory)
-    one = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", past_key_values=memory)
-    two = generate(model, ids, mask, past_key_values=memory, max_new_tokens=3)
-    assert_unchanged(memory, before)
-    assert one.past_key_values is not memory
-    assert two.past_key_values is not memory
+    cache = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge").past_key_values
+    before = snapshot(cache)
+    one = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", past_key_values=cache)
+    two = generate(model, ids, mask, past_key_values=cache, max_new_tokens=3)
+    assert_unchanged(cache, before)
+    assert one.past_key_values is not cache
+    assert two.past_key_values is not cache
 
 
 @torch.no_grad()
 def test_donated_memory_is_extended_in_place(model):
     ids, mask = ragged(LENGTHS)
-    memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64).past_key_values
-    assert memory.capacity == 64
-    want = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", past_key_values=memory)
-    out = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", past_key_values=memory.donate())
-    assert out.past_key_values is memory
+    cache = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64).past_key_values
+    assert cache.capacity == 64
+    want = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", past_key_values=cache)
+    out = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", past_key_values=cache.donate())
+    assert out.past_key_values is cache
     assert torch.equal(out.latents, want.latents)
-    again = latent_generate(model, ids, mask, latent_steps=1, aligner="ridge", past_key_values=memory)
-    assert again.past_key_values is not memory, "a donation is for one call"
+    again = latent_generate(model, ids, mask, latent_steps=1, aligner="ridge", past_key_values=cache)
+    assert again.past_key_values is not cache, "a donation is for one call"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @torch.no_grad()
 def test_interruption_leaves_cache_and_model_as_they_were(model, error):
     ids, mask = ragged(LENGTHS)
-    memory = latent_generate(
+    cache = latent_generate(
         model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64, engine="eager"
     ).past_key_values
-    before = snapshot(memory)
-    want = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory, engine="eager")
+    before = snapshot(cache)
+    want = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=cache, engine="eager")
     calls = []
 
     def interrupt(module, args):
@@ -630,25 +630,25 @@ def test_interruption_leaves_cache_and_model_as_they_were(model, error):
     hook = model.get_decoder().layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(error):
         latent_generate(
-            model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory.donate(), engine="eager"
+            model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=cache.donate(), engine="eager"
         )
     hook.remove()
-    assert_unchanged(memory, before)
-    out = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=memory, engine="eager")
+    assert_unchanged(cache, before)
+    out = latent_generate(model, ids, mask, latent_steps=4, aligner="ridge", past_key_values=cache, engine="eager")
     assert torch.equal(out.latents, want.latents)
 
 
 @pytest.mark.parametrize("call", ["latent_generate", "generate"])
 @torch.no_grad()
 def test_whoever_is_told_of_steps_may_interrupt_them(model, call):
-    """The memory that was given away is then as it was."""
+    """The donated cache is then as before."""
     ids, mask = ragged(LENGTHS)
-    memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64).past_key_values
-    before, told = snapshot(memory), []
+    cache = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", max_cache_len=64).past_key_values
+    before, seen = snapshot(cache), []
 
     def tell(step):
-        told.append(step)
-        if len(told) == 3:
+        seen.append(step)
+        if len(seen) == 3:
             raise KeyboardInterrupt
 
     run, options = {
@@ -656,9 +656,9 @@ def test_whoever_is_told_of_steps_may_interrupt_them(model, call):
         "generate": (generate, {"max_new_tokens": 9, "streamer": SimpleNamespace(put=tell, end=tell)}),
     }[call]
     with pytest.raises(KeyboardInterrupt):
-        run(model, ids, mask, past_key_values=memory.donate(), **options)
-    assert len(told) == 3
-    assert_unchanged(memory, before)
+        run(model, ids, mask, past_key_values=cache.donate(), **options)
+    assert len(seen) == 3
+    assert_unchanged(cache, before)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -738,37 +738,37 @@ def test_generate_refuses_bad_input_before_any_work(model, change, words):
 @pytest.mark.parametrize("as_hf", [False, True])
 def test_cache_of_another_model_is_refused(model, other, words, as_hf):
     ids, mask = ragged([4, 6])
-    memory = latent_generate(other(), ids, mask, latent_steps=1, aligner="identity").past_key_values
+    cache = latent_generate(other(), ids, mask, latent_steps=1, aligner="identity").past_key_values
     with pytest.raises(ValueError, match="cache of another model") as caught:
-        latent_generate(model, ids, mask, past_key_values=memory.to_hf() if as_hf else memory)
+        latent_generate(model, ids, mask, past_key_values=cache.to_hf() if as_hf else cache)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_cache_of_another_batch_and_wrong_past_mask_are_refused(model):
     ids, mask = ragged([4, 6])
-    memory = latent_generate(model, ids, mask, latent_steps=1, aligner="identity").past_key_values
+    cache = latent_generate(model, ids, mask, latent_steps=1, aligner="identity").past_key_values
     with pytest.raises(ValueError, match="has 2 rows, the inputs have 1"):
-        latent_generate(model, ids[:1], past_key_values=memory)
+        latent_generate(model, ids[:1], past_key_values=cache)
     with pytest.raises(ValueError, match=r"\[7, 7\] ones over the past, past_key_values holds \[5, 7\]"):
-        latent_generate(model, ids, torch.cat([torch.ones(2, 7, dtype=torch.int64), mask], 1), past_key_values=memory)
+        latent_generate(model, ids, torch.cat([torch.ones(2, 7, dtype=torch.int64), mask], 1), past_key_values=cache)
 
 
 @torch.no_grad()
 def test_donated_cache_that_is_too_small_grows(model):
-    """A branch keeps what it has, and so does the cache where the memory is not there."""
+    """A branch keeps its content, and so does the cache where memory is short."""
     ids, mask = ragged([4, 6])
-    memory = latent_generate(model, ids, mask, latent_steps=1, aligner="identity").past_key_values
-    want = latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory)
-    branch, before = memory.branch(), snapshot(memory)
+    cache = latent_generate(model, ids, mask, latent_steps=1, aligner="identity").past_key_values
+    want = latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=cache)
+    branch, before = cache.branch(), snapshot(cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
         with pytest.raises(ValueError, match="a cache of 2 rows of 23 slots needs"):
-            latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory.donate())
-    assert_unchanged(memory, before)
-    out = latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=memory)
-    assert out.past_key_values is memory, "the donation still stood"
-    assert memory.capacity == 23
+            latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=cache.donate())
+    assert_unchanged(cache, before)
+    out = latent_generate(model, ids, mask, latent_steps=10, aligner="identity", past_key_values=cache)
+    assert out.past_key_values is cache, "the donation still stood"
+    assert cache.capacity == 23
     assert torch.equal(out.latents, want.latents)
     assert branch.lengths.tolist() == [5, 7]
     assert torch.equal(branch.keys[:, 0, :, :5], want.past_key_values.keys[:, 0, :, :5])

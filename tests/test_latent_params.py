@@ -1,4 +1,4 @@
-"""Rows that think for as long as each of them wants, what is kept of it, and what other models are given of it."""
+"""Latent steps per row, recorded states, and embeddings for other models."""
 
 import copy
 import itertools
@@ -72,7 +72,7 @@ def test_each_row_thinks_as_it_does_alone(name, engine, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_asking_for_more_changes_nothing(engine, kind):
-    """One number for all, a number for each, and states that are kept: the same thoughts."""
+    """One number for all, a number for each, and states that are recorded: the same latents."""
     model = tiny_model("qwen2-mixed")
     ids, mask = ragged(LENGTHS)
     options = {"aligner": kind, "engine": engine}
@@ -138,7 +138,7 @@ def threshold_of(cosine, limits):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["llama", "qwen3-mixed", "qwen2"])
 def test_rows_settle_when_the_plain_loop_does(name, engine, kind):
-    """And have thought what they would have with just as many steps."""
+    """And have the latents of a call with just as many steps."""
     model, limits = tiny_model(name), [8, 8, 8, 3, 8]
     ids, mask = ragged(LENGTHS)
     options = {"aligner": kind, "engine": engine, "output_states": True}
@@ -149,10 +149,10 @@ def test_rows_settle_when_the_plain_loop_does(name, engine, kind):
     settle = threshold_of(cosine, limits)
     want = steps_until(cosine, settle, limits)
     assert len(set(want)) >= 3, "or the test would say little"
-    told = []
-    out = latent_generate(model, ids, mask, latent_steps=limits, settle=settle, on_step=told.append, **options)
+    seen = []
+    out = latent_generate(model, ids, mask, latent_steps=limits, settle=settle, on_step=seen.append, **options)
     assert out.latent_steps == want
-    assert told == list(range(max(want)))
+    assert seen == list(range(max(want)))
     assert out.latents.shape[1] == out.states.shape[1] == max(want)
     same = latent_generate(model, ids, mask, latent_steps=want, **options)
     assert_same(out.latents, same.latents, engine=engine)
@@ -224,8 +224,8 @@ def test_zero_embeddings_have_a_cosine_of_0(model, engine, settle, want):
     model.model.norm.weight.zero_()
     cache = latent_generate(tiny_model("llama"), *ragged([6, 3]), latent_steps=0, max_cache_len=20).past_key_values
     latent_params, aligner = LatentParams(torch.tensor([4, 4]), settle), build_aligner(model, "identity")
-    thought = engine(model, Architecture.of(model)).run_latent(cache, torch.zeros(2, 48), aligner, latent_params, None)
-    assert thought.steps.tolist() == [want, want]
+    latent = engine(model, Architecture.of(model)).run_latent(cache, torch.zeros(2, 48), aligner, latent_params, None)
+    assert latent.steps.tolist() == [want, want]
 
 
 @pytest.mark.parametrize("engine", ALL_ENGINES)
@@ -435,19 +435,19 @@ def test_what_another_bfloat16_model_is_fed(engine):
 
 @pytest.mark.parametrize("engine", [EagerEngine, NativeEngine])
 def test_engines_end_each_row_at_its_own_step(engine):
-    """Straight through `think`: the cache has grown by what each row took, and nothing else was written."""
+    """Straight through `run_latent`: the cache has grown by what each row took, and nothing else was written."""
     model = tiny_model("qwen2-mixed")
     runner = engine(model, Architecture.of(model))
     cache = LatentCache.for_model(Architecture.of(model), 3, 12)
     cache.buffer.fill_(float("nan"))
     seed = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        thought = runner.run_latent(
+        latent = runner.run_latent(
             cache, seed, build_aligner(model, "ridge"), LatentParams(torch.tensor([2, 5, 1])), None
         )
-    assert thought.states is None
-    assert thought.steps.tolist() == cache.lengths.tolist() == [2, 5, 1]
-    assert thought.latents.isfinite().all()
+    assert latent.states is None
+    assert latent.steps.tolist() == cache.lengths.tolist() == [2, 5, 1]
+    assert latent.latents.isfinite().all()
     for row, count in enumerate([2, 5, 1]):
         assert cache.buffer[:, :, row, :, :count].isfinite().all()
         assert cache.buffer[:, :, row, :, count:].isnan().all()

@@ -1,4 +1,4 @@
-"""trace: what is read out of a thought, against the formulas written out in float64."""
+"""trace: tokens, norms and distances of latent steps, against the formulas written out in float64."""
 
 import dataclasses
 from typing import Any
@@ -271,7 +271,7 @@ def test_caps_and_scales_that_matter(name, option):
 
 @torch.no_grad()
 def broken_thought(model: Any, steps: int, at: int, value: float) -> LatentOutput:
-    """A thought of a plain loop, whose state becomes `value` in one place at step `at` and is fed back."""
+    """Latent steps of a plain loop, whose state becomes `value` in one place at step `at` and is fed back."""
     ids, _ = ragged([6])
     loop, back = PlainLoop(model, feed_back(model, "identity")), feed_back(model, "identity")
     calls = 0

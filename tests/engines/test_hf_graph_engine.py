@@ -1,4 +1,4 @@
-"""The generic tier against the eager engine, with plain calls for graphs: models that no packed family covers."""
+"""The HF graph engine against the eager engine, with EagerReplay for graphs: models that no packed family covers."""
 
 from contextlib import suppress
 
@@ -39,7 +39,7 @@ def every(batch, steps, **options):
     return LatentParams(torch.full((batch,), steps), **options)
 
 
-def assert_same_thought(ours, theirs):
+def assert_same_steps(ours, theirs):
     assert torch.equal(ours.steps, theirs.steps)
     pairs = [(ours.latents, theirs.latents), (ours.last_hidden, theirs.last_hidden)]
     assert (ours.states is None) == (theirs.states is None)
@@ -52,7 +52,7 @@ def assert_same_thought(ours, theirs):
 @pytest.mark.parametrize("name", [*OTHERS, "qwen3-mixed"])
 @torch.no_grad()
 def test_latent_and_token_steps_equal_eager(name):
-    """Ragged rows whose unused slots hold NaN, windows that the memory outgrows, a row that sits steps out."""
+    """Ragged rows whose unused slots hold NaN, windows that the cache outgrows, a row that does not take part in some steps."""
     model = tiny_model(name)
     engine, eager = both(model)
     start = read(model, [12, 5, 9])
@@ -65,7 +65,7 @@ def test_latent_and_token_steps_equal_eager(name):
         e.run_latent(c, start.last_hidden, aligner, every(3, 3), None)
         for e, c in zip((engine, eager), caches, strict=True)
     )
-    assert_same_thought(ours, theirs)
+    assert_same_steps(ours, theirs)
     for counts in ([1, 1, 1], [1, 0, 1], [0, 0, 1]):
         prompt = Prompt(torch.tensor(counts), torch.tensor([[5], [6], [7]]))
         a, b = (e.extend(c, prompt, logits=True) for e, c in zip((engine, eager), caches, strict=True))
@@ -74,7 +74,7 @@ def test_latent_and_token_steps_equal_eager(name):
 
 
 def poisoned(cache):
-    """A copy with NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
+    """Return a copy with NaN in every slot that a row does not use: behind its end, and before the end of a shared prefix."""
     cache = cache.fork()
     for row, (length, prefix_len) in enumerate(zip(cache.lengths.tolist(), cache.prefix_len.tolist(), strict=True)):
         for store in (cache.keys, cache.values):
@@ -82,18 +82,18 @@ def poisoned(cache):
     return cache
 
 
-def think_both(engines, start, seed, aligner, latent_params, on_step=None):
-    """The same thought and the same memory from both, and what is not the rows' own left alone; the steps taken."""
+def run_both(engines, start, seed, aligner, latent_params, on_step=None):
+    """Compare latents and caches of both engines, and that slots of others are not written; return the steps of each row."""
     caches = [poisoned(start) for _ in engines]
-    thoughts = [e.run_latent(c, seed, aligner, latent_params, on_step) for e, c in zip(engines, caches, strict=True)]
-    assert_same_thought(*thoughts)
+    latents = [e.run_latent(c, seed, aligner, latent_params, on_step) for e, c in zip(engines, caches, strict=True)]
+    assert_same_steps(*latents)
     for row, (length, prefix_len) in enumerate(zip(caches[0].lengths.tolist(), start.prefix_len.tolist(), strict=True)):
         assert caches[0].keys[:, row, :, length:].isnan().all()
         assert caches[0].values[:, row, :, :prefix_len].isnan().all()
     for cache in caches:
         cache.make_private()
     assert_same(*caches)
-    return thoughts[0].steps.tolist()
+    return latents[0].steps.tolist()
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_rows_end_as_on_eager_in_one_captured_step(name, captures, monkeypatch):
         every(3, 3, stop_cosine=-1.0), every(3, 3, stop_cosine=1.0, record=True),
         *(LatentParams(torch.tensor([6, 6, 4]), stop_cosine=level, record=True) for level in levels),
     ):  # fmt: skip
-        taken = think_both(engines, start, seed, aligner, latent_params)
+        taken = run_both(engines, start, seed, aligner, latent_params)
         ends.add(tuple(taken))
         if latent_params.stop_cosine == -1.0:
             assert taken == [2, 2, 2]
@@ -135,7 +135,7 @@ def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
     model = tiny_model("olmo2")
     engine, _ = both(model)
     start, seen = read(model, [4, 6]), []
-    thought = engine.run_latent(
+    latent = engine.run_latent(
         start.past_key_values,
         start.last_hidden,
         build_aligner(model, "identity"),
@@ -143,14 +143,14 @@ def test_settled_batches_are_looked_at_now_and_then(monkeypatch):
         seen.append,
     )
     assert seen == [0, 1, 2, 3]
-    assert thought.latents.shape[1] == 2
+    assert latent.latents.shape[1] == 2
     assert start.past_key_values.lengths.tolist() == [6, 8]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "qwen3-mixed"])
 @torch.no_grad()
 def test_lent_slots_are_copied_in_from_where_they_lie(name):
-    """And nothing is written where a row borrows; tokens behind it too."""
+    """And nothing is written over a shared prefix; tokens behind it too."""
     model = tiny_model(name)
     engines = both(model)
     read_in = read(model, [66, 40, 129], 140)
@@ -161,7 +161,7 @@ def test_lent_slots_are_copied_in_from_where_they_lie(name):
         6, 48, generator=torch.Generator().manual_seed(0)
     )
     aligner = build_aligner(model, "identity")
-    think_both(engines, start, seed, aligner, LatentParams(torch.tensor([2, 3, 1, 2, 4, 3]), record=True))
+    run_both(engines, start, seed, aligner, LatentParams(torch.tensor([2, 3, 1, 2, 4, 3]), record=True))
     caches = [poisoned(start) for _ in engines]
     prompt = Prompt(torch.tensor([1, 1, 0, 1, 1, 1]), torch.arange(5, 11)[:, None])
     a, b = (e.extend(c, prompt, logits=True) for e, c in zip(engines, caches, strict=True))
@@ -182,7 +182,7 @@ def test_soft_feedback_of_rows_that_end_equals_eager(latent_params):
     start = read(model, [6, 3]).past_key_values
     tokens = Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]]))
     seed = engines[1].extend(start, tokens, logits=True)
-    think_both(engines, start, seed, build_aligner(model, "soft"), latent_params)
+    run_both(engines, start, seed, build_aligner(model, "soft"), latent_params)
 
 
 @torch.no_grad()
@@ -196,14 +196,14 @@ def test_soft_feedback_equals_eager():
     seed = eager.extend(caches[0].fork(20), Prompt(torch.tensor([1, 1]), torch.tensor([[4], [5]])), logits=True)
     ours = engine.run_latent(caches[0], seed, aligner, every(2, 3), seen.append)
     theirs = eager.run_latent(caches[1], seed, aligner, every(2, 3), None)
-    assert_same_thought(ours, theirs)
+    assert_same_steps(ours, theirs)
     assert seen == [0, 1, 2]
     assert_same(*caches)
 
 
 @torch.no_grad()
 def test_windows_are_kept_and_caches_told_apart():
-    """A larger memory takes a larger window, a smaller one reuses what is there; another cache is copied in again."""
+    """A larger cache takes a larger StaticBatch, a smaller one reuses those there are; another cache is copied in again."""
     model = tiny_model("olmo2")
     engine, eager = both(model)
     aligner = build_aligner(model, "identity")
@@ -215,7 +215,7 @@ def test_windows_are_kept_and_caches_told_apart():
                 e.run_latent(c, start.last_hidden, aligner, every(2, 1), None)
                 for e, c in zip((engine, eager), caches, strict=True)
             )
-            assert_same_thought(ours, theirs)
+            assert_same_steps(ours, theirs)
     assert sorted(engine.state.batches) == [(2, 256), (2, 512)]
     assert len(engine.state.graphs) == 2
 
@@ -225,8 +225,8 @@ def interrupted(step):
         raise KeyboardInterrupt
 
 
-def think_on_another(engine, eager, cache, start):
-    """A call on another memory that uses the same window and is interrupted, its graph being there."""
+def run_on_another(engine, eager, cache, start):
+    """A call on another cache that uses the same StaticBatch and is interrupted; its graph exists already."""
     seed, aligner = torch.ones(1, 48), build_aligner(eager.model, "identity")
     engine.run_latent(start.fork(40), seed, aligner, every(1, 1), None)
     engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[8]])), logits=True)
@@ -248,7 +248,7 @@ def fail(engine, eager, cache, start):
 
 
 CHANGES = {
-    "interrupted": think_on_another,
+    "interrupted": run_on_another,
     "rewound": read_again,
     "rebased": lambda engine, eager, cache, start: cache.rebase(eager.model),
     "kept": lambda engine, eager, cache, start: cache.keep(torch.arange(int(cache.lengths[0]))[None] % 5 > 0),
@@ -348,7 +348,7 @@ def test_a_step_is_captured_again_where_the_model_was_edited(edit):
             one.run_latent(start.past_key_values.fork(20), start.last_hidden, aligner, every(2, 3), None)
             for one in (engine, eager)
         )
-        assert_same_thought(ours, theirs)
+        assert_same_steps(ours, theirs)
         return engine.state, ours.latents
 
     state, latents = thoughts()
@@ -424,9 +424,9 @@ def test_on_a_device_chains_equal_eager(name):
     ids, mask = (t.cuda() for t in ragged([7, 4]))
     out = {}
     for engine in ("cuda", "eager"):
-        thought = latent_generate(model, ids, mask, latent_steps=3, aligner="identity", engine=engine)
+        latent = latent_generate(model, ids, mask, latent_steps=3, aligner="identity", engine=engine)
         out[engine] = generate(
-            model, ids, mask, past_key_values=thought.past_key_values, max_new_tokens=6, engine=engine
+            model, ids, mask, past_key_values=latent.past_key_values, max_new_tokens=6, engine=engine
         )
     assert out["cuda"].metrics.engine == "cuda (generic)"
     assert torch.equal(out["cuda"].sequences, out["eager"].sequences)

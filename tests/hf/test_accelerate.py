@@ -451,9 +451,9 @@ def test_criteria_come_before_the_streamer(pair):
 
 def test_donated_memory_survives_an_error(pair, batch):
     """And can be used again, to the same end."""
-    memory = latent_generate(pair.plain, **batch, latent_steps=2, aligner="ridge", max_cache_len=60).past_key_values
-    want = pair.ours.generate(**batch, past_key_values=memory, max_new_tokens=6).tolist()
-    before = memory.lengths.clone(), list(memory.segments)
+    cache = latent_generate(pair.plain, **batch, latent_steps=2, aligner="ridge", max_cache_len=60).past_key_values
+    want = pair.ours.generate(**batch, past_key_values=cache, max_new_tokens=6).tolist()
+    before = cache.lengths.clone(), list(cache.segments)
 
     def broken(input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] > 11:
@@ -461,10 +461,10 @@ def test_donated_memory_survives_an_error(pair, batch):
         return scores
 
     with pytest.raises(KeyError):
-        pair.ours.generate(**batch, past_key_values=memory.donate(), max_new_tokens=6, logits_processor=[broken])
-    assert torch.equal(memory.lengths, before[0])
-    assert memory.segments == before[1]
-    assert pair.ours.generate(**batch, past_key_values=memory.donate(), max_new_tokens=6).tolist() == want
+        pair.ours.generate(**batch, past_key_values=cache.donate(), max_new_tokens=6, logits_processor=[broken])
+    assert torch.equal(cache.lengths, before[0])
+    assert cache.segments == before[1]
+    assert pair.ours.generate(**batch, past_key_values=cache.donate(), max_new_tokens=6).tolist() == want
 
 
 # ---- several at once ------------------------------------------------------------------------------------------------
@@ -502,12 +502,12 @@ def test_two_threads_on_one_model(monkeypatch):
 
 def test_engine_is_the_native_one(pair, batch, monkeypatch):
     """What the tests above rest on: no call of theirs ran in transformers' forward."""
-    spoken = []
-    speak = NativeEngine.speak
-    monkeypatch.setattr(NativeEngine, "decode", lambda self, *a: spoken.append(1) or speak(self, *a))
+    decoded = []
+    decode = NativeEngine.decode
+    monkeypatch.setattr(NativeEngine, "decode", lambda self, *a: decoded.append(1) or decode(self, *a))
     monkeypatch.setattr(EagerEngine, "extend", lambda *a, **k: pytest.fail("the eager engine"))
     pair.ours.generate(**batch, max_new_tokens=4)
-    assert spoken
+    assert decoded
 
 
 def test_what_cannot_be_accelerated(pair):

@@ -172,8 +172,8 @@ def test_cache_of_the_callers_own_kind_is_left_to_transformers(pair):
 
 
 def test_latent_cache_is_no_cache_for_other_loops(pair):
-    memory = pair.ours.generate(ragged([6])[0], latent_steps=2, max_new_tokens=2, return_dict_in_generate=True)
-    past = memory.past_key_values
+    cache = pair.ours.generate(ragged([6])[0], latent_steps=2, max_new_tokens=2, return_dict_in_generate=True)
+    past = cache.past_key_values
     for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="give it to_hf"):
             pair.ours.generate(

@@ -20,40 +20,40 @@ from latentmas_kernels.hf import accelerate, latent_decode
     "options", [{}, {"logits_processor": [Forced()]}, {"output_scores": True}], ids=["alone", "processor", "scores"]
 )
 def test_latent_steps_before_decoding(pair, batch, kind, options):
-    """The text is that behind latent_generate's memory: its last state chooses the first token."""
+    """The text continues latent_generate's cache: its last state chooses the first token."""
     accelerate(pair.ours, aligner=kind)
     got = pair.ours.generate(
         **batch, latent_steps=5, max_new_tokens=6, eos_token_id=None, return_dict_in_generate=True, **options
     )
-    thought = latent_generate(pair.plain, **batch, latent_steps=5, aligner=kind, engine="eager")
+    latent = latent_generate(pair.plain, **batch, latent_steps=5, aligner=kind, engine="eager")
     assert isinstance(got.past_key_values, LatentCache)
     assert got.past_key_values.lengths.tolist() == [n + 5 + 5 for n in LENGTHS]
     assert [s.kind for s in got.past_key_values.segments] == ["prompt", "latent", "text"]
-    logits = pair.plain.get_output_embeddings()(thought.last_hidden)
+    logits = pair.plain.get_output_embeddings()(latent.last_hidden)
     if "logits_processor" not in options:
         assert got.sequences[:, -6].tolist() == logits.argmax(-1).tolist()
     assert torch.equal(got.sequences[:, :-6], batch["input_ids"])
-    memory = thought.past_key_values
+    cache = latent.past_key_values
     for layer in range(3):
         for row, n in enumerate(LENGTHS):
-            mine, theirs = got.past_key_values.keys[layer, row, :, : n + 5], memory.keys[layer, row, :, : n + 5]
+            mine, theirs = got.past_key_values.keys[layer, row, :, : n + 5], cache.keys[layer, row, :, : n + 5]
             torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=0)
 
 
 def test_latent_memory_is_handed_on(pair, batch):
-    """Agent two goes on from agent one's memory, which is not changed; the mask covers the new tokens, or past and new."""
-    memory = pair.ours.generate(**batch, latent_steps=3, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-    before = memory.lengths.clone()
+    """Agent two extends agent one's cache, which is not changed; the mask covers the new tokens, or past and new."""
+    cache = pair.ours.generate(**batch, latent_steps=3, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    before = cache.lengths.clone()
     new, mask = ragged([4, 2, 6], seed=5)
     got = [
-        pair.ours.generate(new, attention_mask=m, past_key_values=memory, latent_steps=2, max_new_tokens=5).tolist()
-        for m in (mask, memory.attention_mask(mask))
+        pair.ours.generate(new, attention_mask=m, past_key_values=cache, latent_steps=2, max_new_tokens=5).tolist()
+        for m in (mask, cache.attention_mask(mask))
     ]
     assert got[0] == got[1]
-    assert torch.equal(memory.lengths, before)
+    assert torch.equal(cache.lengths, before)
     for row in range(3):
         alone = pair.ours.generate(
-            real(new, mask, row), past_key_values=memory.select([row]), latent_steps=2, max_new_tokens=5
+            real(new, mask, row), past_key_values=cache.select([row]), latent_steps=2, max_new_tokens=5
         )
         own = alone[0, -5:].tolist() if alone.shape[1] > 5 else alone[0].tolist()
         assert got[0][row][-5:][: len(own)] == own

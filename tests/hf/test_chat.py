@@ -138,7 +138,7 @@ def test_parts_that_are_written_as_a_list_are_not_their_text(shown):
         # a switch in the text (SmolLM3)
         (EACH + "{{ message['content'] | replace('/no_think', '') }}|" + END,
          [{"role": "user", "content": "Why? /no_think"}], "Why? |<assistant>"),
-        # what was thought is taken out of an answer (Qwen3, DeepSeek)
+        # reasoning is removed from an answer (Qwen3, DeepSeek)
         (EACH + "{{ message['content'].split('</think>')[-1].strip() }}|" + END,
          [*ASK, {"role": "assistant", "content": "<think>Hm.</think>\n\nTwo."}], "How many cats?|Two.|<assistant>"),
         # what a tool gave is written as JSON

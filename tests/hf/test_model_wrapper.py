@@ -48,18 +48,16 @@ def assert_close(got, want):
 @pytest.mark.parametrize("name", [*FAMILIES, *OF_OTHER_KINDS])
 @torch.no_grad()
 def test_ragged_chain_equals_plain_loop(name, side):
-    """Two agents think and a third speaks: every row gets what the plain loop gets, and so do the embeddings."""
+    """Two agents run latent steps and a third decodes: every row as in the plain loop, and so the embeddings."""
     wrapper = wrapped(name)
     turns = [ragged(LENGTHS, side=side, seed=1), ragged([4, 2, 9, 1], side=side, seed=2)]
     last = ragged([5, 1, 2, 12], side=side, seed=3)
 
-    memory = wrapper.generate_latent_batch(*turns[0], latent_steps=STEPS)
-    memory, embeddings = wrapper.generate_latent_batch_hidden_state(
-        *turns[1], latent_steps=STEPS, past_key_values=memory
-    )
-    texts, memory = wrapper.generate_text_batch(*last, max_new_tokens=NEW, temperature=0, past_key_values=memory)
+    cache = wrapper.generate_latent_batch(*turns[0], latent_steps=STEPS)
+    cache, embeddings = wrapper.generate_latent_batch_hidden_state(*turns[1], latent_steps=STEPS, past_key_values=cache)
+    texts, cache = wrapper.generate_text_batch(*last, max_new_tokens=NEW, temperature=0, past_key_values=cache)
 
-    assert isinstance(memory, LatentCache)
+    assert isinstance(cache, LatentCache)
     columns = turns[1][0].shape[1]
     assert embeddings.shape == (4, columns + STEPS, 48)
     for row in range(4):
@@ -74,8 +72,8 @@ def test_ragged_chain_equals_plain_loop(name, side):
         assert not embeddings[row, :padding].any()
         assert texts[row] == text_of(wrapper, alone.decode(real(*last, row), NEW))
         length = sum(int(mask[row].sum()) for _, mask in (*turns, last)) + 2 * STEPS + NEW - 1
-        assert memory.lengths[row] == length
-        assert_close(memory.keys[-1, row, :, length - 1], alone.cache.layers[-1].keys[0, :, -1])
+        assert cache.lengths[row] == length
+        assert_close(cache.keys[-1, row, :, length - 1], alone.cache.layers[-1].keys[0, :, -1])
     assert any(texts), "not special tokens alone"
 
 
@@ -97,9 +95,9 @@ def test_columns_of_the_embeddings_are_those_of_the_ids(side):
 def test_embeddings_without_steps_and_without_a_mask():
     wrapper = wrapped()
     ids, _ = ragged([5, 5])
-    memory, embeddings = wrapper.generate_latent_batch_hidden_state(ids, latent_steps=0)
+    cache, embeddings = wrapper.generate_latent_batch_hidden_state(ids, latent_steps=0)
     assert torch.equal(embeddings, wrapper.model.get_input_embeddings()(ids))
-    assert memory.lengths.tolist() == [5, 5]
+    assert cache.lengths.tolist() == [5, 5]
 
 
 def test_embeddings_have_the_dtype_of_the_model():
@@ -114,7 +112,7 @@ def test_embeddings_have_the_dtype_of_the_model():
 @pytest.mark.parametrize("name", [*FAMILIES, *OF_OTHER_KINDS])
 @torch.no_grad()
 def test_embeddings_are_a_prompt_for_plain_transformers(name, side):
-    """What a server does with them: one forward of the model over [B, L, D] ends where the thinking ended."""
+    """What a server does with them: one forward of the model over [B, L, D] ends where the latent steps ended."""
     wrapper = wrapped(name)
     ids, mask = ragged(LENGTHS, side=side)
     memory, embeddings = wrapper.generate_latent_batch_hidden_state(ids, mask, latent_steps=STEPS)
@@ -140,9 +138,9 @@ def test_row_alone_equals_row_in_batch(family_model):
     family_model.generation_config.eos_token_id = None
     wrapper = ModelWrapper(family_model, character_tokenizer(), aligner="ridge")
     ids, mask = ragged(LENGTHS)
-    memory, embeddings = wrapper.generate_latent_batch_hidden_state(ids, mask, latent_steps=STEPS)
+    cache, embeddings = wrapper.generate_latent_batch_hidden_state(ids, mask, latent_steps=STEPS)
     greedy = {"max_new_tokens": NEW, "temperature": 0}
-    texts, _ = wrapper.generate_text_batch(ids, mask, past_key_values=memory, **greedy)
+    texts, _ = wrapper.generate_text_batch(ids, mask, past_key_values=cache, **greedy)
     for row, length in enumerate(LENGTHS):
         alone = real(ids, mask, row)
         own, fed = wrapper.generate_latent_batch_hidden_state(alone, latent_steps=STEPS)
@@ -154,16 +152,16 @@ def test_text_ends_at_each_rows_end_token():
     """Rows end at different places; neither the end nor what fills a row behind it is part of its text."""
     wrapper = wrapped()
     ids, mask = ragged(LENGTHS)
-    spoken = [plain(wrapper).decode(real(ids, mask, row), 12) for row in range(4)]
-    end = spoken[0][4]
+    decoded = [plain(wrapper).decode(real(ids, mask, row), 12) for row in range(4)]
+    end = decoded[0][4]
     assert wrapper.tokenizer.decode([end]).strip(), "a token that shows"
     wrapper.model.generation_config.eos_token_id = end
     wrapper.model.generation_config.pad_token_id = wrapper.tokenizer.convert_tokens_to_ids("x")
-    cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in spoken]
+    cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in decoded]
     assert len({len(tokens) for tokens in cut}) > 1
-    texts, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
+    texts, cache = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
     assert texts == [text_of(wrapper, tokens[:-1] if tokens[-1] == end else tokens) for tokens in cut]
-    assert memory.lengths.tolist() == [a + len(tokens) - 1 for a, tokens in zip(LENGTHS, cut, strict=True)]
+    assert cache.lengths.tolist() == [a + len(tokens) - 1 for a, tokens in zip(LENGTHS, cut, strict=True)]
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["with the model's own", "alone"])
@@ -171,8 +169,8 @@ def test_text_ends_where_the_chat_template_ends_a_turn(named):
     """A checkpoint may not name that token; what it names ends texts as well."""
     wrapper = wrapped()
     ids, mask = ragged(LENGTHS)
-    spoken = [plain(wrapper).decode(real(ids, mask, row), 12) for row in range(4)]
-    end, own = spoken[0][4], spoken[1][2]
+    decoded = [plain(wrapper).decode(real(ids, mask, row), 12) for row in range(4)]
+    end, own = decoded[0][4], decoded[1][2]
     assert end != own
     token = wrapper.tokenizer.convert_ids_to_tokens(end)
     with_tokens(wrapper.tokenizer, token, special=False).chat_template = (
@@ -180,11 +178,11 @@ def test_text_ends_where_the_chat_template_ends_a_turn(named):
     )
     wrapper.model.generation_config.eos_token_id = own if named else None
     ends = {end, own} if named else {end}
-    texts, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
-    stops = [next((place for place, t in enumerate(tokens) if t in ends), 12) for tokens in spoken]
+    texts, cache = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
+    stops = [next((place for place, t in enumerate(tokens) if t in ends), 12) for tokens in decoded]
     assert stops[0] <= 4
-    assert texts == [text_of(wrapper, tokens[:stop]) for tokens, stop in zip(spoken, stops, strict=True)]
-    assert memory.lengths.tolist() == [n + min(stop, 11) for n, stop in zip(LENGTHS, stops, strict=True)]
+    assert texts == [text_of(wrapper, tokens[:stop]) for tokens, stop in zip(decoded, stops, strict=True)]
+    assert cache.lengths.tolist() == [n + min(stop, 11) for n, stop in zip(LENGTHS, stops, strict=True)]
 
 
 def test_special_tokens_and_blanks_around_it_are_no_part_of_a_text():
@@ -210,10 +208,10 @@ def test_the_aligner_is_the_one_asked_for():
     for aligner in ("auto", "soft", "identity", build_aligner(model, "ridge")):
         wrapper = ModelWrapper(model, character_tokenizer(), aligner=aligner)
         want = latent_generate(model, ids, mask, latent_steps=3, aligner=aligner)
-        memory = wrapper.generate_latent_batch(ids, mask, latent_steps=3)
+        cache = wrapper.generate_latent_batch(ids, mask, latent_steps=3)
         _, embeddings = wrapper.generate_latent_batch_hidden_state(ids, mask, latent_steps=3)
         assert torch.equal(embeddings[:, -3:], want.latents)
-        assert torch.equal(memory.to_hf().layers[-1].keys, want.past_key_values.to_hf().layers[-1].keys)
+        assert torch.equal(cache.to_hf().layers[-1].keys, want.past_key_values.to_hf().layers[-1].keys)
     plain_wrapper = ModelWrapper(model, character_tokenizer())
     want = latent_generate(model, ids, mask, latent_steps=3)
     assert torch.equal(
@@ -247,7 +245,7 @@ def test_sampling_is_repeated_by_a_seed_and_temperature_zero_is_greedy():
     assert said(1, temperature=5.0) == said(1, temperature=5.0)
     assert said(1, temperature=5.0) != said(2, temperature=5.0)
     assert said(1) == said(1, temperature=0.7, top_p=0.95)
-    assert said(1) != greedy, "samples unless told otherwise"
+    assert said(1) != greedy, "samples by default"
     assert said(1, temperature=5.0, top_p=1e-6) == greedy
 
 
@@ -268,7 +266,7 @@ def test_nothing_but_temperature_and_top_p_shapes_the_distribution(top_k):
 
 
 def calls(wrapper, ids, mask, past):
-    """Each method on the same inputs; the memories that come back."""
+    """Each method on the same inputs; the returned caches."""
     return [
         wrapper.generate_latent_batch(ids, mask, latent_steps=2, past_key_values=past),
         wrapper.generate_latent_batch_hidden_state(ids, mask, latent_steps=2, past_key_values=past)[0],
@@ -282,9 +280,9 @@ def test_latent_cache_as_past_is_not_changed():
     past = latent_generate(wrapper.model, *ragged(LENGTHS), latent_steps=2, aligner="ridge", max_cache_len=64)
     past = past.past_key_values
     before = copy.deepcopy(past)
-    for memory in calls(wrapper, *ragged([2, 5, 1, 3], seed=2), past):
-        assert memory is not past
-        assert (memory.lengths > past.lengths).all()
+    for cache in calls(wrapper, *ragged([2, 5, 1, 3], seed=2), past):
+        assert cache is not past
+        assert (cache.lengths > past.lengths).all()
         assert torch.equal(past.lengths, before.lengths)
         assert past.segments == before.segments
         assert past.capacity == 64
@@ -312,8 +310,8 @@ def test_transformers_cache_as_past_is_not_changed():
     past = hf_past(wrapper, ids, mask)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
     new, new_mask = ragged([2, 5, 1, 3], seed=2)
-    for memory in calls(wrapper, new, torch.cat([mask, new_mask], 1), past):
-        assert isinstance(memory, LatentCache)
+    for cache in calls(wrapper, new, torch.cat([mask, new_mask], 1), past):
+        assert isinstance(cache, LatentCache)
         assert past.get_seq_length() == ids.shape[1]
         for layer, (keys, values) in zip(past.layers, before, strict=True):
             assert torch.equal(layer.keys, keys)
@@ -327,12 +325,12 @@ def test_goes_on_from_a_padded_transformers_cache(name):
     wrapper = wrapped(name)
     first, (new, new_mask) = ragged(LENGTHS), ragged([2, 5, 1, 3], side="right", seed=2)
     full = torch.cat([first[1], new_mask], 1)
-    memory, embeddings = wrapper.generate_latent_batch_hidden_state(
+    cache, embeddings = wrapper.generate_latent_batch_hidden_state(
         new, full, latent_steps=STEPS, past_key_values=hf_past(wrapper, *first)
     )
     ones = torch.ones(4, 1, dtype=torch.int64)
     texts, _ = wrapper.generate_text_batch(
-        ones * 9, memory.attention_mask(ones), past_key_values=memory, max_new_tokens=NEW, temperature=0
+        ones * 9, cache.attention_mask(ones), past_key_values=cache, max_new_tokens=NEW, temperature=0
     )
     assert embeddings.shape == (4, 5 + STEPS, 48)
     for row in range(4):
@@ -346,11 +344,11 @@ def test_goes_on_from_a_padded_transformers_cache(name):
 @torch.no_grad()
 def test_transformers_goes_on_from_what_comes_back():
     wrapper = wrapped("qwen3")
-    _, memory = wrapper.generate_text_batch(*ragged(LENGTHS), max_new_tokens=5, temperature=0)
+    _, cache = wrapper.generate_text_batch(*ragged(LENGTHS), max_new_tokens=5, temperature=0)
     new, new_mask = ragged([2, 5, 1, 3], seed=2)
-    texts, _ = wrapper.generate_text_batch(new, new_mask, past_key_values=memory, max_new_tokens=NEW, temperature=0)
+    texts, _ = wrapper.generate_text_batch(new, new_mask, past_key_values=cache, max_new_tokens=NEW, temperature=0)
     theirs = wrapper.model.generate(
-        new, past_key_values=memory.to_hf(), attention_mask=memory.attention_mask(new_mask), max_new_tokens=NEW,
+        new, past_key_values=cache.to_hf(), attention_mask=cache.attention_mask(new_mask), max_new_tokens=NEW,
         do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     assert texts == [text_of(wrapper, row) for row in theirs[:, -NEW:]]
@@ -358,13 +356,13 @@ def test_transformers_goes_on_from_what_comes_back():
 
 def test_what_comes_back_can_be_saved(tmp_path):
     wrapper = wrapped()
-    memory = wrapper.generate_latent_batch(*ragged(LENGTHS), latent_steps=STEPS)
-    memory.save(tmp_path / "memory.safetensors", wrapper.model)
-    loaded = LatentCache.load(tmp_path / "memory.safetensors", wrapper.model)
+    cache = wrapper.generate_latent_batch(*ragged(LENGTHS), latent_steps=STEPS)
+    cache.save(tmp_path / "cache.safetensors", wrapper.model)
+    loaded = LatentCache.load(tmp_path / "cache.safetensors", wrapper.model)
     new, new_mask = ragged([2, 5, 1, 3], seed=2)
     said = [
         wrapper.generate_text_batch(new, new_mask, past_key_values=past, max_new_tokens=NEW, temperature=0)[0]
-        for past in (memory, loaded)
+        for past in (cache, loaded)
     ]
     assert said[0] == said[1]
     assert any(said[0])
@@ -378,7 +376,7 @@ BOS = (
     "{{ '<' + message['role'] + '>' + message['content'] + '|' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-THINKING = BOS + "{% if add_generation_prompt and not enable_thinking | default(true) %}{{ '()' }}{% endif %}"
+REASONING = BOS + "{% if add_generation_prompt and not enable_thinking | default(true) %}{{ '()' }}{% endif %}"
 ASK, ASK_MORE = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Hello, you."}]
 
 
@@ -445,7 +443,7 @@ def test_a_batch_is_left_padded_and_the_tokenizer_stays_as_it_was(side, pad):
 
 
 def test_options_go_to_the_template():
-    wrapper = chat(THINKING)
+    wrapper = chat(REASONING)
     assert wrapper.render_chat(ASK) == "<bos><user>Hi|<assistant>"
     quiet = "<bos><user>Hi|<assistant>()"
     assert wrapper.render_chat(ASK, enable_thinking=False) == quiet
@@ -563,7 +561,7 @@ def test_a_model_that_cannot_run_is_refused_at_once():
 @pytest.mark.real_model
 @torch.no_grad()
 def test_two_agents_on_the_default_model(default_model, default_tokenizer):
-    """A batch of two questions through a planner that thinks and a judge that answers, as such a codebase calls them."""
+    """A batch of two questions through a planner with latent steps and a judge that answers, as such a codebase calls them."""
     questions = ["What is the capital of France?", "Add 17 and 25, then name the sum."]
     plan = [[{"role": "user", "content": f"Think about how to answer: {question}"}] for question in questions]
     answer = [
@@ -574,10 +572,10 @@ def test_two_agents_on_the_default_model(default_model, default_tokenizer):
     wrapper = ModelWrapper(default_model, default_tokenizer, aligner="identity")
 
     prompts, ids, mask, tokens = wrapper.prepare_chat_batch(plan)
-    memory = wrapper.generate_latent_batch(ids, mask, latent_steps=6)
+    cache = wrapper.generate_latent_batch(ids, mask, latent_steps=6)
     _, answer_ids, answer_mask, _ = wrapper.prepare_chat_batch(answer)
     texts, _ = wrapper.generate_text_batch(
-        answer_ids, answer_mask, max_new_tokens=24, temperature=0, past_key_values=memory
+        answer_ids, answer_mask, max_new_tokens=24, temperature=0, past_key_values=cache
     )
 
     assert len({len(row) for row in tokens}) == 2, "rows of two lengths"
@@ -592,9 +590,9 @@ def test_two_agents_on_the_default_model(default_model, default_tokenizer):
         assert torch.equal(real(ids, mask, row), want)
         alone = PlainLoop(default_model, feed_back(default_model, "identity"))
         alone.run_latent(want, 6)
-        spoken = alone.decode(real(answer_ids, answer_mask, row), 24)
-        stop = next((place for place, token in enumerate(spoken) if token in ends), len(spoken))
-        assert texts[row] == default_tokenizer.decode(spoken[:stop], skip_special_tokens=True).strip()
+        decoded = alone.decode(real(answer_ids, answer_mask, row), 24)
+        stop = next((place for place, token in enumerate(decoded) if token in ends), len(decoded))
+        assert texts[row] == default_tokenizer.decode(decoded[:stop], skip_special_tokens=True).strip()
         assert texts[row]
 
 
@@ -603,9 +601,9 @@ def test_a_checkpoint_that_does_not_name_the_templates_end_stops_there(default_m
     """Without it the default model writes on: `<|im_end|>`, a user's turn of its own, and so forth."""
     wrapper = ModelWrapper(default_model, default_tokenizer, aligner="identity")
     _, ids, mask, _ = wrapper.prepare_chat_batch([[{"role": "user", "content": "Say hello, in one word."}], ASK])
-    want, memory = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
-    assert (memory.lengths < mask.sum(1) + 47).any(), "one of them ends before it has to"
+    want, cache = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
+    assert (cache.lengths < mask.sum(1) + 47).any(), "one of them ends before it has to"
     monkeypatch.setattr(default_model.generation_config, "eos_token_id", None)
     got, unnamed = wrapper.generate_text_batch(ids, mask, max_new_tokens=48, temperature=0)
     assert got == want
-    assert torch.equal(unnamed.lengths, memory.lengths)
+    assert torch.equal(unnamed.lengths, cache.lengths)

@@ -225,7 +225,7 @@ def wrapped(cache="legacy", **options):
 @pytest.mark.parametrize("kind", ["hf", "legacy"])
 @torch.no_grad()
 def test_a_cache_in_columns_is_the_latent_one(kind, side):
-    """Through thinking, thinking with embeddings, and speaking; every call adds as many columns to all rows."""
+    """Through latent steps, latent steps with embeddings, and decoding; every call adds as many columns to all rows."""
     latent, columns = wrapped("latent"), wrapped(kind)
     turns = [
         ragged(lengths, side=side, seed=seed)
@@ -268,11 +268,11 @@ def test_rows_that_end_early_leave_padding_behind_them():
     wrapper = wrapped()
     ids, mask = ragged([3, 14, 1, 6])
     texts, _ = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0, skip_special_tokens=False)
-    spoken = wrapper.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    wrapper.model.generation_config.eos_token_id = spoken[0][3]
+    decoded = wrapper.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    wrapper.model.generation_config.eos_token_id = decoded[0][3]
     _, past = wrapper.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
     latent = wrapped("latent")
-    latent.model.generation_config.eos_token_id = spoken[0][3]
+    latent.model.generation_config.eos_token_id = decoded[0][3]
     _, want = latent.generate_text_batch(ids, mask, max_new_tokens=12, temperature=0)
     assert len(set((want.lengths - mask.sum(1)).tolist())) > 1
     assert past.attention_mask().sum(1).tolist() == want.lengths.tolist()
@@ -381,32 +381,32 @@ def test_tuples_and_caches_of_other_kinds_go_in():
     wrapper, latent = wrapped(), wrapped("latent")
     ids, mask = ragged([3, 14, 1, 6])
     more, more_mask = ragged([2, 5, 1, 3], seed=2)
-    memory = latent.generate_latent_batch(ids, mask, latent_steps=STEPS)
+    cache = latent.generate_latent_batch(ids, mask, latent_steps=STEPS)
     past = wrapper.generate_latent_batch(ids, mask, latent_steps=STEPS, past_key_values=())
     garbage = DynamicCache(
         ddp_cache_data=[(k.masked_fill((past.attention_mask() == 0)[:, None, :, None], 0.5), v) for k, v in past]
     )
-    want = latent.generate_text_batch(more, more_mask, max_new_tokens=NEW, temperature=0, past_key_values=memory)[0]
+    want = latent.generate_text_batch(more, more_mask, max_new_tokens=NEW, temperature=0, past_key_values=cache)[0]
     pairs = past.to_legacy_cache()
     for given, over in (
         (past, False),
         (pairs, False),
         (list(map(list, pairs)), False),
-        (memory, False),
+        (cache, False),
         (garbage, True),
     ):
         full = past.attention_mask(more_mask) if over else more_mask
         texts, back = wrapper.generate_text_batch(more, full, max_new_tokens=NEW, temperature=0, past_key_values=given)
         assert texts == want
         assert isinstance(back, LegacyCache)
-        assert back.attention_mask().sum(1).tolist() == (memory.lengths + more_mask.sum(1) + NEW - 1).tolist()
+        assert back.attention_mask().sum(1).tolist() == (cache.lengths + more_mask.sum(1) + NEW - 1).tolist()
         seen = past.attention_mask()
         for each in ("generate_text_batch", "generate_latent_batch"):
             options = {"max_new_tokens": NEW, "temperature": 0} if "text" in each else {"latent_steps": 1}
-            if given is not memory:
+            if given is not cache:
                 options["past_attention_mask"] = seen
             getattr(wrapper, each)(more, more_mask, past_key_values=given, **options)
-    fresh = copy.deepcopy(memory)
+    fresh = copy.deepcopy(cache)
     fresh.reset()
     want = latent.generate_latent_batch(ids, mask, latent_steps=STEPS).lengths.tolist()
     assert latent.generate_latent_batch(ids, mask, latent_steps=STEPS, past_key_values=fresh.donate()) is fresh
@@ -429,16 +429,16 @@ def test_a_past_attention_mask_must_be_that_of_the_past():
     wrapper, latent = wrapped(), wrapped("latent")
     ids, mask = ragged([3, 14, 1, 6])
     past = wrapper.generate_latent_batch(ids, mask, latent_steps=STEPS)
-    memory = latent.generate_latent_batch(ids, mask, latent_steps=STEPS)
+    cache = latent.generate_latent_batch(ids, mask, latent_steps=STEPS)
     columns = torch.cat([torch.zeros(4, 5), past.attention_mask()], 1)  # of a layout with more padding
-    want = latent.generate_text_batch(ids, mask, max_new_tokens=NEW, temperature=0, past_key_values=memory)[0]
-    for w, given, over in ((wrapper, past, past.attention_mask()), (latent, memory, columns)):
+    want = latent.generate_text_batch(ids, mask, max_new_tokens=NEW, temperature=0, past_key_values=cache)[0]
+    for w, given, over in ((wrapper, past, past.attention_mask()), (latent, cache, columns)):
         texts, _ = w.generate_text_batch(
             ids, mask, max_new_tokens=NEW, temperature=0, past_key_values=given, past_attention_mask=over
         )
         assert texts == want
     ones = torch.ones(4, 17)
-    for w, given, words in ((wrapper, past, "ones over the past"), (latent, memory, "past_attention_mask has")):
+    for w, given, words in ((wrapper, past, "ones over the past"), (latent, cache, "past_attention_mask has")):
         with pytest.raises(ValueError, match=rf"{words}.* \[6, 17, 4, 9\] tokens") as caught:
             w.generate_latent_batch(ids, mask, latent_steps=1, past_key_values=given, past_attention_mask=ones)
         assert "[17, 17, 17, 17] ones" in str(caught.value)
@@ -543,9 +543,9 @@ def test_a_donated_memory_is_extended_or_grows():
     tight = wrapper.generate_latent_batch(ids, mask, latent_steps=2)
     assert (roomy.capacity, tight.capacity) == (40, 7)
     buffer, want = roomy.buffer, wrapper.generate_latent_batch(ids, mask, latent_steps=2, past_key_values=tight)
-    for memory in (roomy, tight):
-        got = wrapper.generate_latent_batch(ids, mask, latent_steps=2, past_key_values=memory.donate())
-        assert got is memory
+    for cache in (roomy, tight):
+        got = wrapper.generate_latent_batch(ids, mask, latent_steps=2, past_key_values=cache.donate())
+        assert got is cache
         assert torch.equal(got.lengths, want.lengths)
         assert close(got.keys[:, 1, :, :14], want.keys[:, 1, :, :14])
     assert roomy.buffer is buffer
@@ -578,8 +578,8 @@ def vllm(monkeypatch):
         def close(self):
             ended.append(self)
 
-        def write(self, memory, requests, on_tokens=None):
-            assert memory is None
+        def write(self, cache, requests, on_tokens=None):
+            assert cache is None
             sent.extend(requests)
             return [types.SimpleNamespace(ids=[*request.prompt[:2], 2]) for request in requests]
 
