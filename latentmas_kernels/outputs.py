@@ -1,4 +1,4 @@
-"""What latent_generate() and generate() return."""
+"""Results of latent_generate() and generate()."""
 
 from dataclasses import dataclass, field
 from typing import Literal

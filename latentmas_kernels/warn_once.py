@@ -1,4 +1,4 @@
-"""Warnings that say something once per process, however often it happens."""
+"""Warnings that are issued once per process, however often their cause occurs."""
 
 import functools
 import warnings

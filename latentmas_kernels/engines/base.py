@@ -1,4 +1,4 @@
-"""What every engine has: its methods, their parameters and their results."""
+"""The engine protocol, with its parameters and results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ OnTokens = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class LatentParams:
-    """How many latent steps to run, and what to keep of them; the parameters of latent_generate(), checked.
+    """Number of latent steps, stopping and recording; the parameters of latent_generate(), checked.
 
     Attributes:
         steps: int64 [B] on the CPU, each row's own number of steps, all of them 1 or more.
@@ -58,7 +58,7 @@ class LatentResult:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop; the parameters of generate(), checked.
+    """Choice of tokens and stopping; the parameters of generate(), checked.
 
     Attributes:
         top_k: 0 is off.
@@ -103,7 +103,7 @@ class Engine(Protocol):
     Attributes:
         name: for metrics.
         architecture: of the model that it runs.
-        uses_thread_pool: whether it computes on CPU threads of its own, which torch's would be in the way of.
+        uses_thread_pool: whether it computes on CPU threads of its own, whose cores torch's threads would occupy.
     """
 
     name: str
@@ -136,7 +136,7 @@ class SupportsExtendBoth(Engine, Protocol):
     """An engine that gives a step's states and logits together, as `latent_stepwise` needs."""
 
     def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """As `extend`: states [B, D] and logits [B, V]."""
+        """Run the prompt as `extend` does; return states [B, D] and logits [B, V]."""
         ...
 
 

@@ -49,7 +49,7 @@ class EagerEngine:
             return self.decoder(**inputs).last_hidden_state[:, -1]
 
     def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """As `extend`: states [B, D] and logits [B, V]. The forward collects the states of all layers on the way."""
+        """Run the prompt as `extend` does; return states [B, D] and logits [B, V]. The forward collects all layers' states."""
         with self._inputs(cache, prompt) as inputs:
             result = self.model(**inputs, logits_to_keep=1, output_hidden_states=True)
         return result.hidden_states[-1][:, -1], self.of_tokens(result.logits)

@@ -1,4 +1,4 @@
-"""torch's threads, kept off the cores that the native engine's threads need."""
+"""Limit torch's threads, which would occupy the cores that the native engine's threads need."""
 
 import ctypes
 import functools

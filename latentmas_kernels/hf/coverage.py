@@ -1,4 +1,4 @@
-"""Which calls of transformers' `generate()` run on our engines, and why the others run in transformers' own loop."""
+"""Decide which calls of transformers' `generate()` run on our engines; the others run in transformers' own loop."""
 
 from typing import Any
 

@@ -238,7 +238,7 @@ class ModelWrapper:
         past_attention_mask: Tensor | None = None,
         max_cache_len: int | None = None,
     ) -> tuple[Any, Tensor]:
-        """As `generate_latent_batch`, and the embeddings that were fed, for a server that takes embeddings as a prompt.
+        """Run `generate_latent_batch`; also return the fed embeddings, for a server that takes embeddings as a prompt.
 
         Args:
             input_ids, attention_mask, latent_steps, past_key_values, past_attention_mask, max_cache_len: as in
@@ -346,7 +346,7 @@ class ModelWrapper:
 
     @Default
     def aligner(self) -> str | Aligner:
-        """As in `latent_generate`: the argument of the constructor, or by latent_space_realign."""
+        """The aligner for `latent_generate`: the argument of the constructor, or by latent_space_realign."""
         if self._aligner is not None:
             return self._aligner
         return {None: "auto", True: "ridge", False: "identity"}[self.latent_space_realign]
