@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.feedback_file import stored_or_measured
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
-from latentmas_kernels.models.settings import settings_of
+from latentmas_kernels.models.module_settings import settings_of
 from latentmas_kernels.ops import realign
 from latentmas_kernels.storage import atomic_write, cache_folder
 

@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from latentmas_kernels.cache.file import model_fingerprint
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.models.settings import GLOBAL_HOOKS, PASSIVE_HOOKS
+from latentmas_kernels.models.fingerprint import model_fingerprint
+from latentmas_kernels.models.module_settings import GLOBAL_HOOKS, PASSIVE_HOOKS
 from latentmas_kernels.storage import atomic_write, cache_folder
 
 FORMAT = "latentmas-feedback-1"

@@ -357,7 +357,7 @@ class ModelWrapper:
     ) -> tuple[Any, LatentOutput]:
         """The memory to give back, of which only the last part is kept where `keep` says so, and the thought."""
         if keep is not None and past.kind is not None:
-            RopeShift.of(model)  # refuses a model whose keys cannot be moved, before any work
+            RopeShift.probe(model)  # refuses a model whose keys cannot be moved, before any work
         thought = latent_generate(
             model, past.input_ids, past.attention_mask, latent_steps=latent_steps, past_key_values=past.cache,
             aligner=self.aligner, engine=self._engine, max_cache_len=max_cache_len,

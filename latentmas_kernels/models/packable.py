@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.settings import FUNCTIONS, GLOBAL_HOOKS, PASSIVE_HOOKS
+from latentmas_kernels.models.module_settings import FUNCTIONS, GLOBAL_HOOKS, PASSIVE_HOOKS
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length

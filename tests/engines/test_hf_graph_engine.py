@@ -203,7 +203,7 @@ def test_soft_feedback_equals_eager():
 
 
 @torch.no_grad()
-def test_windows_are_kept_and_caches_told_apart():
+def test_layout_are_kept_and_caches_told_apart():
     """A larger memory takes a larger window, a smaller one reuses what is there; another cache is copied in again."""
     model = tiny_model("olmo2")
     engine, eager = both(model)

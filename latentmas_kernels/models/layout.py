@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 
-from latentmas_kernels.models.settings import settings_of
+from latentmas_kernels.models.module_settings import settings_of
 
 NAME = "latentmas_recorder"
 TOKENS = 2

@@ -290,7 +290,7 @@ def two_widths(*widths: int) -> Any:
     return model
 
 
-def test_windows_of_several_widths_are_refused_by_name():
+def test_layout_of_several_widths_are_refused_by_name():
     """Engines make one mask for all layers with a window: it would be that of the first."""
     assert Architecture.of(two_widths(8, 8, 8)).windows == (8, 8, 8)
     model = two_widths(8, 3, 8)
