@@ -14,7 +14,7 @@ from latentmas_kernels.engines import cuda
 from latentmas_kernels.engines import hf_graph as generic
 from latentmas_kernels.engines import native as native_engine
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, in_short
-from latentmas_kernels.models.packable import FAMILIES
+from latentmas_kernels.models.families import FAMILIES
 
 DISTRIBUTION = "latentmas-kernels"
 PACKAGES = ("torch", "transformers", "triton")

@@ -1,4 +1,4 @@
-"""Warnings that say something once per process, however often it happens."""
+"""Warnings that appear once per process, however often their cause occurs."""
 
 import functools
 import warnings
@@ -6,4 +6,5 @@ import warnings
 
 @functools.cache
 def warn_once(message: str) -> None:
+    """Warn of the caller's caller, unless the same message was given before."""
     warnings.warn(message, RuntimeWarning, stacklevel=3)
