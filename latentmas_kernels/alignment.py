@@ -1,4 +1,4 @@
-"""How a hidden state becomes the next input embedding: W_a, the target norm, and which kind suits a model.
+"""Map a hidden state to the next input embedding: W_a, the target norm, and the choice of a kind for a model.
 
     ridge      e = W_a^T h with W_a = (U^T U + ridge I)^-1 U^T E      (LatentMAS, section 3.1)
     identity   e = h                                                  W_a where input and output embeddings are tied
@@ -28,17 +28,17 @@ from transformers import DynamicCache
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.feedback_file import stored_or_measured
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, cache_argument, decoder_of
-from latentmas_kernels.models.settings import settings_of
+from latentmas_kernels.models.module_settings import settings_of
 from latentmas_kernels.ops import realign
 from latentmas_kernels.storage import atomic_write, cache_folder
 
 KINDS = ("auto", "ridge", "identity", "soft")
 TOP_K = 10
-"""Tokens that soft feedback mixes. On SmolLM2-135M 10 and 50 spell the same thoughts over 16 steps; fewer stay closer to
-real embeddings (mean cosine to the nearest one 0.96 against 0.94)."""
+"""Tokens that soft feedback averages. On SmolLM2-135M the most likely tokens of 16 latent steps are the same with 10 and with
+50; fewer stay closer to real embeddings (mean cosine to the nearest one 0.96 against 0.94)."""
 AUTO_NATS = 1.0
-"""auto keeps W_a while a step with it stays within this distance of a step with the predicted token, and takes soft
-beyond it: see `feedback_nats`."""
+"""auto keeps W_a while a step with it stays within this distance, in nats, of a step with the predicted token, and takes soft
+beyond it: see `feedback_kl_nats`."""
 SAMPLE_ROWS, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_SEED = 4, 16, 3, 0
 RESIDUAL = 1e-5
 CONDITION = 1e5
@@ -48,7 +48,7 @@ FORMAT = "latentmas-aligner-1"
 
 @dataclass(frozen=True, eq=False)
 class Aligner:
-    """Maps what an engine gives for the last position to the embedding that is fed in next.
+    """Maps the hidden state or the logits of the last position to the embedding that is fed in next.
 
     Attributes:
         kind: "ridge", "identity" or "soft".
@@ -57,7 +57,7 @@ class Aligner:
         embedding: input embedding module that soft feedback looks tokens up in, else None.
         reason: why this kind, in one line.
         residual: relative residual of the solve (ridge), else None.
-        nats: what `feedback_nats` measured per kind, where auto chose.
+        kl_nats: the result of `feedback_kl_nats` per kind, where auto chose.
     """
 
     kind: Literal["ridge", "identity", "soft"]
@@ -66,7 +66,7 @@ class Aligner:
     embedding: nn.Embedding | None = None
     reason: str = "asked for"
     residual: float | None = None
-    nats: dict[str, float] = field(default_factory=dict)
+    kl_nats: dict[str, float] = field(default_factory=dict)
 
     @property
     def needs_logits(self) -> bool:
@@ -75,19 +75,19 @@ class Aligner:
 
     @property
     def width(self) -> int | None:
-        """D_out, of the embeddings; None where it is that of the states."""
+        """D_out, the width of the embeddings; None where it is that of the states."""
         if self.embedding is not None:
             return self.embedding.embedding_dim
         return None if self.weight is None else self.weight.shape[0]
 
     def __call__(self, seed: Tensor) -> Tensor:
-        """Embeddings [B, D_out] from hidden states [B, D_in], or from logits [B, V] where `needs_logits`."""
+        """Return embeddings [B, D_out] for hidden states [B, D_in], or for logits [B, V] where `needs_logits`."""
         if self.embedding is None:
             return realign(seed, self.weight, self.target_norm)
-        return realign(self.mix(seed), None, self.target_norm)
+        return realign(self.soft_embedding(seed), None, self.target_norm)
 
     def check_fits(self, architecture: Architecture) -> None:
-        """Raise ValueError where this was built for a model of another width, or lies on another device."""
+        """Raise ValueError where this was built for a model of another width, or is on another device."""
         width = architecture.hidden_size
         if self.embedding is not None and self.embedding.embedding_dim != width:
             raise LatentMASError(
@@ -102,8 +102,8 @@ class Aligner:
                 f"{[width, width]} on {architecture.device}: build it for this model with build_aligner(model)"
             )
 
-    def mix(self, logits: Tensor) -> Tensor:
-        """Soft feedback before the rescale: the probability-weighted mean [B, D] of the top-k input embeddings."""
+    def soft_embedding(self, logits: Tensor) -> Tensor:
+        """Return soft feedback before the rescale: the probability-weighted mean [B, D] of the top-k input embeddings."""
         assert self.embedding is not None
         shared = logits[:, : self.embedding.weight.shape[0]].float()  # another model may have fewer rows
         top, tokens = shared.topk(min(TOP_K, shared.shape[-1]), dim=-1)
@@ -111,8 +111,8 @@ class Aligner:
         return (top.softmax(-1)[..., None] * rows.float()).sum(-2).to(rows.dtype)
 
 
-# Per model and target embedding, by kind and ridge: the state of the weights that it was built from, and the map. Keyed by
-# the modules themselves: an address alone comes back when a target is freed and the next one is loaded.
+# Per model and target embedding, by kind and ridge: the state of the weights that the map was built from, and the map. Keyed
+# by the modules themselves: an address is used again when a target is freed and the next one is loaded.
 _Maps = dict[tuple[str, float], tuple[tuple, Aligner]]
 _built: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, _Maps]]" = (
     weakref.WeakKeyDictionary()
@@ -124,8 +124,8 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
 
     The solve is done once per pair of weight matrices: its result is kept in memory with the model, and on disk under a
     fingerprint of the weights. `auto` measures both W_a and soft feedback on text that the model writes itself and keeps
-    W_a where it works; `Aligner.reason` and `Aligner.nats` say what it saw. What it measured is kept on disk, too, under a key
-    of weights, settings and versions (`latentmas_kernels.feedback_file`).
+    W_a where it works; `Aligner.reason` and `Aligner.kl_nats` say what was measured. The measurement is kept on disk, too,
+    under a key of weights, settings and versions (`latentmas_kernels.feedback_file`).
 
     Args:
         model: a causal LM of transformers; its output embedding is U.
@@ -149,14 +149,14 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
             raise LatentMASError("aligner='identity' maps a model to itself; between two models use 'ridge' or 'soft'")
         kind = "ridge" if kind == "auto" else kind
     unembedding, embedding = model.get_output_embeddings(), target.get_input_embeddings()
-    memory = _built.setdefault(model, weakref.WeakKeyDictionary()).setdefault(embedding, {})
+    built = _built.setdefault(model, weakref.WeakKeyDictionary()).setdefault(embedding, {})
     state: tuple = (_state(unembedding), _state(embedding))
     if kind == "auto":  # measured on the whole model
         state += (settings_of(model, leaves=True), *_addresses([*model.parameters(), *model.buffers()]))
-    known = memory.get((kind, ridge))
+    known = built.get((kind, ridge))
     if known is None or known[0] != state:
         known = state, _build(model, architecture, kind, ridge, unembedding, embedding, own=target is model)
-        memory[kind, ridge] = known
+        built[kind, ridge] = known
     return known[1]
 
 
@@ -191,7 +191,7 @@ def _build(
     return Aligner("ridge", target_norm, weight=weight.to(architecture.device), residual=residual)
 
 
-# ---- which kind suits a model --------------------------------------------------------------------------------------
+# ---- the choice of a kind --------------------------------------------------------------------------------------
 
 
 def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
@@ -200,16 +200,18 @@ def _choose(model: Any, architecture: Architecture, ridge: float) -> Aligner:
         "rows": SAMPLE_ROWS, "tokens": SAMPLE_TOKENS, "steps": SAMPLE_STEPS, "seed": SAMPLE_SEED, "top_k": TOP_K,
         "kinds": [linear.kind, soft.kind], "ridge": ridge,
     }  # fmt: skip
-    nats = stored_or_measured(model, settings, (linear.kind, soft.kind), lambda: feedback_nats(model, [linear, soft]))
-    best = linear if nats[linear.kind] <= AUTO_NATS else soft
-    seen = ", ".join(f"{kind} {value:.2f}" for kind, value in nats.items())
-    apart = f"nats between a step with the feedback and one with the predicted token: {seen}"
-    reason = f"chosen by auto: {apart}; W_a up to {AUTO_NATS:g}"
-    return replace(best, reason=reason, nats=nats)
+    kl_nats = stored_or_measured(
+        model, settings, (linear.kind, soft.kind), lambda: feedback_kl_nats(model, [linear, soft])
+    )
+    best = linear if kl_nats[linear.kind] <= AUTO_NATS else soft
+    measured = ", ".join(f"{kind} {value:.2f}" for kind, value in kl_nats.items())
+    distance = f"nats between a step with the feedback and one with the predicted token: {measured}"
+    reason = f"chosen by auto: {distance}; W_a up to {AUTO_NATS:g}"
+    return replace(best, reason=reason, kl_nats=kl_nats)
 
 
 @torch.no_grad()
-def feedback_nats(
+def feedback_kl_nats(
     model: Any,
     aligners: list[Aligner],
     *,
@@ -217,13 +219,16 @@ def feedback_nats(
     tokens: int = SAMPLE_TOKENS,
     steps: int = SAMPLE_STEPS,
 ) -> dict[str, float]:
-    """How far a fed-back state acts on the model from the token that it predicts, per kind of aligner.
+    """Measure how differently the model continues behind a fed-back state and behind the token that the state predicts.
 
     The model writes `rows` samples of `tokens` tokens (temperature 1, fixed seed). From their ends it takes latent
     steps; at each, the next-token distribution p behind the fed-back embedding is compared with the distribution q
-    behind the embedding of the most likely token at the same place: the mean of KL(q || p) in nats over rows and
-    steps. Near 0 the model reads its own thought as a word; where raw states are foreign to it, it is several nats off
-    and repeats itself (SmolLM2-135M: "-----"), while perplexity of later text hardly shows it.
+    behind the embedding of the most likely token at the same position. Near 0 the model reads the fed-back state like a token;
+    a model that cannot read raw states is several nats off and repeats itself (SmolLM2-135M: "-----"), while perplexity of
+    later text hardly shows it.
+
+    Returns:
+        Per kind of aligner the mean of KL(q || p) in nats, over rows and steps.
     """
     architecture = Architecture.of(model)
     decoder, rows_of_tokens = decoder_of(model), architecture.vocab_size
@@ -238,14 +243,14 @@ def feedback_nats(
     start = start if start < rows_of_tokens else 0
     ids = torch.full((rows, 1), start, device=architecture.device)
     draw = torch.Generator().manual_seed(SAMPLE_SEED)
-    sample = DynamicCache()  # the configuration's would drop positions that the layers may attend to
+    sample = DynamicCache()  # with a configuration it would drop positions that the layers may attend to
     # Tiny models are made for few positions; the steps need room behind the sample.
     tokens = max(1, min(tokens, (architecture.max_positions or tokens + steps) - steps))
     for _ in range(tokens - 1):
         probabilities = logits_of(sample, input_ids=ids).float().softmax(-1).cpu()
         ids = torch.multinomial(probabilities, 1, generator=draw).to(ids)
 
-    nats: dict[str, float] = {}
+    kl_nats: dict[str, float] = {}
     for aligner in aligners:
         cache, inputs, total = copy.deepcopy(sample), {"input_ids": ids}, 0.0
         for _ in range(steps):
@@ -262,25 +267,25 @@ def feedback_nats(
             inputs = {"inputs_embeds": aligner(seed)[:, None]}
             with_feedback = logits_of(copy.deepcopy(cache), **inputs).float().log_softmax(-1)
             total += (with_token.exp() * (with_token - with_feedback)).sum(-1).mean().item()
-        nats[aligner.kind] = total / steps
-    return nats
+        kl_nats[aligner.kind] = total / steps
+    return kl_nats
 
 
 # ---- the solve -----------------------------------------------------------------------------------------------------
 
 
 def solve_ridge(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> tuple[Tensor, float]:
-    """W_a transposed, float32 [D_out, D_in], and the relative residual of the normal equations.
+    """Return W_a transposed, float32 [D_out, D_in], and the relative residual of the normal equations.
 
     Solved in float32; again in float64 where the Cholesky factor shows a condition above 1e5, where it does not exist,
-    or where the residual is above 1e-5. The residual is taken in float64 against the weights themselves, on random
+    or where the residual is above 1e-5. The residual is computed in float64 against the weights themselves, on random
     directions, so that it sees errors of the Gram matrix too (TF32 in the product, say).
 
     Raises:
         ValueError: where the float64 solve fails as well, which means NaN, Inf or weights of no rank.
     """
     device = embedding.weight.device
-    if device.type not in ("cpu", "cuda"):  # others have no float64
+    if device.type not in ("cpu", "cuda"):  # other devices have no float64
         device = torch.device("cpu")
     for dtype in (torch.float32, torch.float64):
         gram, cross = _normal_equations(unembedding, embedding, dtype, device)
@@ -304,7 +309,7 @@ def solve_ridge(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -
 def _chunks(
     unembedding: nn.Linear, embedding: nn.Embedding, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """U and E by blocks of vocabulary rows; of two vocabularies, the rows that both have."""
+    """Yield U and E by blocks of vocabulary rows; of two vocabularies, the rows that both have."""
     weight = unembedding.weight
     if not weight.is_floating_point() or weight.dim() != 2:
         raise LatentMASError(
@@ -345,7 +350,7 @@ def _residual(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float, sol
 
 
 def _mean_norm(embedding: nn.Embedding) -> float:
-    """Mean row norm of E as the module gives it."""
+    """Return the mean row norm of E as the module gives it."""
     # In small pieces, which the allocator keeps: at CHUNK_ROWS they were 28 MB beside the 269 MB of a 135M model.
     rows, piece = embedding.weight.shape[0], CHUNK_ROWS // 16
     total = sum(
@@ -361,12 +366,13 @@ def _mean_norm(embedding: nn.Embedding) -> float:
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[tuple[int, int | None]]:
-    """Address and version of each; a tensor of inference mode counts no changes in place."""
+    """Return address and version of each tensor; a tensor of inference mode counts no changes in place."""
     return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
 def _state(module: nn.Linear | nn.Embedding) -> tuple:
-    """What the map depends on: the weight, and whatever else an embedding makes its rows of (a scale, a limit)."""
+    """Return what the map depends on, to compare: the weight, and what else an embedding computes its rows from (a scale, a
+    limit)."""
     weight = module.weight
     others = tuple(_addresses(module.buffers()))
     return (
@@ -376,7 +382,7 @@ def _state(module: nn.Linear | nn.Embedding) -> tuple:
 
 
 def fingerprint(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -> str:
-    """sha256 over both weights, what the embedding module makes of its first rows, and the ridge."""
+    """Return the sha256 over both weights, the first rows as the embedding module gives them, and the ridge."""
     digest = hashlib.sha256(f"{FORMAT} {ridge!r}".encode())
     for tensor in (unembedding.weight, embedding.weight, _rows(embedding, 0, min(8, embedding.weight.shape[0]))):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -386,7 +392,7 @@ def fingerprint(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The tensor's memory, for hashlib."""
+    """Return the bytes of a tensor, for hashlib."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
@@ -413,24 +419,24 @@ def _stored_or_solved(unembedding: nn.Linear, embedding: nn.Embedding, ridge: fl
 
 
 def _save(path: Path, name: str, weight: Tensor, residual: float) -> None:
-    facts = {
+    metadata = {
         "format": FORMAT,
         "fingerprint": name,
         "residual": residual,
         "sha256": hashlib.sha256(_bytes(weight)).hexdigest(),
     }
     with atomic_write(path) as temporary:
-        save_file({"weight": weight}, temporary, metadata={"latentmas": json.dumps(facts)})
+        save_file({"weight": weight}, temporary, metadata={"latentmas": json.dumps(metadata)})
 
 
 def _load(path: Path, name: str, shape: tuple[int, int]) -> tuple[Tensor, float]:
     with safe_open(path, framework="pt") as file:
-        facts = json.loads((file.metadata() or {})["latentmas"])
+        metadata = json.loads((file.metadata() or {})["latentmas"])
         weight = file.get_tensor("weight")
-    if facts["format"] != FORMAT or facts["fingerprint"] != name:
+    if metadata["format"] != FORMAT or metadata["fingerprint"] != name:
         raise LatentMASError("it is of another format or model")
     if weight.dtype != torch.float32 or tuple(weight.shape) != shape:
         raise LatentMASError(f"it holds {weight.dtype} {list(weight.shape)} instead of float32 {list(shape)}")
-    if hashlib.sha256(_bytes(weight)).hexdigest() != facts["sha256"]:
+    if hashlib.sha256(_bytes(weight)).hexdigest() != metadata["sha256"]:
         raise LatentMASError("its content does not match its checksum")
-    return weight, float(facts["residual"])
+    return weight, float(metadata["residual"])

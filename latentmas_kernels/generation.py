@@ -23,7 +23,8 @@ from latentmas_kernels.engines import Engine, LatentParams, LatentResult, Sampli
 from latentmas_kernels.engines.stepwise import DecodeResult, decode_stepwise
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.inputs import Prompt, end_tokens, needed_capacity, padded_ids, read_prompt, steps_per_row
-from latentmas_kernels.models.architecture import Architecture, check_finite_weights, logits_of
+from latentmas_kernels.models.architecture import Architecture, logits_of
+from latentmas_kernels.models.finite import check_finite_states, check_finite_weights
 from latentmas_kernels.outputs import GenerateOutput, LatentOutput, Metrics
 
 
@@ -309,22 +310,6 @@ def _target_embeddings(model: Any, target_aligner: Aligner, seed: Tensor, result
 
 def _cache(architecture: Architecture, prompt: Prompt, past: LatentCache | None, capacity: int) -> LatentCache:
     return LatentCache.for_model(architecture, len(prompt.counts), capacity) if past is None else past.acquire(capacity)
-
-
-def check_finite_states(result: Tensor, where: str, states: Tensor | None = None) -> None:
-    """One read back per phase, not per step: what is NaN stays NaN in the steps behind it. With the states of all steps
-    the message says where it began."""
-    finite = result.isfinite().all(dim=-1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        first = ""
-        if states is not None:
-            broken = (~states.isfinite().all(dim=-1)).any(dim=0).nonzero().flatten().tolist()
-            first = f" (first in step {broken[0] + 1})" if broken else ""
-        raise LatentMASError(
-            f"the model's state holds NaN or Inf after the {where} in row {rows}{first}; supported are finite states. "
-            f"In {result.dtype} that is mostly an overflow: load the model in bfloat16 or float32"
-        )
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

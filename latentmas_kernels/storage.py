@@ -1,4 +1,4 @@
-"""Where files are kept between runs, and how they are written so that nobody reads half of one."""
+"""The folder of files that are kept between runs, and how they are written so that no reader sees half of one."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$LATENTMAS_CACHE, or latentmas under the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    """Return $LATENTMAS_CACHE, or latentmas under the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
     named = os.environ.get("LATENTMAS_CACHE")
     if named:
         return Path(named).expanduser()
@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well and is removed when it does not."""
+    """Yield a temporary file beside `path`, which replaces `path` when the block succeeds and is removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -6,4 +6,5 @@ import warnings
 
 @functools.cache
 def warn_once(message: str) -> None:
+    """Warn of the caller's caller, unless the same message was given before."""
     warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -600,23 +600,23 @@ def test_auto_keeps_the_linear_map_up_to_the_threshold(monkeypatch, name, linear
         asked.append([aligner.kind for aligner in aligners])
         return {linear: measured, "soft": 4.25}
 
-    monkeypatch.setattr(alignment, "feedback_nats", measure)
+    monkeypatch.setattr(alignment, "feedback_kl_nats", measure)
     model = tiny_model(name)
     aligner = build_aligner(model)
     assert aligner.kind == (linear if keeps else "soft")
-    assert aligner.nats == {linear: measured, "soft": 4.25}
+    assert aligner.kl_nats == {linear: measured, "soft": 4.25}
     assert aligner.reason.startswith("chosen by auto")
     assert f"{linear} {measured:.2f}, soft 4.25" in aligner.reason
     assert build_aligner(model, "auto") is aligner
     assert asked == [[linear, "soft"]]
-    assert build_aligner(model, "soft").nats == {}
+    assert build_aligner(model, "soft").kl_nats == {}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("edit", ["weight", "eps", "module"])
 def test_auto_measures_anew_what_changed_between_the_embeddings(edit):
     model = tiny_model()
-    before = build_aligner(model).nats
+    before = build_aligner(model).kl_nats
     mlp = model.model.layers[1].mlp
     if edit == "weight":
         mlp.down_proj.weight.mul_(8)
@@ -624,10 +624,10 @@ def test_auto_measures_anew_what_changed_between_the_embeddings(edit):
         model.model.norm.variance_epsilon = 3.0
     else:
         mlp.act_fn = nn.Tanh()
-    after = build_aligner(model).nats
+    after = build_aligner(model).kl_nats
     assert after != before
     fresh = copy.deepcopy(model)
-    assert build_aligner(fresh).nats == after
+    assert build_aligner(fresh).kl_nats == after
 
 
 @torch.no_grad()
@@ -636,26 +636,26 @@ def test_feedback_that_is_the_predicted_token_measures_zero(monkeypatch):
     model = tiny_model()
     model.model.embed_tokens.weight.copy_(nn.functional.normalize(model.model.embed_tokens.weight))
     monkeypatch.setattr(alignment, "TOP_K", 1)
-    nats = alignment.feedback_nats(model, [build_aligner(model, "soft"), build_aligner(model, "identity")])
+    nats = alignment.feedback_kl_nats(model, [build_aligner(model, "soft"), build_aligner(model, "identity")])
     assert nats["soft"] == pytest.approx(0.0, abs=1e-5)
     assert nats["identity"] > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral-window"])
-def test_feedback_nats_is_the_same_every_time_and_draws_from_no_global_generator(name):
+def test_feedback_kl_nats_is_the_same_every_time_and_draws_from_no_global_generator(name):
     model = tiny_model(name)
     aligners = [build_aligner(model, "identity"), build_aligner(model, "soft")]
     state = torch.get_rng_state()
-    first = alignment.feedback_nats(model, aligners)
+    first = alignment.feedback_kl_nats(model, aligners)
     assert torch.equal(torch.get_rng_state(), state)
-    assert alignment.feedback_nats(model, aligners[::-1]) == first
+    assert alignment.feedback_kl_nats(model, aligners[::-1]) == first
     assert all(0 < value < 20 for value in first.values())
 
 
 def test_auto_fits_into_a_model_of_few_positions():
     """Learned positions end at 8: the sample is shortened, so that the steps have room behind it."""
     model = tiny_model("gpt2", max_position_embeddings=8)
-    assert set(build_aligner(model).nats) == {"ridge", "soft"}
+    assert set(build_aligner(model).kl_nats) == {"ridge", "soft"}
 
 
 @pytest.mark.real_model
@@ -663,6 +663,6 @@ def test_auto_chooses_soft_on_the_default_model(default_model):
     """SmolLM2-135M is tied, and its raw states are foreign to it: far above 1 nat, where soft is below."""
     aligner = build_aligner(default_model)
     assert aligner.kind == "soft"
-    assert aligner.nats["identity"] > 2
-    assert aligner.nats["soft"] < 1
+    assert aligner.kl_nats["identity"] > 2
+    assert aligner.kl_nats["soft"] < 1
     assert "identity" in aligner.reason

@@ -29,7 +29,7 @@ def measured(monkeypatch):
         calls.append([aligner.kind for aligner in aligners])
         return {aligner.kind: NATS.get(aligner.kind, 0.5) for aligner in aligners}
 
-    monkeypatch.setattr(alignment, "feedback_nats", measure)
+    monkeypatch.setattr(alignment, "feedback_kl_nats", measure)
     return calls
 
 
@@ -51,7 +51,7 @@ def test_the_next_process_reads_what_was_measured(tmp_path, measured, name):
     first = anew(tiny_model(name))
     second = anew(tiny_model(name))
     assert len(measured) == 1
-    assert (second.kind, second.nats, second.reason) == (first.kind, first.nats, first.reason)
+    assert (second.kind, second.kl_nats, second.reason) == (first.kind, first.kl_nats, first.reason)
     assert [path.suffix for path in stored(tmp_path)] == [".json"]
     assert stored(tmp_path)[0].stat().st_size < 300
 
@@ -59,9 +59,9 @@ def test_the_next_process_reads_what_was_measured(tmp_path, measured, name):
 def test_real_measurements_are_the_same_read_back():
     first, second = anew(), anew()
     assert (
-        first.nats
-        == second.nats
-        == alignment.feedback_nats(
+        first.kl_nats
+        == second.kl_nats
+        == alignment.feedback_kl_nats(
             tiny_model(), [build_aligner(tiny_model(), "ridge"), build_aligner(tiny_model(), "soft")]
         )
     )
@@ -236,7 +236,7 @@ def test_code_that_cannot_be_seen_is_measured_every_time(tmp_path, measured, cha
 
 
 def test_nan_is_not_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr(alignment, "feedback_nats", lambda model, aligners: {"ridge": float("nan"), "soft": 1.0})
+    monkeypatch.setattr(alignment, "feedback_kl_nats", lambda model, aligners: {"ridge": float("nan"), "soft": 1.0})
     assert anew().kind == "soft"
     assert not (tmp_path / "cache" / "feedback").exists()
 
@@ -281,14 +281,14 @@ def test_a_wrong_file_is_measured_again_with_one_warning(tmp_path, measured, dam
     with pytest.warns(
         UserWarning, match=r"the stored measurement .* is not used \(.*\); it is measured again"
     ) as caught:
-        assert anew().nats == NATS
+        assert anew().kl_nats == NATS
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     assert stored(tmp_path) == [path]
     assert path.read_bytes() == good
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert anew().nats == NATS
+        assert anew().kl_nats == NATS
     assert len(measured) == 2
 
 
@@ -324,7 +324,7 @@ def test_a_file_that_cannot_be_read_is_one_warning(tmp_path, monkeypatch, measur
 
     monkeypatch.setattr(Path, "read_text", denied)
     with pytest.warns(UserWarning, match="Permission denied"):
-        assert anew().nats == NATS
+        assert anew().kl_nats == NATS
 
 
 def test_writers_at_the_same_time_leave_a_whole_file(tmp_path):

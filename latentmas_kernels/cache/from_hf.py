@@ -1,7 +1,7 @@
-"""A transformers cache of any plain or quantized kind as a LatentCache, and what a LatentCache has more as its columns."""
+"""Convert a transformers cache, plain or quantized, to a KVBuffer, and append new slots of a KVBuffer to such a cache."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,22 +14,21 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.cache.buffer import KVBuffer
 from latentmas_kernels.cache.padded_cache import PaddedCache, check_agrees, is_gap, real_columns
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.warn_once import warn_once
 
-# Exact classes: their subclasses (indexed, recurrent) keep part of what they know elsewhere.
+BufferT = TypeVar("BufferT", bound=KVBuffer)
+# Exact classes: their subclasses (indexed, recurrent) keep part of their state elsewhere.
 PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
 # quanto, HQQ and what else derives from it. Newer transformers have a wider base, for FP8, which keeps no residual.
 QUANTIZED_LAYER: Any = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
 
-def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | None) -> LatentCache:
-    """See `LatentCache.from_hf`."""
-    if isinstance(cache, LatentCache):
-        return cache.fork(capacity)
+def cache_from_hf(cls: type[BufferT], cache: Cache, attention_mask: Tensor | None, capacity: int | None) -> BufferT:
+    """Return a transformers cache as a `cls`; see `LatentCache.from_hf`. This does not modify the transformers cache."""
     other = [type(layer) for layer in cache.layers if not isinstance(layer, QUANTIZED_LAYER)]
     strange = sorted({kind.__name__ for kind in other if kind not in PLAIN_LAYERS})
     if strange:
@@ -54,18 +53,18 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
         raise LatentMASError(
             f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
         )
-    own = LatentCache(
+    copied = cls(
         layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
         dtype=keys.dtype, device=filled[0].device if cache.offloading else keys.device,
         gaps=[place for place, layer in enumerate(layers) if not _is_filled(layer, length)],
     )  # fmt: skip
-    device = own._buffer.device
+    device = copied.buffer.device
     rows, columns = (mask != 0).nonzero(as_tuple=True)
     slots = ((mask != 0).cumsum(1) - 1)[rows, columns]
     rows, columns, slots = (t.to(device) for t in (rows, columns, slots))
     cut = torch.zeros(batch, dtype=torch.bool)  # rows of which some layer has dropped slots
     for index, layer in enumerate(layers):
-        if index in own.gaps:
+        if index in copied.gaps:
             continue
         if int(layer.get_seq_length()) != length:
             raise LatentMASError(
@@ -79,22 +78,22 @@ def cache_from_hf(cache: Cache, attention_mask: Tensor | None, capacity: int | N
                 f"layer {index} of this {type(cache).__name__} holds keys and values of [batch, heads, width] {shapes}, "
                 f"the first keys of {[batch, heads, width]}; supported is one shape for all"
             )
-        for store, full in zip((own.keys[index], own.values[index]), pair, strict=True):
+        for store, full in zip((copied.keys[index], copied.values[index]), pair, strict=True):
             full = full.to(device)
             dropped = length - full.shape[2]
             cut |= (mask[:, :dropped] != 0).any(1)
             kept = columns >= dropped
             store[rows[~kept], :, slots[~kept]] = 0
             store[rows[kept], :, slots[kept]] = full[rows[kept], :, columns[kept] - dropped]
-    own.positions[rows, slots] = slots
-    own.lengths, own.next_position = counts, counts.clone()
-    own.complete_from = torch.where(cut, counts, 0)
-    own.add_segment("prompt", torch.zeros_like(counts))
-    return own
+    copied.positions[rows, slots] = slots
+    copied.lengths, copied.next_position = counts, counts.clone()
+    copied.complete_from = torch.where(cut, counts, 0)
+    copied.add_segment("prompt", torch.zeros_like(counts))
+    return copied
 
 
 def _wait_for_offload(cache: Cache) -> None:
-    """Wait for the bytes of layers that transformers sent to the CPU without waiting itself."""
+    """Wait for the copies of layers to the CPU that transformers has started and not waited for."""
     if cache.offloading:
         layers: list[Any] = cache.layers
         for device in {layer.device for layer in layers if layer.is_initialized}:
@@ -103,14 +102,14 @@ def _wait_for_offload(cache: Cache) -> None:
 
 
 def _is_filled(layer: Any, length: int) -> bool:
-    """Whether a layer is one that the model runs: it counts as many columns as the others, or holds something."""
+    """Return whether the model runs a layer: it counts as many columns as the other layers, or is not empty."""
     return (layer.is_initialized and int(layer.get_seq_length()) == length) or not is_gap(layer)
 
 
 def check_covers(cache: Cache, architecture: Architecture) -> None:
     """Raise ValueError where a transformers cache with all of the model's layers lacks what they attend to.
 
-    transformers makes sliding layers of what a configuration says, whether the model's code reads that or not: the cache of a
+    transformers makes sliding layers where a configuration says so, whether the model's code reads that or not: the cache of a
     Llama with a `sliding_window` keeps the last positions only, and its layers attend to all that they are given.
     """
     for slot, window in zip(architecture.slots, architecture.windows, strict=True):
@@ -128,7 +127,8 @@ def check_covers(cache: Cache, architecture: Architecture) -> None:
 
 
 def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor:
-    """int64 [B, length] on the CPU: the mask that was given, or that of the columns of zeros. See `LatentCache.from_hf`."""
+    """Return int64 [B, length] on the CPU: the mask that was given, or one without the columns of zeros. See
+    `LatentCache.from_hf`."""
     if given is not None and list(given.shape) != [batch, length]:
         raise LatentMASError(
             f"the mask of this cache must be {[batch, length]} ([B, cached tokens]); got {list(given.shape)}"
@@ -160,9 +160,10 @@ def check_call_mask(cache: Cache, given: Tensor) -> None:
     """Raise ValueError where the mask over the past [B, columns] of a call takes padding of the cache for tokens.
 
     Published code passes ones over every past, padded ones too, in caches that it put together from tensors. So a column of
-    zeros is padding against the word of such a mask, with one exception: where the zeros are the first token of every row and
+    zeros is padding even where such a mask has a one, with one exception: where the zeros are the first token of every row and
     no other. The longest row of a padded batch has no padding; a token of zero embedding at the beginning of a text (a BOS that
-    is the embedding's padding_idx) looks just so. A single row with one column of padding does too, and is believed.
+    is the embedding's padding_idx) looks exactly like that. A single row with one column of padding does too, and there the
+    mask is believed.
     """
     _wait_for_offload(cache)
     held = None if isinstance(cache, PaddedCache) else real_columns(cache)
@@ -178,17 +179,17 @@ def check_call_mask(cache: Cache, given: Tensor) -> None:
 
 
 def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
-    """The filled part of a transformers layer's keys and values, each [B, H, S, D], dequantized where it is quantized.
+    """Return the filled part of a transformers layer's keys and values, each [B, H, S, D], dequantized where it is quantized.
 
     S is `length`, or less for a sliding window that has dropped some.
     """
     if not isinstance(layer, QUANTIZED_LAYER):
         return layer.keys[:, :, :length], layer.values[:, :, :length]
-    # What is not quantized yet tells the shape of no tokens; where all is quantized, that has no shape.
+    # The part that is not quantized yet tells the shape of no tokens; where all is quantized, it has no shape.
     states = layer.keys, layer.values
     if layer.keys.dim() != 4:
         states = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
-    # An update by no tokens gives the whole states. It binds the layer's fields anew and may quantize again: to a copy.
+    # An update by no tokens returns all states. It assigns the layer's fields and may quantize again: so to a copy.
     keys, values = copy.copy(layer).update(states[0][:, :, :0], states[1][:, :, :0])
     if keys.shape[2] != length:
         raise LatentMASError(
@@ -198,16 +199,17 @@ def _states(layer: Any, length: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def append_columns(cache: LatentCache, target: Cache, held: Tensor, columns: Tensor) -> None:
-    """Append to a transformers cache what `cache` has behind its first `held` slots, and zeros where a column is padding.
+def append_columns(cache: KVBuffer, target: Cache, held: Tensor, columns: Tensor) -> None:
+    """Append to a transformers cache the slots that `cache` has behind its first `held` ones, and zeros where a column is
+    padding. This modifies `target` and not `cache`.
 
     Args:
         held: int64 [B], slots that came from `target`.
-        columns: bool [B, T], which columns of the prompt are real. What each row has behind its prompt follows in columns of
-            their own, as many as the longest row needs.
+        columns: bool [B, T], which columns of the prompt are real. The slots of each row behind its prompt follow in further
+            columns, as many as the longest row needs.
 
-    A place in which the model runs no layer stays empty where it is, as the model's own forward leaves it; but for the first,
-    by which transformers counts.
+    A place in which the model runs no layer stays empty, as the model's own forward leaves it, but for the first, by which
+    transformers counts.
     """
     prompt = held[:, None] + columns.long().cumsum(1) - 1
     more = cache.lengths - held - columns.sum(1)
@@ -222,7 +224,7 @@ def append_columns(cache: LatentCache, target: Cache, held: Tensor, columns: Ten
 
     if isinstance(target, PaddedCache):
         target.expect(real)
-    layers: list[Any] = target.layers  # grows under way
+    layers: list[Any] = target.layers  # update() adds layers
     for layer in range(cache.keys.shape[0]):
         empty = layer >= len(layers) or not layers[layer].is_initialized
         if layer in cache.gaps and layer and empty:

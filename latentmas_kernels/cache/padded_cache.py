@@ -1,4 +1,4 @@
-"""PaddedCache: a transformers DynamicCache that knows which of its columns are padding, row by row."""
+"""PaddedCache: a transformers DynamicCache whose padding can be read off its keys and values, row by row."""
 
 import functools
 import inspect
@@ -12,11 +12,11 @@ from latentmas_kernels.errors import LatentMASError
 
 
 class _Forward(NamedTuple):
-    """A forward whose mask was looked at.
+    """A forward whose mask was seen.
 
     start: columns before it.
-    real: bool [B or 1, T], which of its own are tokens.
-    padded: whether some are not. Known once: asking a device in every layer would wait for it each time.
+    real: bool [B or 1, T], which of its columns are tokens.
+    padded: whether some are not; read once, since reading it in every layer would wait for the device each time.
     """
 
     start: int
@@ -27,29 +27,30 @@ class _Forward(NamedTuple):
 class PaddedCache(DynamicCache):
     """A DynamicCache in which columns of padding hold zeros as keys and values, in every layer.
 
-    No token has such keys and values here: where the keys of one are zeros in the first layer, since its embedding is, their
-    first number becomes the dtype's smallest normal one (`update`), too small to change attention. So the padding is known
-    from the numbers alone: it stays known through `update`, `reorder_cache`, `batch_select_indices`,
-    `batch_repeat_interleave`, `crop`, copies, and for whoever cuts or gathers the tensors by hand. Every row has the positions
-    0, 1, 2, ... over its real columns.
+    No token has such keys and values here: where the keys of a token are zeros in the first layer, since its embedding is zero,
+    their first number becomes the dtype's smallest normal one (`update`), too small to change attention. So the padding follows
+    from the numbers alone: it is still known after `update`, `reorder_cache`, `batch_select_indices`,
+    `batch_repeat_interleave`, `crop`, a copy, or a program that cuts or gathers the tensors by hand. Every row has the
+    positions 0, 1, 2, ... over its real columns.
 
-    Where it is the past of a plain transformers model, `model(...)` and `model.generate(...)` alike, transformers' mask
-    functions ask it about the mask that they got: padding that the mask leaves out is filled in, and what would give other
-    texts is a ValueError (a mask that contradicts the cache, positions that were counted over padding). Needs layers that
-    keep all columns.
+    Where the cache is the past of a plain transformers model, in `model(...)` and in `model.generate(...)`, transformers' mask
+    functions show it the mask that they got: padding that the mask leaves out is filled in, and what would change the texts is
+    a ValueError (a mask that contradicts the cache, positions that were counted over padding). Needs layers that keep all
+    columns.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PaddedCache":
         ask_about_masks()
         return super().__new__(cls)
 
-    _forward: _Forward | None = None  # the last one whose mask was looked at
+    _forward: _Forward | None = None  # the last one whose mask was seen
 
     def attention_mask(self, new: Tensor | None = None) -> Tensor:
-        """int64 [B, columns (+ T)]: the mask of what is held, followed by the mask [B, T] of new tokens.
+        """Return int64 [B, columns (+ T)]: the mask of the cached columns, followed by the mask [B, T] of new tokens. This does
+        not modify the cache.
 
         Raises:
-            ValueError: for an empty cache, whose rows are not known.
+            ValueError: for an empty cache, which has no rows yet.
         """
         real = real_columns(self)
         if real is None:
@@ -59,13 +60,13 @@ class PaddedCache(DynamicCache):
         return real.long() if new is None else torch.cat([real.long(), new.to(real.device).long()], dim=1)
 
     def expect(self, real: Tensor) -> None:
-        """Say which of the columns that the next `update` of all layers brings are real, bool [B, T]."""
+        """Set which columns of the next `update` of all layers are real, bool [B, T]. This modifies the cache."""
         self._forward = _Forward(self.get_seq_length(), real, not bool(real.all()))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As in transformers; columns that are padding are stored as zeros, and no column that is a token."""
+        """Append as in transformers; columns of padding, and no others, are stored as zeros. This modifies the cache."""
         columns, known = key_states.shape[2], self._forward
         if known is None or known.real.shape[1] != columns or known.start != self.get_seq_length(layer_idx):
             real = real_columns(self) if layer_idx == 0 else None
@@ -89,21 +90,22 @@ class PaddedCache(DynamicCache):
     def look_at(
         self, mask: Tensor | None, columns: int, positions: Tensor | None, window: int | None = None
     ) -> Tensor | None:
-        """The mask that a forward over `columns` new columns must have, given the one that it got; remembers it for `update`.
+        """Return the mask that a forward over `columns` new columns must have, given the one that it got. This modifies the
+        cache: the next `update` uses the mask.
 
-        Which columns are padding is read off the keys and values of two layers each time, and not remembered: a program may
-        change the tensors between two forwards without a word. The attention that follows reads all layers.
+        Which columns are padding is read off the keys and values of two layers each time, and not kept: a program may change
+        the tensors between two forwards unseen. The attention that follows reads all layers.
 
         Args:
             mask: [B, columns] or [B, held + columns], 0 for padding, or None. Any other (of four dimensions, or one per layer
                 type) is passed on unread where the cache holds no padding, and all new columns are stored as tokens; where it
                 holds some, such a mask is a ValueError.
-            positions: of the new columns, [1 or B, columns], or None where the model says nothing about them.
+            positions: of the new columns, [1 or B, columns], or None where the model gives none.
             window: the configuration's sliding window. transformers counts it in columns, so padding between tokens uses it up.
 
         Raises:
-            ValueError: where the mask contradicts what is held, positions were not counted over the real columns, or a window
-                would be used up.
+            ValueError: where the mask contradicts the cached columns, positions were not counted over the real columns, or a
+                window would be used up.
         """
         held, self._forward = real_columns(self), None
         two = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
@@ -152,12 +154,13 @@ class PaddedCache(DynamicCache):
 
 
 def real_columns(cache: Cache) -> Tensor | None:
-    """bool [B, columns] on the cache's device: which columns of each row are tokens, and not zeros that stand for padding.
+    """Return bool [B, columns] on the cache's device: which columns of each row are tokens, and not zeros in place of padding.
+    This does not modify the cache.
 
-    The first and the last layer that the model runs tell: a token whose embedding is zero has zeros in the first one, and
+    The first and the last layer that the model runs show it: a token whose embedding is zero has zeros in the first one, and
     something of what it attended to in the last one. Where it attended to nothing else, as the first token of a row, it has
     zeros in every layer of a model without biases. A PaddedCache marks such tokens (`PaddedCache.update`). In any other cache
-    they look like padding: `LatentCache.from_hf` warns, and takes a mask that tells.
+    they look like padding: `LatentCache.from_hf` warns, and takes a mask that decides.
 
     None for an empty cache, and where some layer does not keep plain keys and values of all columns. Layers that are not run
     (`is_gap`) do not count.
@@ -176,19 +179,19 @@ def real_columns(cache: Cache) -> Tensor | None:
 
 
 def is_gap(layer: Any) -> bool:
-    """Whether a layer without all columns of its cache is the place of one that the model does not run.
+    """Return whether a layer without all columns of its cache is the place of one that the model does not run.
 
-    Nothing was ever written there, or zeros of which the others have gone on.
+    Nothing was ever written there, or zeros, and fewer columns than in the other layers.
     """
     if not getattr(layer, "is_initialized", True):
         return True
     if not keeps(layer, 0) or int(layer.get_seq_length()) > layer.keys.shape[2]:
-        return False  # it has more than these keys: quantized ones, or some that a window dropped
+        return False  # it has had other keys: quantized ones, or some that a window dropped
     return not bool(layer.keys.any()) and not bool(layer.values.any())
 
 
 def keeps(layer: Any, length: int) -> bool:
-    """Whether a layer holds plain keys and values [B, H, S, D] of so many columns or more."""
+    """Return whether a layer holds plain keys and values [B, H, S, D] of `length` columns or more."""
     states = getattr(layer, "keys", None), getattr(layer, "values", None)
     return all(isinstance(s, Tensor) and s.dim() == 4 and s.shape[2] >= length for s in states)
 
@@ -229,10 +232,11 @@ def _counts(real: Tensor) -> list[int]:
 
 @functools.cache
 def ask_about_masks() -> None:
-    """Let transformers' mask functions show the mask that they got to caches with a `look_at`; other calls pass unchanged.
+    """Patch transformers' mask functions to pass the mask that they got to the `look_at` of a cache that has one; other calls
+    are unchanged.
 
-    transformers itself asks a cache for sizes only, never for its padding. Where a later version has no such function, `update`
-    of a PaddedCache refuses padding.
+    transformers itself reads the sizes of a cache, never its padding. Where a later version has no such function, `update` of a
+    PaddedCache refuses padding.
     """
     original = getattr(masking_utils, "_preprocess_mask_arguments", None)
     if original is None:

@@ -1,4 +1,4 @@
-"""Segments: which agent's prompt, latent steps or text a run of slots holds, and how to name it."""
+"""Segments: which agent's prompt, latent steps or text a range of slots holds. Nothing here modifies a cache."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ Kind = Literal["prompt", "latent", "text"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A named run of slots: row b holds it in the slots start[b] to stop[b] - 1."""
+    """A named range of slots: the slots start[b] to stop[b] - 1 of row b."""
 
     agent: str | None
     kind: Kind
@@ -27,11 +27,11 @@ class Segment:
         return f"{self.agent or ''}:{self.kind}"
 
 
-def named(segments: Sequence[Segment], name: str) -> list[Segment]:
-    """The segments of that name, in order: all of an agent's by "agent", or those of one kind by "agent:kind".
+def find_segments(segments: Sequence[Segment], name: str) -> list[Segment]:
+    """Return the segments of that name, in order: all of an agent's by "agent", or those of one kind by "agent:kind".
 
     Raises:
-        ValueError: where there are none; says which there are.
+        ValueError: where there are none; the message lists the names that there are.
     """
     found = [s for s in segments if name in (s.name, s.agent)]
     if not found:
@@ -43,17 +43,26 @@ def named(segments: Sequence[Segment], name: str) -> list[Segment]:
     return found
 
 
-def slots_of(segments: Iterable[Segment], batch: int, width: int) -> Tensor:
-    """bool [B, width] on the CPU: the slots that belong to one of the segments."""
-    held = torch.zeros(batch, width, dtype=torch.bool)
+def mask_of(segments: Iterable[Segment], batch: int, width: int) -> Tensor:
+    """Return bool [B, width] on the CPU: true for the slots that belong to one of the segments."""
+    mask = torch.zeros(batch, width, dtype=torch.bool)
     for segment in segments:
         for row, (start, stop) in enumerate(zip(segment.start, segment.stop, strict=True)):
-            held[row, start:stop] = True
-    return held
+            mask[row, start:stop] = True
+    return mask
+
+
+def segments_before(segments: Iterable[Segment], lengths: Sequence[int]) -> list[Segment]:
+    """Return the segments cut to the first lengths[b] slots of each row, without those that become empty."""
+    left = [
+        replace(s, start=tuple(map(min, s.start, lengths)), stop=tuple(map(min, s.stop, lengths))) for s in segments
+    ]
+    return [s for s in left if s.start != s.stop]
 
 
 def segments_after_compaction(segments: Iterable[Segment], kept: Tensor) -> list[Segment]:
-    """What is left of the segments where only the slots `kept` (bool [B, width]) stay and move together."""
+    """Return the segments as they are once only the slots `kept` (bool [B, width]) are left and lie side by side, without
+    those that become empty."""
     before = torch.nn.functional.pad(kept.long().cumsum(1), (1, 0)).tolist()
 
     def moved(ends: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,9 +72,8 @@ def segments_after_compaction(segments: Iterable[Segment], kept: Tensor) -> list
     return [s for s in left if s.start != s.stop]
 
 
-def up_to(segments: Iterable[Segment], lengths: Sequence[int]) -> list[Segment]:
-    """What is left of the segments where row b ends at lengths[b]."""
-    left = [
-        replace(s, start=tuple(map(min, s.start, lengths)), stop=tuple(map(min, s.stop, lengths))) for s in segments
+def segments_of_rows(segments: Iterable[Segment], rows: Sequence[int]) -> list[Segment]:
+    """Return the segments of a batch that has the given rows in the given order; a row may come more than once."""
+    return [
+        replace(s, start=tuple(s.start[row] for row in rows), stop=tuple(s.stop[row] for row in rows)) for s in segments
     ]
-    return [s for s in left if s.start != s.stop]

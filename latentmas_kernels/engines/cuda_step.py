@@ -139,7 +139,8 @@ class Step:
     def latent(self, weights: Weights, aligner: Aligner) -> None:
         """hidden (or logits, for soft feedback) -> x -> hidden (and logits)."""
         if aligner.needs_logits:
-            realign(aligner.mix(self.logits), None, aligner.target_norm, self.x, target=self.target, step=self.realign)
+            mean = aligner.soft_embedding(self.logits)
+            realign(mean, None, aligner.target_norm, self.x, target=self.target, step=self.realign)
         else:
             realign(self.hidden, aligner.weight, aligner.target_norm, self.x, target=self.target, step=self.realign)
         self._layers(weights)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
-from latentmas_kernels.cache.latent_cache import LatentCache, Slots
+from latentmas_kernels.cache.latent_cache import LatentCache
+from latentmas_kernels.cache.slot_mapping import SlotMapping
 from latentmas_kernels.engines.base import LatentParams, LatentResult, OnStep
 from latentmas_kernels.engines.stepwise import latent_stepwise
 from latentmas_kernels.errors import LatentMASError
@@ -77,7 +78,7 @@ class EagerEngine:
     ) -> LatentResult:
         return latent_stepwise(self, cache, seed, aligner, latent_params, on_step)
 
-    def _masks(self, cache: LatentCache, slots: Slots) -> Tensor | dict[str, Tensor]:
+    def _masks(self, cache: LatentCache, slots: SlotMapping) -> Tensor | dict[str, Tensor]:
         """Return the explicit mask [B, 1, T, width], one per layer type where the model mixes them.
 
         Query q sees slot k of its row if k is in use, pos_k <= pos_q and, in a sliding layer, pos_q - pos_k < window.
@@ -103,7 +104,7 @@ class EagerEngine:
 class _RaggedForward(Cache):
     """The cache of one forward: stores the real positions in their slots, returns all slots in use."""
 
-    def __init__(self, cache: LatentCache, slots: Slots) -> None:
+    def __init__(self, cache: LatentCache, slots: SlotMapping) -> None:
         super().__init__(layers=cache.layers)
         self.cache, self.slots = cache, slots
         # [B, 1, width, 1], true for slots behind a row's end: they are undefined, and 0 x NaN is NaN in attention.

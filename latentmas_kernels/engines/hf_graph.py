@@ -24,7 +24,7 @@ from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraph
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.settings import settings_of
+from latentmas_kernels.models.module_settings import settings_of
 from latentmas_kernels.warn_once import warn_once
 
 MIN_SLOTS = 256

@@ -16,12 +16,13 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from latentmas_kernels.alignment import Aligner, build_aligner
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 from latentmas_kernels.cache.from_hf import append_columns
-from latentmas_kernels.cache.latent_cache import InsufficientMemoryError, LatentCache
+from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines import EagerEngine, Engine, LatentParams, check_engine_options, fast_engine
 from latentmas_kernels.engines.stepwise import DecodeResult, decode_stepwise
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.generation import check_finite_states, decode_by_engine, prefill
+from latentmas_kernels.generation import decode_by_engine, prefill
 from latentmas_kernels.hf.coverage import (
     CACHE,
     cached_columns,
@@ -33,7 +34,8 @@ from latentmas_kernels.hf.coverage import (
     what_its_cache_drops,
 )
 from latentmas_kernels.inputs import Prompt, read_prompt
-from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, check_finite_weights, in_short
+from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError, in_short
+from latentmas_kernels.models.finite import check_finite_states, check_finite_weights
 from latentmas_kernels.warn_once import warn_once
 
 

@@ -360,7 +360,7 @@ class ModelWrapper:
         """Return the cache and the output of latent_generate(). The cache keeps all slots, or the last by `keep`: "latent"
         the latent steps, "agent" the prompt too."""
         if keep is not None and inputs.cache_class is not None:
-            RopeShift.of(model)  # refuses a model whose keys cannot be moved, before any work
+            RopeShift.probe(model)  # refuses a model whose keys cannot be moved, before any work
         output = latent_generate(
             model, inputs.input_ids, inputs.attention_mask, latent_steps=latent_steps, past_key_values=inputs.past,
             aligner=self.aligner, engine=self._engine, max_cache_len=max_cache_len,

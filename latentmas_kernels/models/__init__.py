@@ -1,1 +1,1 @@
-"""What is read off a model: its architecture, packed weights, rotary embedding, windows and settings."""
+"""Read a Hugging Face model: architecture, layout of its layers, packed weights, RoPE, fingerprint."""

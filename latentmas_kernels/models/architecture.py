@@ -1,27 +1,38 @@
-"""What this package needs to know of a Hugging Face decoder, read once; models that cannot run are refused by name."""
+"""Architecture: shapes and limits of a Hugging Face decoder. Models that cannot run are refused with a reason."""
 
 import inspect
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.models.windows import NoLayoutError, find_layout
+from latentmas_kernels.models.layout import NoLayoutError, find_layout
 
 SUPPORTED = "supported are decoder-only causal LMs of transformers with full or sliding-window attention"
 # GPT-Neo's local layers count their window in columns, whatever mask they get: ragged rows would see other positions.
 LAYER_TYPES = {"full_attention", "sliding_attention", "global"}
-# What a forward calls its cache: transformers from 5.24 on, and the versions and repositories before it.
+# The name of a forward's cache argument: transformers from 5.24 on; earlier versions, and repositories written for them.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 ATTENTIONS = {"sdpa", "eager"}  # the implementations that take the explicit mask which ragged rows need
 
 
 class UnsupportedModelError(LatentMASError):
     """The model cannot run here; the message says what was got, what is supported and what to do."""
+
+
+class KVShape(NamedTuple):
+    """Shape and dtype of the keys and values of one slot, over all layers."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, {self.kv_heads} KV heads of {self.head_dim}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,9 @@ class Architecture:
     Attributes:
         name: class of the model, for messages.
         layers, kv_heads, head_dim: shape of the KV cache.
-        slots: per layer, in the order in which they run, its place in the KV cache; a layer that was taken out leaves a gap.
+        slots: per layer, in the order in which they run, its place in the KV cache; a layer that was removed leaves a gap.
         hidden_size, vocab_size: width of the hidden states; rows of the input embedding.
-        max_positions: positions that the model was made for (max_position_embeddings); None where it sets no limit.
+        max_positions: positions that the model was made for (max_position_embeddings); None without a limit.
         windows: per layer, in the order in which they run, how many positions a query sees, itself included; None is all.
         dtype, device: of the hidden states and the KV cache.
     """
@@ -52,9 +63,9 @@ class Architecture:
 
     @classmethod
     def of(cls, model: Any) -> "Architecture":
-        """Read a model, or raise UnsupportedModelError.
+        """Return the architecture of a model, or raise UnsupportedModelError. This does not modify the model.
 
-        Reads no weights. What the layers attend to and keep is found by trying, once per state of the model's settings.
+        Reads no weights. What the layers attend to and keep is found by a trial, once per state of the model's settings.
         """
         try:
             return cls._read(model)
@@ -141,18 +152,22 @@ class Architecture:
         )
 
     @property
+    def kv_shape(self) -> KVShape:
+        return KVShape(self.layers, self.kv_heads, self.head_dim, self.dtype)
+
+    @property
     def gaps(self) -> tuple[int, ...]:
         """Places of the KV cache in which no layer runs."""
         return tuple(sorted(set(range(self.layers)) - set(self.slots)))
 
     @property
     def layer_types(self) -> tuple[str, ...]:
-        """transformers' name of each layer's kind of attention."""
+        """Each layer's kind of attention, by its name in transformers."""
         return tuple("full_attention" if window is None else "sliding_attention" for window in self.windows)
 
 
 def decoder_of(model: Any) -> Any:
-    """The module whose last_hidden_state is the state after the final norm: the model without its lm_head."""
+    """Return the module whose last_hidden_state is the state after the final norm: the model without its lm_head."""
     decoder = model.get_decoder()
     if decoder is model:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder of its own below the lm_head; {SUPPORTED}")
@@ -166,7 +181,7 @@ def cache_argument(forward: Callable[..., Any]) -> str:
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of states [..., D] after the final norm, scaled and capped as the model's own forward does.
+    """Return logits [..., V] of states [..., D] after the final norm, scaled and capped as in the model's own forward.
 
     V counts the tokens that have an input embedding; a padded lm_head has more rows.
     """
@@ -184,7 +199,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def in_short(error: Exception) -> str:
-    """Kind and first line of an error, for a message about something larger."""
+    """Return the type and the first line of an error, as part of another message."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
@@ -197,32 +212,6 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 
 
 def _is_causal(model: Any) -> bool:
-    """Encoders load as causal LMs as well (AutoModelForCausalLM takes BERT), with a word in the log and no causal mask."""
+    """Return whether a model attends causally: AutoModelForCausalLM also loads encoders (BERT), with a warning and no mask."""
     of_attention = next((m.is_causal for m in model.modules() if hasattr(m, "is_causal")), None)
     return getattr(model.config, "is_decoder", True) is not False if of_attention is None else bool(of_attention)
-
-
-_finite: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def check_finite_weights(model: nn.Module) -> None:
-    """Raise ValueError where a weight holds NaN or Inf.
-
-    Every weight is read once per model and again after it changed (seen by address and version), so that a call pays
-    for it only the first time: 0.2 s for 135M parameters in bfloat16 on two cores, 2 ms afterwards.
-    """
-    weights = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
-    state = tuple((p.data_ptr(), p._version) for _, p in weights)
-    if not weights or _finite.get(model) == state:
-        return
-    # A sum needs no temporary as large as the weight. An overflow would also give Inf, so suspects are looked at.
-    sums = torch.stack([p.sum(dtype=torch.float32).to(weights[0][1].device) for _, p in weights])
-    suspects = [weights[i] for i in (~sums.isfinite()).nonzero().flatten().tolist()]
-    bad = [n for n, p in suspects if not p.isfinite().all()]
-    if bad:
-        raise LatentMASError(
-            f"{type(model).__name__} holds NaN or Inf in {len(bad)} of its weights (first: {bad[0]}); "
-            "supported are finite weights. Load the checkpoint again, or in bfloat16 if it was cast to float16."
-        )
-    _finite[model] = state

@@ -1,8 +1,8 @@
-"""Whether a Llama-like decoder is what the fast engines compute, checked on the live modules that transformers would run.
+"""Check that a Llama-like decoder is what the fast engines compute, on the live modules that transformers would run.
 
-Everything that the forwards of the four families read is looked at, module by module: the classes, the sizes, the numbers
-(eps of each norm, scale of each attention), the activation. What the packed form has no place for is refused with a reason, so
-that an edited model runs on the eager engine, which runs the modules themselves.
+Everything that the forwards of the families read is looked at, module by module: the classes, the sizes, the numbers (eps of
+each norm, scale of each attention), the activation. What `Weights` has no field for is refused with a reason, so that an edited
+model runs on the eager engine, which runs the modules themselves.
 """
 
 import sys
@@ -15,23 +15,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.settings import FUNCTIONS, GLOBAL_HOOKS, PASSIVE_HOOKS
+from latentmas_kernels.models.families import FAMILIES
+from latentmas_kernels.models.module_settings import FUNCTIONS, GLOBAL_HOOKS, PASSIVE_HOOKS
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change their frequencies with the length
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the frequencies of all other types change with the length
 DTYPES = (torch.float32, torch.bfloat16)
-# What a plain model is built from, besides linear layers and embeddings. An adapter or a quantised layer is something else.
+# What a plain model is built from, besides linear layers and embeddings. Adapters and quantized layers are neither.
 OWN_MODULES = ("transformers.models.", "transformers.activations")
 PLAIN_MODULES = (nn.ModuleList, nn.SiLU)
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 class UnsupportedWeights(Exception):
-    """The model is outside of what the packed form can say; the message says why, in a clause."""
+    """`Weights` has no field for something that the model computes; the message says what, in a clause."""
 
 
 def check_packable(model: Any, architecture: Architecture) -> list[Any]:
-    """Raise UnsupportedWeights where a module is not what the kernels compute. Moves nothing.
+    """Raise UnsupportedWeights where a module is not what the kernels compute. This does not modify the model.
 
     Returns:
         The decoder layers that run, in order.
@@ -59,11 +59,11 @@ def check_packable(model: Any, architecture: Architecture) -> list[Any]:
             _check_kind(module, model)
             kinds.add(type(module))
         todo.extend(child for child in reversed(state["_modules"].values()) if child is not None)
-    return _Family(model, architecture).check()
+    return _Check(model, architecture).run()
 
 
 def _check_kind(module: nn.Module, model: nn.Module) -> None:
-    """Raise UnsupportedWeights for a class that is none of torch's plain ones or of transformers' own, as they came."""
+    """Raise UnsupportedWeights for a class that is neither one of torch's plain ones nor an unchanged one of transformers."""
     kind = type(module)
     if kind not in (nn.Linear, nn.Embedding, *PLAIN_MODULES) and not kind.__module__.startswith(OWN_MODULES):
         raise UnsupportedWeights(f"{_path_of(module, model)} is a {kind.__module__}.{kind.__name__}, not a plain layer")
@@ -75,16 +75,17 @@ def _path_of(module: nn.Module, model: nn.Module) -> str:
     return next(path for path, other in model.named_modules() if other is module)
 
 
-class _Family:
-    """One model against the modules that its family is made of. Paths are put together where something is wrong."""
+class _Check:
+    """Compares one model with its row of FAMILIES. Full paths are built only where something is wrong."""
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.architecture = model, architecture
-        self.name, self.code = type(model).__name__.removesuffix("ForCausalLM"), type(model).__module__
+        self.family, self.code = FAMILIES[type(model).__name__], type(model).__module__
         self.dtype, self.device, self.width = architecture.dtype, architecture.device, architecture.hidden_size
 
-    def check(self) -> list[Any]:
-        model, decoder, a = self.model, self.model.model, self.architecture
+    def run(self) -> list[Any]:
+        """Check the model and return the decoder layers that run, in order."""
+        model, decoder, a, family = self.model, self.model.model, self.architecture, self.family
         self._functions()
         self._is("model", decoder, "Model")
         self._embedding("model.embed_tokens", decoder.embed_tokens)
@@ -95,19 +96,23 @@ class _Family:
         self._norm("model", decoder, "norm", self.width)
         path, first = "model.layers.0", layers[0]
         self._is(path, first, "DecoderLayer")
-        self._is(f"{path}.self_attn", first.self_attn, "Attention")
-        self._is(f"{path}.mlp", first.mlp, "MLP")
-        self.scale = self._number(f"{path}.self_attn.scaling", first.self_attn.scaling)
-        self.queries = self._rows(f"{path}.self_attn", first.self_attn, "q_proj")
+        attention, mlp = getattr(first, family.attention), getattr(first, family.mlp)
+        attention_path, mlp_path = f"{path}.{family.attention}", f"{path}.{family.mlp}"
+        self._is(attention_path, attention, "Attention")
+        self._is(mlp_path, mlp, "MLP")
+        self.scale = self._number(f"{attention_path}.scaling", attention.scaling)
+        self.queries = self._rows(attention_path, attention, family.qkv[0])
         self.keys = a.kv_heads * a.head_dim
-        self.inner = self._rows(f"{path}.mlp", first.mlp, "gate_proj")
+        self.qkv = dict(zip(family.qkv, (self.queries, self.keys, self.keys), strict=True))
+        self.inner = self._rows(mlp_path, mlp, family.gate_up[0])
+        self.gate_up = dict.fromkeys(family.gate_up, self.inner)
         for index, layer in enumerate(layers):
             path = f"model.layers.{index}"
             self._is(path, layer, "DecoderLayer")
-            self._norm(path, layer, "input_layernorm", self.width)
-            self._norm(path, layer, "post_attention_layernorm", self.width)
-            self._attention(f"{path}.self_attn", layer.self_attn)
-            self._mlp(f"{path}.mlp", layer.mlp)
+            self._norm(path, layer, family.input_norm, self.width)
+            self._norm(path, layer, family.mlp_norm, self.width)
+            self._attention(f"{path}.{family.attention}", getattr(layer, family.attention))
+            self._mlp(f"{path}.{family.mlp}", getattr(layer, family.mlp))
         return layers
 
     def _attention(self, path: str, attention: Any) -> None:
@@ -123,19 +128,18 @@ class _Family:
             )
         if attention.training and attention.attention_dropout:
             raise UnsupportedWeights(f"{path} is in training mode, where its dropout is random")
-        self._merged(path, attention, {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys})
-        self._linear(path, attention, "o_proj", self.width, self.queries)
-        if self.name == "Qwen3":
-            self._norm(path, attention, "q_norm", a.head_dim)
-            self._norm(path, attention, "k_norm", a.head_dim)
+        self._merged(path, attention, self.qkv)
+        self._linear(path, attention, self.family.output, self.width, self.queries)
+        for norm in self.family.head_norms or ():
+            self._norm(path, attention, norm, a.head_dim)
 
     def _mlp(self, path: str, mlp: Any) -> None:
         self._is(path, mlp, "MLP")
         if type(mlp.act_fn) not in SILU and mlp.act_fn is not nn.functional.silu:
             kind = getattr(mlp.act_fn, "__name__", type(mlp.act_fn).__name__)
             raise UnsupportedWeights(f"{path} uses {kind}; covered is SiLU")
-        self._merged(path, mlp, {"gate_proj": self.inner, "up_proj": self.inner})
-        self._linear(path, mlp, "down_proj", self.width, self.inner)
+        self._merged(path, mlp, self.gate_up)
+        self._linear(path, mlp, self.family.down, self.width, self.inner)
 
     def _rope(self, path: str, rope: Any) -> None:
         self._is(path, rope, "RotaryEmbedding")
@@ -162,7 +166,7 @@ class _Family:
         self._parameter(f"{path}.{name}", norm, "weight", (width,))
 
     def _merged(self, path: str, owner: Any, rows: dict[str, int]) -> None:
-        """What becomes one product has one bias, or none."""
+        """Check linear layers that become one matrix, by their rows: all of them have a bias, or none."""
         biased = [name for name, count in rows.items() if self._linear(path, owner, name, count, self.width)]
         if biased and len(biased) != len(rows):
             raise UnsupportedWeights(f"{path} has a bias in {', '.join(biased)} only")
@@ -174,7 +178,7 @@ class _Family:
         return len(linear.weight)
 
     def _linear(self, path: str, owner: Any, name: str, rows: int, cols: int) -> bool:
-        """Whether it has a bias."""
+        """Check a linear layer [rows, cols] and return whether it has a bias."""
         linear = getattr(owner, name)
         if type(linear) is not nn.Linear:
             raise UnsupportedWeights(f"{path}.{name} is a {type(linear).__name__}, not a plain layer")
@@ -203,8 +207,10 @@ class _Family:
 
     def _is(self, path: str, module: Any, role: str) -> None:
         kind = type(module)
-        if kind.__module__ != self.code or kind.__name__ != self.name + role:
-            raise UnsupportedWeights(f"{path} is a {kind.__name__} of {kind.__module__}, not a {self.name}{role}")
+        if kind.__module__ != self.code or kind.__name__ != self.family.prefix + role:
+            raise UnsupportedWeights(
+                f"{path} is a {kind.__name__} of {kind.__module__}, not a {self.family.prefix}{role}"
+            )
 
     def _number(self, path: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -1,14 +1,14 @@
 """The weights of a Llama-like decoder as the fast engines read them: live views of the model's own modules.
 
 Queries, keys and values are one matrix, and so are gate and up: one launch each reads them. There is no second copy.
-Where they do not lie one behind the other yet, they are moved there, and the model's parameters become views of the merged
+Where they are not adjacent in one storage yet, they are moved there, and the model's parameters become views of the merged
 tensor; save_pretrained, state_dict, loading and tying work as before. Tools that go by storage do not (safetensors'
-save_model and huggingface_hub's save_torch_model refuse, accelerate's drops what shares one): `unpack_weights` gives every
-parameter its own again.
+save_model and huggingface_hub's save_torch_model refuse, accelerate's save_model drops parameters that share one):
+`unpack_weights` gives every parameter a storage of its own again.
 
-Nothing of this is kept between calls: `pack_weights` looks at the modules each time, numbers included: transformers reads eps
-off each norm and the scale off each attention, not off the configuration. `.to()`, `.bfloat16()`, `deepcopy`, a LoRA, quantised
-layers or an edited number change what it finds, and `Weights.key` tells whether what was made of it before still holds.
+Nothing is kept between calls: `pack_weights` looks at the modules each time, numbers included, since transformers reads eps
+off each norm and the scale off each attention, not off the configuration. `.to()`, `.bfloat16()`, `deepcopy`, a LoRA, quantized
+layers or an edited number change the result, and `Weights.key` shows whether anything built from an earlier one is still valid.
 """
 
 import ctypes
@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.families import FAMILIES
 from latentmas_kernels.models.packable import UnsupportedWeights, check_packable
 
-MERGED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+MERGED = tuple(sorted({name for family in FAMILIES.values() for name in (*family.qkv, *family.gate_up)}))
 _merging = threading.Lock()  # two threads that merge at once would each make a copy
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. Products are [out, in] as in `torch.nn.Linear`; what the model does not have is None.
+    """One decoder layer. Matrices are [out, in] as in `torch.nn.Linear`; those that the model does not have are None.
 
     Attributes:
         input_gain, mlp_gain: [D], weights of the norms before attention and before the MLP.
@@ -39,7 +40,7 @@ class Layer:
         gate_up, gate_up_bias: [2 I, D], the gate first.
         down, down_bias: [D, I].
         window: positions that a query sees, its own included; None is all.
-        slot: its place in the KV cache.
+        slot: the place of the layer in the KV cache.
     """
 
     input_gain: Tensor
@@ -71,7 +72,8 @@ class Weights:
         inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
         scale: of the attention scores.
         query_heads, kv_heads, head_dim, intermediate: sizes.
-        key: all that a step reads: of tensors the address and dtype, of RoPE's frequencies and everything else the value.
+        key: all that a step reads, to compare: the address, shape and dtype of tensors, the values of RoPE's frequencies and of
+            everything else.
     """
 
     layers: tuple[Layer, ...]
@@ -91,13 +93,13 @@ class Weights:
 
     @property
     def decoder_bytes(self) -> int:
-        """What a latent step reads of the weights: all but the embedding and the lm_head."""
+        """Bytes of the weights that a latent step reads: all but the embedding and the lm_head."""
         tensors = [t for layer in self.layers for t in vars(layer).values() if isinstance(t, Tensor)]
         return sum(t.nbytes for t in [*tensors, self.final_gain])
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
-    """Why `pack_weights` would refuse the model, as a clause; None where it would not. Moves nothing."""
+    """Return why `pack_weights` would refuse the model, as a clause, or None. This does not modify the model."""
     try:
         check_packable(model, architecture)
     except UnsupportedWeights as reason:
@@ -107,42 +109,46 @@ def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
 
 @torch.no_grad()
 def pack_weights(model: Any, architecture: Architecture) -> Weights:
-    """Read a model, merging what is not merged yet.
+    """Return the weights of a model. This modifies the model: parameters that are not merged yet get a new storage, and stay
+    the same objects with the same values.
 
-    The peak of memory is that of one layer's products above the model. The parameters stay the same objects; their
-    storage changes where it is merged.
+    The peak of memory is one layer's merged matrices above the model.
 
     Raises:
         UnsupportedWeights: for a model that the fast engines do not cover.
     """
     modules = check_packable(model, architecture)
-    decoder = model.model
+    decoder, family = model.model, FAMILIES[type(model).__name__]
     layers = []
     for module, window, slot in zip(modules, architecture.windows, architecture.slots, strict=True):
-        attention, mlp = module.self_attn, module.mlp
+        attention, mlp = getattr(module, family.attention), getattr(module, family.mlp)
         with _merging:
-            qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-            gate_up, gate_up_bias = _merged(mlp.gate_proj, mlp.up_proj)
-        normed = hasattr(attention, "q_norm")
+            qkv, qkv_bias = _merged(*(getattr(attention, name) for name in family.qkv))
+            gate_up, gate_up_bias = _merged(*(getattr(mlp, name) for name in family.gate_up))
+        query_gain, key_gain = [getattr(attention, name).weight.detach() for name in family.head_norms or ()] or [
+            None,
+            None,
+        ]
+        output, down = getattr(attention, family.output), getattr(mlp, family.down)
         layers.append(
             Layer(
-                input_gain=module.input_layernorm.weight.detach(),
+                input_gain=getattr(module, family.input_norm).weight.detach(),
                 qkv=qkv,
                 qkv_bias=qkv_bias,
-                query_gain=attention.q_norm.weight.detach() if normed else None,
-                key_gain=attention.k_norm.weight.detach() if normed else None,
-                output=attention.o_proj.weight.detach(),
-                output_bias=_bias(attention.o_proj),
-                mlp_gain=module.post_attention_layernorm.weight.detach(),
+                query_gain=query_gain,
+                key_gain=key_gain,
+                output=output.weight.detach(),
+                output_bias=_bias(output),
+                mlp_gain=getattr(module, family.mlp_norm).weight.detach(),
                 gate_up=gate_up,
                 gate_up_bias=gate_up_bias,
-                down=mlp.down_proj.weight.detach(),
-                down_bias=_bias(mlp.down_proj),
+                down=down.weight.detach(),
+                down_bias=_bias(down),
                 window=window,
                 slot=slot,
             )
         )
-    first, rotary, lm_head = modules[0].self_attn, decoder.rotary_emb, model.lm_head
+    first, rotary, lm_head = getattr(modules[0], family.attention), decoder.rotary_emb, model.lm_head
     embedding, bias = decoder.embed_tokens.weight.detach(), _bias(lm_head)
     rows = len(embedding)  # a larger lm_head is padded: a token without an embedding could not be fed in
     tensors = {
@@ -155,21 +161,21 @@ def pack_weights(model: Any, architecture: Architecture) -> Weights:
         "eps": float(decoder.norm.variance_epsilon),
         "attention_scaling": float(rotary.attention_scaling),
         "scale": float(first.scaling),
-        "query_heads": first.q_proj.weight.shape[0] // architecture.head_dim,
+        "query_heads": getattr(first, family.qkv[0]).weight.shape[0] // architecture.head_dim,
         "kv_heads": architecture.kv_heads,
         "head_dim": architecture.head_dim,
         "intermediate": layers[0].down.shape[1],
     }
     inv_freq = rotary.inv_freq.float()
     read = [value for part in [*map(vars, layers), tensors, numbers] for value in part.values()]
-    # Of inv_freq the values: float() copies where the model was cast.
+    # The values of inv_freq, not its address: float() copies where the model was cast.
     key = (*((v.data_ptr(), v.shape, v.dtype) if isinstance(v, Tensor) else v for v in read), *inv_freq.tolist())
     return Weights(layers=tuple(layers), inv_freq=inv_freq, key=key, **tensors, **numbers)
 
 
 @torch.no_grad()
 def unpack_weights(model: Any) -> None:
-    """Give every parameter that is a view of a merged tensor a storage of its own again."""
+    """Give every parameter that is a view of a merged tensor a storage of its own again. This modifies the model."""
     with _merging, torch.inference_mode(False):
         for path, parameter in model.named_parameters():
             is_view = parameter.untyped_storage().nbytes() > parameter.nbytes
@@ -182,12 +188,13 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 
 
 def _merged(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The products as one matrix (and one bias), the modules' own parameters being views of it."""
+    """Return linear layers as one matrix and one bias or None. This makes their parameters views of it."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
-    return _joined([linear.weight for linear in linears]), _joined(biases) if biases else None
+    return _concat_views([linear.weight for linear in linears]), _concat_views(biases) if biases else None
 
 
-def _joined(parameters: Sequence[Tensor]) -> Tensor:
+def _concat_views(parameters: Sequence[Tensor]) -> Tensor:
+    """Return parameters as one tensor, concatenated along the rows. This makes them views of it where they are not yet."""
     first = parameters[0]
     rows = sum(len(p) for p in parameters)
     expected = first.data_ptr()
@@ -198,7 +205,7 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
         expected += parameter.nbytes
     else:
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-    with torch.inference_mode(False):  # what is made in inference mode could not be trained afterwards
+    with torch.inference_mode(False):  # tensors made in inference mode could not be trained afterwards
         merged = torch.cat([p.data for p in parameters])
         start = 0
         for parameter in parameters:
@@ -210,8 +217,11 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _trim_heap() -> None:
-    """Return freed memory to the system, where the C library can (glibc). The gaps that merging leaves are 64 bytes too small
-    for the same products of the next layer: at 135M they were 8 to 22 MB in the end, of 269 MB of weights."""
+    """Return freed memory to the system, where the C library can (glibc).
+
+    The gaps that merging leaves are 64 bytes too small for the same matrices of the next layer: at 135M they added up to 8 to
+    22 MB, of 269 MB of weights.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

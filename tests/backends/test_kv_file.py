@@ -34,9 +34,9 @@ from tiny_models import FAMILIES, tiny_model
 
 import latentmas_kernels.models.rope  # noqa: F401  what keys_are_moved_by_torch replaces
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import ModelFingerprint
-from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 from latentmas_kernels.models.architecture import UnsupportedModelError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 STAMPS = {dtype: ModelFingerprint.of(model) for dtype, model in MODELS.items()}
 STAMP = STAMPS[torch.float32]

@@ -16,7 +16,8 @@ from tiny_models import ragged, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentmas_kernels import LatentCache, Segment, generate, latent_generate
-from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK, InsufficientMemoryError
+from latentmas_kernels.cache.buffer import PREFIX_BLOCK
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 
 SHAPE = {"layers": 2, "kv_heads": 2, "head_dim": 4, "dtype": torch.float32}
 MODEL = tiny_model("llama", num_hidden_layers=2, head_dim=4)
@@ -344,7 +345,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_names_are_looked_up_in_the_order_that_they_are_given_in():
     cache = filled([2, 1])
-    names = [s.name for s in cache.named(["critic", "planner:latent"])]
+    names = [s.name for s in cache.find_segments(["critic", "planner:latent"])]
     assert names == ["critic:prompt", "critic:latent", "planner:latent"]
 
 
@@ -522,7 +523,7 @@ def test_a_donation_without_room_for_a_copy_is_not_used_up(monkeypatch):
     home = cache.buffer.data_ptr()
     with monkeypatch.context() as patch:
         patch.setattr(
-            "latentmas_kernels.cache.latent_cache.check_free_memory",
+            "latentmas_kernels.cache.buffer.check_free_memory",
             lambda *_: (_ for _ in ()).throw(InsufficientMemoryError("none")),
         )
         with pytest.raises(InsufficientMemoryError):

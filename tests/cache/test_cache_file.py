@@ -25,8 +25,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from latentmas_kernels import LatentCache, Segment, generate, latent_generate
 from latentmas_kernels.cache import file as cache_file
-from latentmas_kernels.cache.file import HEADER_LIMIT, ModelFingerprint, model_fingerprint, read_file
+from latentmas_kernels.cache.file import HEADER_LIMIT, read_file
 from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.fingerprint import ModelFingerprint, model_fingerprint
 from latentmas_kernels.models.packed_weights import pack_weights
 
 MODEL = MODELS[torch.float32]
@@ -618,11 +619,11 @@ def test_rows_are_read_without_a_model(tmp_path, dtype):
     cache.save(path, MODELS[dtype])
     saved = read_file(path)
     assert (
-        saved.stamp
+        saved.writer
         == ModelFingerprint.of(MODELS[dtype])
-        == ModelFingerprint(model_fingerprint(MODELS[dtype]), saved.stamp.model)
+        == ModelFingerprint(model_fingerprint(MODELS[dtype]), saved.writer.model)
     )
-    assert saved.stamp.model == f"LlamaForCausalLM of 3 layers, 2 KV heads of 16, {dtype}"
+    assert saved.writer.model == f"LlamaForCausalLM of 3 layers, 2 KV heads of 16, {dtype}"
     assert saved.kv.dtype == dtype
     assert torch.equal(saved.lengths, cache.lengths)
     assert torch.equal(saved.next_position, cache.next_position)

@@ -7,7 +7,7 @@ from test_cache_edits import MODEL, assert_holds, go_on, held, poison
 from tiny_models import ragged, tiny_model
 
 from latentmas_kernels import LatentCache, generate, latent_generate
-from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK
+from latentmas_kernels.cache.buffer import PREFIX_BLOCK
 from latentmas_kernels.models.rope import RopeShift
 
 
@@ -120,7 +120,7 @@ def test_asking_for_sizes_leaves_what_is_lent():
 def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still, monkeypatch):
     """What they borrow is read from where it lies; their own memory under it is NaN."""
     wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 5, 2 * PREFIX_BLOCK + 9, 12], 3)
-    RopeShift.of(MODEL)
+    RopeShift.probe(MODEL)
     made = count_buffers(monkeypatch)
     home = wide.buffer.data_ptr()
     for cache in (plain, wide):

@@ -13,8 +13,8 @@ from tiny_models import VOCAB, tiny_model
 from tokenizers_offline import character_tokenizer, with_tokens
 
 from latentmas_kernels import generate, latent_generate
-from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 TEMPLATE = (
@@ -232,7 +232,7 @@ def test_memories_that_were_cut_go_to_a_decoder_as_they_are(memory, budget):
     assert_same(STOPS, agents, budget=budget)
 
 
-def test_windows_take_embeddings():
+def test_layout_take_embeddings():
     assert_same(made(None, "qwen3-mixed"), [THINKER, WRITER, JUDGER], SHARED, "embeds")
 
 
@@ -382,7 +382,7 @@ def test_embeddings_of_what_is_read_in_one_go_are_taken(agents, options):
     assert_same(ENDLESS, agents, kv_transfer="embeds", models=BIG, **options)
 
 
-def test_windows_are_refused_by_name_for_keys_and_values():
+def test_layout_are_refused_by_name_for_keys_and_values():
     windowed = made(None, "mistral-window")
     with pytest.raises(UnsupportedModelError, match="MistralForCausalLM has a sliding window in 3 of its 3 layers"):
         Chain(windowed, TOKENIZER, [JUDGER], decoder=Fake(windowed))

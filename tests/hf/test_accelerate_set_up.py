@@ -299,7 +299,7 @@ def test_one_kv_head_for_all_queries(model_type: str, options: dict[str, Any], h
     assert torch.equal(out.sequences[:, 9:], model.generate(**BATCH)[:, 9:])
 
 
-def test_windows_that_are_counted_in_columns_are_refused():
+def test_layout_that_are_counted_in_columns_are_refused():
     """GPT-Neo's local layers: in a ragged batch they would see other positions."""
     local = causal(
         "gpt_neo", num_hidden_layers=2, attention_types=[[["global", "local"], 1]], num_key_value_heads=4, head_dim=12

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from latentmas_kernels import UnsupportedModelError, generate, latent_generate
-from latentmas_kernels.models.architecture import Architecture, check_finite_weights, decoder_of
+from latentmas_kernels.models.architecture import Architecture, decoder_of
+from latentmas_kernels.models.finite import check_finite_weights
 
 MIXED_WINDOWS = (8, None, 8)
 WINDOWS = {

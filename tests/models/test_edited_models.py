@@ -636,7 +636,7 @@ def test_layers_that_share_a_place_in_the_cache_are_refused_with_the_remedy(how)
         ("qwen2-mixed", {"hidden_act": "gelu", "rms_norm_eps": 0.1}, (8, None, 8)),
     ],
 )
-def test_windows_are_those_of_the_code_and_not_of_the_configuration(family, entries, windows, moment):
+def test_layout_are_those_of_the_code_and_not_of_the_configuration(family, entries, windows, moment):
     if moment == "when it is made":
         entries = {name: value for name, value in entries.items() if name in ("sliding_window", "layer_types")}
         model = tiny_model(family, **entries)

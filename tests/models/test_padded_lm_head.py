@@ -90,14 +90,14 @@ def test_thoughts_are_those_of_the_model_without_them(kind, engine):
 def test_auto_measures_the_same():
     plain, padded = padded_model()
     want, got = build_aligner(plain, "auto"), build_aligner(padded, "auto")
-    assert (got.kind, got.nats) == (want.kind, pytest.approx(want.nats))
+    assert (got.kind, got.kl_nats) == (want.kind, pytest.approx(want.kl_nats))
 
 
 @pytest.mark.parametrize("bos", [VOCAB + 3, [VOCAB + 3]])
 def test_auto_begins_with_a_token_that_there_is(bos):
     _, padded = padded_model()
     padded.generation_config.bos_token_id = bos
-    assert build_aligner(padded, "auto").nats
+    assert build_aligner(padded, "auto").kl_nats
 
 
 def test_thoughts_that_cross_are_made_of_tokens_that_there_are():

@@ -42,15 +42,15 @@ def tables_of(model):
 @pytest.mark.parametrize("name", [*FAMILIES, *MOVABLE])
 def test_frequencies_are_those_of_each_layer(name):
     model = tiny_model(name)
-    assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
-    assert RopeShift.of(model) is RopeShift.of(model), "proved once"
-    half = RopeShift.of(model.bfloat16())
+    assert torch.equal(RopeShift.probe(model).inv_freq, tables_of(model))
+    assert RopeShift.probe(model) is RopeShift.probe(model), "proved once"
+    half = RopeShift.probe(model.bfloat16())
     assert torch.equal(half.inv_freq, tables_of(model).float())
 
 
 def test_layers_of_different_frequencies():
     """Gemma 3 turns its sliding layers faster than the others."""
-    frequencies = RopeShift.of(tiny_model("gemma3")).inv_freq
+    frequencies = RopeShift.probe(tiny_model("gemma3")).inv_freq
     assert torch.equal(frequencies[0], frequencies[2])
     assert not torch.equal(frequencies[0], frequencies[1])
 
@@ -59,31 +59,31 @@ def test_a_refusal_is_not_kept():
     model = tiny_model("llama")
     hook = model.model.layers[0].register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
     with pytest.raises(ValueError, match="cannot be moved"):
-        RopeShift.of(model)
+        RopeShift.probe(model)
     hook.remove()
-    assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
+    assert torch.equal(RopeShift.probe(model).inv_freq, tables_of(model))
 
 
-def test_it_is_proved_in_the_dtype_of_the_model():
+def test_it_is_probed_in_the_dtype_of_the_model():
     """Under autocast keys of float32 would be as rough as those of bfloat16."""
     model = tiny_model("llama")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
+        assert torch.equal(RopeShift.probe(model).inv_freq, tables_of(model))
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_frequencies_that_change_are_seen(inference):
     model = tiny_model("llama")
     with torch.inference_mode(inference):
-        first = RopeShift.of(model)
+        first = RopeShift.probe(model)
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 2
-        second = RopeShift.of(model)
-        assert RopeShift.of(model) is second
+        second = RopeShift.probe(model)
+        assert RopeShift.probe(model) is second
         assert torch.equal(second.inv_freq, tables_of(model))
         assert torch.equal(first.inv_freq, 2 * second.inv_freq)
     if not inference:
         model.model.rotary_emb.inv_freq.mul_(0.5)
-        assert torch.equal(RopeShift.of(model).inv_freq, second.inv_freq / 2)
+        assert torch.equal(RopeShift.probe(model).inv_freq, second.inv_freq / 2)
 
 
 FACTOR_32 = {
@@ -101,7 +101,7 @@ def test_wrong_low_frequencies_are_seen_in_every_dtype(dtype):
     right, forward = rope.inv_freq, rope.forward
     unscaled = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **options)
     wrong = unscaled.model.rotary_emb.inv_freq.to(right.dtype)
-    assert torch.equal(RopeShift.of(model).inv_freq[0], right.float())
+    assert torch.equal(RopeShift.probe(model).inv_freq[0], right.float())
 
     def turned(x, position_ids):
         rope.inv_freq = right
@@ -112,7 +112,7 @@ def test_wrong_low_frequencies_are_seen_in_every_dtype(dtype):
 
     rope.inv_freq, rope.forward = wrong, turned
     with pytest.raises(ValueError, match="moved by 1061 positions, keys of layer 0 are 0.[23456]"):
-        RopeShift.of(model)
+        RopeShift.probe(model)
 
 
 def test_layers_are_moved_one_by_one_from_the_first_slot_that_moves_on(monkeypatch):
@@ -133,7 +133,7 @@ def test_layers_are_moved_one_by_one_from_the_first_slot_that_moves_on(monkeypat
 @pytest.mark.parametrize("rope", ROPES)
 def test_scaled_frequencies_can_be_moved(rope):
     model = tiny_model("llama", rope_parameters=ROPES[rope])
-    assert torch.equal(RopeShift.of(model).inv_freq, tables_of(model))
+    assert torch.equal(RopeShift.probe(model).inv_freq, tables_of(model))
     plain = tiny_model("llama")
     assert not torch.equal(tables_of(model), tables_of(plain)), "or the test would say nothing"
 
@@ -160,7 +160,7 @@ def test_keys_that_cannot_be_moved_are_refused_with_the_reason(name, overrides, 
     """And only where something has to move; the memory stays as it was."""
     model = tiny_model(name, **overrides).to(dtype)
     with pytest.raises(ValueError, match=f"{words}.*Cut without rebase\\(\\), which keeps positions"):
-        RopeShift.of(model)
+        RopeShift.probe(model)
     cache = latent_generate(model, *ragged([5, 3]), latent_steps=2, aligner="identity", engine="eager").past_key_values
     cache.rebase(model)
     cache.keep(torch.arange(7).expand(2, 7) % 2 == 1)

@@ -35,7 +35,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from tokenizers_offline import character_tokenizer
 
-from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 
 SECONDS = 20.0
 QUESTION = [{"role": "user", "content": "Why?"}]

@@ -22,6 +22,8 @@ from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 EXACT_SPLITS = 16
 """In float32, whatever the batch, so that a row's bits do not depend on it."""
+BLOCK_SLOTS = {2: 64, 4: 32}
+"""Slots of one load, by the bytes of an element. A shared prefix ends between two loads (`cache.buffer.PREFIX_BLOCK`)."""
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -155,7 +157,7 @@ def decode_attention(
         queries, memory, lengths, positions, prefix_row, prefix_len, partials.sums, partials.weights, layer,
         scale * math.log2(math.e), window or 0,
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), WIDTH=width, WIDTH_BLOCK=width_block,
-        BLOCK=64 if queries.element_size() == 2 else 32, SPLITS=splits, HAS_WINDOW=window is not None,
+        BLOCK=BLOCK_SLOTS[queries.element_size()], SPLITS=splits, HAS_WINDOW=window is not None,
         HAS_PREFIX=prefix_row is not None, OVERLAP=target.overlap, num_warps=4, num_stages=2, **target.options,
     )  # fmt: skip
     reduce_kernel[(batch * heads,)](

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from latentmas.backends.kv_file import check_finite
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 KV_TRANSFERS = ("kv", "embeds")
 """Keys and values as they are, with nothing computed again; or what the memory was fed, which is read again."""

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import ModelFingerprint, read_file, write_cache
-from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.cache.file import read_file, write_cache
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture, UnsupportedModelError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 from latentmas_kernels.models.rope import rope_types
 
 FILE, ROW, SLOTS = "latentmas_file", "latentmas_row", "latentmas_slots"
@@ -131,7 +132,7 @@ class KVFile:
                 f"the slots of this memory do not have the positions 0, 1, 2, ... (lengths {lengths}, next positions "
                 f"{memory.next_position.tolist()}), which vLLM assumes; rebase(model) it first"
             )
-        stamp.check(memory)
+        stamp.check(memory.kv_shape)
         if bool(memory.prefix_len.any()):
             memory = memory.select(range(memory.batch_size))
         for row, length in enumerate(lengths):
@@ -167,10 +168,10 @@ def read_kv_rows(folder: Path, handed: KVFileRow, fingerprint: str) -> Tensor:
     """
     path = folder / handed.file
     saved = read_file(path)
-    if saved.stamp.fingerprint != fingerprint:
+    if saved.writer.fingerprint != fingerprint:
         raise LatentMASError(
-            f"{path} is the memory of another model: {saved.stamp.model} wrote it (fingerprint "
-            f"{saved.stamp.fingerprint[:12]}), this engine was started for {fingerprint[:12]}; send it to that model's engine"
+            f"{path} is the memory of another model: {saved.writer.model} wrote it (fingerprint "
+            f"{saved.writer.fingerprint[:12]}), this engine was started for {fingerprint[:12]}; send it to that model's engine"
         )
     lengths = saved.lengths.tolist()
     if handed.row >= len(lengths) or lengths[handed.row] != handed.slots:

@@ -20,7 +20,7 @@ from latentmas.chain.run import Run
 from latentmas.chain.stages import Stage, Stretch, stretches_of
 from latentmas.characters import check_characters
 from latentmas_kernels import Aligner, LatentCache, build_aligner
-from latentmas_kernels.cache.latent_cache import check_free_memory
+from latentmas_kernels.cache.free_memory import check_free_memory
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import check_sampling
 from latentmas_kernels.models.rope import RopeShift
@@ -167,7 +167,7 @@ class Chain:
                     self.tracks = True
             cut = number > 0 and (stage.memory != KEEP_ALL or self.budget is not None)
             if cut or (stage.parallel and number + 1 < len(stretch)):
-                RopeShift.of(seat.model)
+                RopeShift.probe(seat.model)
 
     def check(self, question: str) -> None:
         """Raise ValueError where a question could not be run: empty, longer than the model's positions allow, or more than

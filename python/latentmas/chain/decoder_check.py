@@ -7,8 +7,8 @@ from latentmas.backends.kv_file import check_transferable
 from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import Seat
 from latentmas.chain.stages import Stretch
-from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 
 def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], budget: Budget | None) -> None:

@@ -12,7 +12,7 @@ from latentmas.chain.prompts import padded
 from latentmas.chain.question_state import Note, cut_note
 from latentmas.chain.results import AgentTrace, Turn
 from latentmas_kernels import LatentCache, generate, latent_generate
-from latentmas_kernels.cache.segments import Kind, slots_of
+from latentmas_kernels.cache.segments import Kind, mask_of
 from latentmas_kernels.engines import open_engine
 from latentmas_kernels.hf.chat import without_end
 from latentmas_kernels.inputs import Prompt
@@ -158,9 +158,9 @@ class StageRun:
         if what.agents == "last":
             before = self.plan.loads[self.number - 1].stage
             names = {before.names, *(agent.name for agent in before.agents)}
-            kept &= slots_of([s for s in memory.segments if s.agent in names], batch, width)
+            kept &= mask_of([s for s in memory.segments if s.agent in names], batch, width)
         if what.kinds == "latent":
-            kept &= slots_of([s for s in memory.segments if s.kind == "latent"], batch, width)
+            kept &= mask_of([s for s in memory.segments if s.kind == "latent"], batch, width)
         kept[:, :SINK] = True
         for q, row in enumerate(self.rows):
             most = width if what.slots is None else what.slots

@@ -25,7 +25,7 @@ from latentmas.backends.vllm.sse import Busy, Refused, Silent, Unreachable, Unwr
 from latentmas.chain.chain import Chain, Prepared
 from latentmas.serving.model_lease import Turn
 from latentmas.serving.protocol import ApiError, ChatRequest, Reply, cut, shown, usage_of
-from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 
 logger = logging.getLogger(__name__)
 

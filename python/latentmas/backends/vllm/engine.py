@@ -21,9 +21,9 @@ from latentmas.backends.base import (
 from latentmas.backends.kv_file import KVFile, KVFileRow, check_transferable, shared_folder, sweep
 from latentmas.backends.vllm.launch import end_engine, kv_config, start_engine
 from latentmas_kernels import LatentCache
-from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 
 class Vllm:

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 TESTED = "0.32"
 """The version of vLLM that the tests run with: connectors are an interface that it still changes."""

@@ -28,10 +28,10 @@ from latentmas.backends.kv_file import KVFile, KVFileRow, check_transferable, sh
 from latentmas.backends.vllm.sse import Busy, Silent, Unreachable, Unwritable, address_of, events, refusal
 from latentmas.serving.model_lease import Turn
 from latentmas_kernels import LatentCache, generate
-from latentmas_kernels.cache.file import ModelFingerprint
-from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 CONNECT_SECONDS, HEALTH_SECONDS, ASK_SECONDS = 5.0, 3.0, 15.0
 PROBE_SECONDS = 60.0

@@ -20,7 +20,7 @@ from transformers.models.mistral import modeling_mistral
 from latentmas_kernels import UnsupportedModelError, accelerate, doctor, generate, latent_generate
 from latentmas_kernels.engines import HFGraphEngine
 from latentmas_kernels.inputs import Prompt
-from latentmas_kernels.models import windows
+from latentmas_kernels.models import layout
 from latentmas_kernels.models.architecture import Architecture, cache_argument
 
 IDS, MASK = ragged([20, 14])  # longer than the windows of 8
@@ -37,8 +37,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The decoders that are tried."""
     tried: list[Any] = []
-    real = windows._find
-    monkeypatch.setattr(windows, "_find", lambda decoder, *rest: (tried.append(decoder), real(decoder, *rest))[1])
+    real = layout._find
+    monkeypatch.setattr(layout, "_find", lambda decoder, *rest: (tried.append(decoder), real(decoder, *rest))[1])
     return tried
 
 
@@ -290,7 +290,7 @@ def two_widths(*widths: int) -> Any:
     return model
 
 
-def test_windows_of_several_widths_are_refused_by_name():
+def test_layout_of_several_widths_are_refused_by_name():
     """Engines make one mask for all layers with a window: it would be that of the first."""
     assert Architecture.of(two_widths(8, 8, 8)).windows == (8, 8, 8)
     model = two_widths(8, 3, 8)

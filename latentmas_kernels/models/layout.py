@@ -1,11 +1,11 @@
-"""Which positions each layer of a model attends to, and where it keeps its keys and values, found by trying.
+"""The layout of a model's layers, found by a trial: which positions each attends to, and where it keeps keys and values.
 
 A configuration with a sliding window does not mean that a layer has one: Llama's code reads none, Mistral's gives it to all
-layers whatever their types say. So the model's own forward is asked. It runs once, over two tokens, on a twin of its modules
-that shares the weights, with an attention and a mask function of our own in the places that transformers has for such
-(`AttentionInterface`, `AttentionMaskInterface`): they record the masks that the model's code makes and which layer gets which.
-A mask has its origin written on it, which stays where it is copied, cut or moved to another device, and holds on "meta" too.
-A second run shows that explicit masks arrive at the layers that they are meant for.
+layers whatever their types say. So the model's own forward runs once, over two tokens, on a twin of its modules that shares the
+weights, with a recording attention and a recording mask function registered at transformers (`AttentionInterface`,
+`AttentionMaskInterface`): they record the masks that the model's code makes and which layer gets which. A mask carries its
+origin, which is kept where the mask is copied, cut or moved to another device, "meta" included. A second run shows that
+explicit masks arrive at the layers that they are meant for.
 """
 
 import copy
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 
-from latentmas_kernels.models.settings import settings_of
+from latentmas_kernels.models.module_settings import settings_of
 
 NAME = "latentmas_recorder"
 TOKENS = 2
 PLACES = (2**20, 2**20 + 777)
-"""Positions of queries, far behind any window. Two, since a window goes along with the query and a chunk does not."""
+"""Positions of queries, far behind any window. Two, since a window moves with the query and a chunk does not."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Functions and methods of tensors whose result is the same mask at another place, of another dtype or cut to a part.
 COPYING = frozenset(
@@ -40,7 +40,7 @@ UNKNOWN = object()
 
 
 class NoLayoutError(Exception):
-    """The model attends in a way that cannot be followed; the message says how, in a clause."""
+    """The model attends in a way that a trial does not show; the message says how, in a clause."""
 
 
 class _ForwardFailedError(NoLayoutError):
@@ -62,15 +62,16 @@ class Layout:
     shapes: tuple[tuple[int, int], ...]
 
 
-# The key, and the layout or the words of its refusal; an error itself would keep the modules of the trial alive.
+# The key, and the layout or the text of its refusal; an exception would keep the modules of the trial alive.
 _known: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Layout | str]]" = weakref.WeakKeyDictionary()
 
 
 def find_layout(decoder: nn.Module, config: PreTrainedConfig, device: torch.device, cache_argument: str) -> Layout:
-    """The layout of a decoder, tried once per state of its settings (see settings.py); a refusal is kept as well.
+    """Return the layout of a decoder, tried once per state of its settings (see module_settings.py); a refusal is kept as well.
+    This does not modify the decoder.
 
-    Hooks of single modules are no part of that state, since the twin has none. Not kept is the refusal of a forward that
-    failed: memory, a file or a function of other code may have been the cause, and be there the next time.
+    Hooks of single modules are not part of that state, since the twin has none. The refusal of a forward that failed is not
+    kept: the cause may have been a lack of memory, a file or a function of other code, and be gone the next time.
 
     Args:
         cache_argument: the name under which its forward takes a cache.
@@ -146,7 +147,7 @@ def _try(
 
 
 class _Mask(Tensor):
-    """A mask that tells what it was made from; so do its copies and parts, and nothing else that is computed with it.
+    """A mask that carries its origin, as its copies and parts do, and nothing else that is computed from it.
 
     Attributes:
         origin: the mask function of transformers (None: its default, which is causal), or the name of an explicit mask.
@@ -171,7 +172,7 @@ class _Mask(Tensor):
 
 @dataclass
 class _Trial:
-    """What one run shows."""
+    """The records of one trial."""
 
     implementation: str
     device: torch.device
@@ -184,7 +185,7 @@ class _Trial:
         self.cache = _RecordingCache(self)
 
     def new_mask(self, origin: Any) -> _Mask:
-        """Causal [1, 1, T, T], in the form that the model's attention takes."""
+        """Return a causal mask [1, 1, T, T], in the form that the model's attention takes."""
         seen = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=self.device).tril()
         form = seen if self.implementation == "sdpa" else torch.zeros(seen.shape, device=self.device)
         mask = form.as_subclass(_Mask)
@@ -206,14 +207,14 @@ class _Trial:
         if self.attended:
             found: list[set[int | None]] = [set() for _ in slots]
             for layer, origin in self.attended:
-                # Masks that no layer gets are not looked at: Qwen2 MoE makes one of a window that is None.
+                # Masks that no layer gets do not matter: Qwen2 MoE makes one of a window that is None.
                 if origin is UNKNOWN:
                     raise NoLayoutError("its layers attend with other masks than transformers' mask functions make")
                 found[layer].add(window_of(origin))
             if any(len(kinds) != 1 for kinds in found):  # DiffLlama's attend twice, with the same mask
                 raise NoLayoutError("not each of its layers attends in one way to the keys that it keeps")
             each = [kinds.pop() for kinds in found]
-        else:  # attention written out in the layers: they take the mask that there is
+        else:  # attention written out in the layers: all of them take the one mask
             kinds = {window_of(function) for function in self.made} or {None}
             if len(kinds) > 1:
                 raise NoLayoutError("its layers attend in different ways, by code of their own")
@@ -251,7 +252,7 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Record who attends with what; the result is of the right shape and no use."""
+    """Record which layer attends with which mask; the result has the right shape and no meaning."""
     trial = _trial.get()
     assert trial is not None, f"{NAME} is for trials only"
     causal = kwargs.get("is_causal")
@@ -282,7 +283,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def _window(function: Callable[..., Any] | None) -> int | None:
-    """The window of a mask function of transformers; None where every position before the query is seen."""
+    """Return the window of a mask function of transformers; None where every position before the query is seen."""
     if function is None:
         return None
     widths = {_width(function, place) for place in PLACES}
@@ -293,7 +294,7 @@ def _window(function: Callable[..., Any] | None) -> int | None:
 
 
 def _width(function: Callable[..., Any], place: int) -> int | None:
-    """Positions that a query at `place` sees, its own included; None is all before it, 0 is something else."""
+    """Return how many positions a query at `place` sees, its own included; None for all, 0 for any other pattern."""
     if not _sees(function, place, 0) or _sees(function, place, 1):
         return 0
     if _sees(function, place, -place):
@@ -311,8 +312,8 @@ def _sees(function: Callable[..., Any], place: int, offset: int) -> bool:
 
 
 def _twin(module: nn.Module, twins: dict[int, Any], kinds: set[Any]) -> Any:
-    """A module of the same class over the same parameters, and so are those below it; without hooks, and with configurations
-    of its own that name our attention. What it does to its attributes does not reach the model.
+    """Return a module of the same class with the same parameters, and so for the modules below it; without hooks, and with
+    copies of the configurations that name the recording attention. The twin's forward cannot modify the model's attributes.
 
     Args:
         twins: of modules and configurations that were met before, by address.
@@ -323,7 +324,7 @@ def _twin(module: nn.Module, twins: dict[int, Any], kinds: set[Any]) -> Any:
         return known
     twin = twins[id(module)] = module.__class__.__new__(module.__class__)
     state = dict(vars(module))
-    state.pop("_compiled_call_impl", None)  # bound to the module that was compiled; it computes what the forward does
+    state.pop("_compiled_call_impl", None)  # bound to the module that was compiled; it computes the same as the forward
     for name, value in state.items():
         if name in _HOOKS:
             state[name] = type(value)()
@@ -343,7 +344,7 @@ def _twin(module: nn.Module, twins: dict[int, Any], kinds: set[Any]) -> Any:
             own = [twins.get(id(argument), argument) for argument in value.args]
             twin.__dict__[name] = functools.partial(value.func, *own, **value.keywords)
     if type(module) is nn.Linear and "forward" not in state:
-        # What layers attend to does not depend on the products, and large models take seconds for them.
+        # What layers attend to does not depend on the matrix products, which take seconds in large models.
         twin.forward = functools.partial(_no_product, module.out_features)
     return twin
 
