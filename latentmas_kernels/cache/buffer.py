@@ -18,7 +18,7 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture, KVShape
 
 PREFIX_BLOCK = 64
-"""Shared prefixes are whole blocks of so many slots, so that no block which an engine attends to at once lies in two rows."""
+"""Shared prefixes are whole blocks of so many slots, so that no block which an engine reads at once is in two rows."""
 _SHARING = threading.RLock()
 """Held while caches on one buffer look at each other: of two that begin to write, one sees the other do it."""
 
@@ -29,16 +29,6 @@ class KVBuffer:
     This class copies, shares and writes slots. It needs neither transformers' Cache nor the modules that edit, save or convert
     a cache, all of which build on it.
     """
-
-    gaps: tuple[int, ...]
-    lengths: Tensor
-    next_position: Tensor
-    positions: Tensor
-    segments: list[Segment]
-    prefix_row: Tensor
-    prefix_len: Tensor
-    complete_from: Tensor
-    device_copy_of: object | None
 
     def __init__(
         self,
@@ -69,14 +59,16 @@ class KVBuffer:
     def _init_buffer(self, buffer: Tensor, gaps: Sequence[int]) -> None:
         """Make an empty cache of this object, on the given buffer."""
         _, _, batch, _, capacity, _ = buffer.shape
-        self._buffer, self.gaps, self.segments = buffer, tuple(gaps), []
+        self._buffer = buffer
+        self.gaps = tuple(gaps)
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.next_position = torch.zeros(batch, dtype=torch.int64)
         self.positions = torch.zeros(batch, capacity, dtype=torch.int64, device=buffer.device)
+        self.segments: list[Segment] = []
         self.prefix_row = torch.arange(batch)
         self.prefix_len = torch.zeros(batch, dtype=torch.int64)
         self.complete_from = torch.zeros(batch, dtype=torch.int64)
-        self.device_copy_of = None
+        self.device_copy_of: object | None = None
         self._donated = False
         self._writing = False  # a call is extending it: it may use slots behind its lengths
         self._sharers: weakref.WeakSet[KVBuffer] = weakref.WeakSet([self])

@@ -2,7 +2,7 @@
 
 To add a family whose decoder computes what Llama's does, add a row here and one in `tests/tiny_models.py:FAMILIES`; the tests
 of packed weights and of all engines then run on it. `check_packable` refuses, with the reason, whatever in a model is not as
-the row says.
+the row says; a module that the row names and the model lacks is an AttributeError.
 """
 
 from dataclasses import dataclass

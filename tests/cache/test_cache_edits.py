@@ -1,4 +1,4 @@
-"""Cutting, branching, merging and spreading a LatentCache against plain lists of slots; what branches share."""
+"""Cutting, branching, merging and forking the rows of a LatentCache against plain lists of slots; what branches share."""
 
 import copy
 import gc
@@ -103,7 +103,7 @@ def check(cache, plain):
 
 
 def poison(caches):
-    """NaN in all memory that no cache uses: behind the rows' ends, and where rows borrow."""
+    """NaN in all slots that no cache uses: behind the rows' ends, and under shared prefixes."""
     for cache in caches:
         used = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.bool)
         for other in caches:
@@ -603,7 +603,7 @@ def test_a_transaction_looks_at_the_branches_once_more():
     assert_holds(branch, before)
 
 
-def spread_cache():
+def forked_cache():
     wide = filled([PREFIX_BLOCK // 4 + 1, 2]).fork_rows(3, 120)
     poison([wide])
     return wide
@@ -620,7 +620,7 @@ def test_a_shallow_copy_is_a_fork():
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("make", [lambda: filled([3, 3]), spread_cache], ids=["plain", "fork_rows"])
+@pytest.mark.parametrize("make", [lambda: filled([3, 3]), forked_cache], ids=["plain", "fork_rows"])
 def test_copies_and_pickles_of_branches_are_independent(make, way):
     """Also those of two branches in one object, whose memory the copy takes for one and the same."""
     cache = make()

@@ -1,4 +1,4 @@
-"""Rows of a LatentCache that lend each other what they have in common: the same as rows that hold it themselves."""
+"""Rows of a LatentCache that share a prefix: the same as rows that hold a copy of it."""
 
 import pytest
 import torch
@@ -11,37 +11,37 @@ from latentmas_kernels.cache.buffer import PREFIX_BLOCK
 from latentmas_kernels.models.rope import RopeShift
 
 
-def spread_of(model, lengths, times, *, room=30):
-    """A memory of the model, spread and poisoned, and the same rows with nothing borrowed."""
+def forked(model, lengths, times, *, room=30):
+    """A cache of the model, forked and poisoned, and the same rows without a shared prefix."""
     ids, mask = ragged(lengths)
-    memory = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", engine="eager").past_key_values
-    memory.name_segments("planner")
-    wide = memory.fork_rows(times, memory.capacity + room)
+    cache = latent_generate(model, ids, mask, latent_steps=2, aligner="ridge", engine="eager").past_key_values
+    cache.name_segments("planner")
+    wide = cache.fork_rows(times, cache.capacity + room)
     poison([wide])
-    plain = memory.select([r for r in range(len(lengths)) for _ in range(times)]).fork(memory.capacity + room)
+    plain = cache.select([r for r in range(len(lengths)) for _ in range(times)]).fork(cache.capacity + room)
     return wide, plain
 
 
-def test_whole_runs_are_lent_and_counted_once():
-    wide, plain = spread_of(MODEL, [2 * PREFIX_BLOCK + 1, PREFIX_BLOCK - 2, PREFIX_BLOCK - 3, 4], 3)
-    lent = [2 * PREFIX_BLOCK, PREFIX_BLOCK, 0, 0]
-    assert wide.prefix_len.tolist() == [n for count in lent for n in (0, count, count)]
+def test_whole_blocks_are_shared_and_counted_once():
+    wide, plain = forked(MODEL, [2 * PREFIX_BLOCK + 1, PREFIX_BLOCK - 2, PREFIX_BLOCK - 3, 4], 3)
+    shared = [2 * PREFIX_BLOCK, PREFIX_BLOCK, 0, 0]
+    assert wide.prefix_len.tolist() == [n for count in shared for n in (0, count, count)]
     assert wide.prefix_row.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
-    assert plain.kv_bytes - wide.kv_bytes == 2 * sum(lent) * wide.slot_bytes
+    assert plain.kv_bytes - wide.kv_bytes == 2 * sum(shared) * wide.slot_bytes
     assert wide.segments == plain.segments
     for other in (wide, wide.fork(), wide.fork(400), LatentCache.from_hf(wide)):
         assert_holds(other, held(plain))
         assert other.kv_bytes == wide.kv_bytes
     again = wide.fork_rows(2, 200)
     assert_holds(again, held(plain.select(torch.arange(12).repeat_interleave(2))))
-    assert again.prefix_len.tolist() == [n for count in lent for n in [0, count] * 3]
+    assert again.prefix_len.tolist() == [n for count in shared for n in [0, count] * 3]
     chosen = wide.select([2, 1, 11])
     assert not chosen.prefix_len.any()
     assert_holds(chosen, held(plain.select([2, 1, 11])))
 
 
-def test_a_file_of_rows_that_borrow_holds_all_of_them(tmp_path):
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, 4], 2)
+def test_a_file_holds_shared_prefixes_in_every_row(tmp_path):
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 1, 4], 2)
     wide.save(tmp_path / "memory.safetensors", MODEL)
     loaded = LatentCache.load(tmp_path / "memory.safetensors", MODEL)
     assert_holds(loaded, held(plain))
@@ -49,28 +49,28 @@ def test_a_file_of_rows_that_borrow_holds_all_of_them(tmp_path):
     assert wide.prefix_len.any()
 
 
-def test_to_hf_of_rows_that_borrow():
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, 4], 2)
+def test_to_hf_of_rows_with_a_shared_prefix():
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 1, 4], 2)
     for ours, theirs in zip(wide.to_hf().layers, plain.to_hf().layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
 
 
 @torch.no_grad()
-def test_rows_that_borrow_inside_a_transformers_model():
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
+def test_rows_with_a_shared_prefix_inside_a_transformers_model():
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
     ids = ragged([3, 3, 3, 3])[0]
     ours, theirs = (MODEL(ids, past_key_values=c, use_cache=True).logits for c in (wide, plain))
     assert torch.equal(ours, theirs)
     assert_holds(wide, held(plain))
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
     wide.reorder_cache(torch.tensor([3, 1, 0, 0]))
     plain.reorder_cache(torch.tensor([3, 1, 0, 0]))
     assert_holds(wide, held(plain))
 
 
 @pytest.mark.parametrize(
-    ("edit", "borrows"),
+    ("edit", "shares"),
     [
         (lambda c: c.crop(-2), True),
         (lambda c: c.crop(-7), False),
@@ -79,26 +79,26 @@ def test_rows_that_borrow_inside_a_transformers_model():
         (lambda c: c.keep("planner:latent"), False),
         (lambda c: c.reset(), False),
     ],
-    ids=["own part", "borrowed part", "lender below what it lends", "end", "beginning", "reset"],
+    ids=["behind the prefix", "in the prefix", "first row in its prefix", "end", "beginning", "reset"],
 )
-def test_cuts_of_rows_that_borrow(edit, borrows):
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 3, 9], 3)
+def test_cuts_of_rows_with_a_shared_prefix(edit, shares):
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 3, 9], 3)
     edit(wide)
     edit(plain)
-    assert bool(wide.prefix_len.any()) == borrows
+    assert bool(wide.prefix_len.any()) == shares
     assert_holds(wide, held(plain))
     assert wide.segments == plain.segments
     assert [torch.equal(a, b) for a, b in zip(go_on(wide), go_on(plain), strict=True)] == [True] * 6
 
 
-def test_asking_for_sizes_leaves_what_is_lent():
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
-    layer, lent = wide.layers[0], wide.prefix_len.tolist()
+def test_reading_sizes_leaves_prefixes_shared():
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 1, PREFIX_BLOCK + 1], 2)
+    layer, shared = wide.layers[0], wide.prefix_len.tolist()
     length = plain.uniform_length()
     assert (layer.batch_size, layer.get_seq_length(), layer.get_max_length()) == (4, length, wide.capacity)
     assert layer.get_mask_sizes(1) == (length + 1, 0)
     assert wide.get_seq_length() == length
-    assert wide.prefix_len.tolist() == lent
+    assert wide.prefix_len.tolist() == shared
     assert torch.equal(layer.keys, plain.layers[0].keys)
     assert torch.equal(layer.values, plain.layers[0].values)
     assert not wide.prefix_len.any()
@@ -115,11 +115,11 @@ def test_asking_for_sizes_leaves_what_is_lent():
         (None, True),
         (lambda n: n < PREFIX_BLOCK - 3, False),
     ],
-    ids=["all over", "lent part", "own part", "nothing that is lent", "nothing", "end"],
+    ids=["all over", "in the prefix", "behind the prefix", "no slot of the prefix", "nothing", "end"],
 )
-def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still, monkeypatch):
-    """What they borrow is read from where it lies; their own memory under it is NaN."""
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 5, 2 * PREFIX_BLOCK + 9, 12], 3)
+def test_cutting_and_moving_rows_with_a_shared_prefix_takes_no_second_buffer(kept, still, monkeypatch):
+    """A shared prefix is read in the row that holds it; the unused slots of the other rows are NaN."""
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 5, 2 * PREFIX_BLOCK + 9, 12], 3)
     RopeShift.probe(MODEL)
     made = count_buffers(monkeypatch)
     home = wide.buffer.data_ptr()
@@ -129,10 +129,10 @@ def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still,
         if kept is not None:
             width = int(cache.lengths.max())
             mask = kept(torch.arange(width)).expand(9, -1).clone()
-            mask[4] = True  # rows that lend and rows that borrow are cut apart
+            mask[4] = True  # rows of one prefix are cut differently
             mask[6:, :9] = True
             cache.keep(mask)
-        else:  # gaps behind what is lent: it stays lent
+        else:  # gaps behind the prefix: it stays shared
             far = cache.positions >= 2 * PREFIX_BLOCK + 3
             cache.positions[far] += 7
             cache.next_position += 7
@@ -147,8 +147,8 @@ def test_cutting_and_moving_rows_that_borrow_takes_no_second_buffer(kept, still,
 
 
 @pytest.mark.usefixtures("keys_are_moved_by_torch")
-def test_lent_slots_that_move_are_taken_over_in_place(monkeypatch):
-    wide, plain = spread_of(MODEL, [PREFIX_BLOCK + 5, PREFIX_BLOCK], 3)
+def test_shared_slots_that_move_are_copied_to_each_row_in_place(monkeypatch):
+    wide, plain = forked(MODEL, [PREFIX_BLOCK + 5, PREFIX_BLOCK], 3)
     made = count_buffers(monkeypatch)
     for cache in (plain, wide):
         made[0] = 0
@@ -161,8 +161,8 @@ def test_lent_slots_that_move_are_taken_over_in_place(monkeypatch):
 
 
 @pytest.mark.usefixtures("keys_are_moved_by_torch")
-def test_a_branch_of_rows_that_borrow_is_left_alone_by_cuts_and_moves():
-    wide, _ = spread_of(MODEL, [PREFIX_BLOCK + 5, PREFIX_BLOCK], 3)
+def test_cuts_and_moves_leave_a_branch_with_a_shared_prefix_alone():
+    wide, _ = forked(MODEL, [PREFIX_BLOCK + 5, PREFIX_BLOCK], 3)
     branch = wide.branch()
     before = held(branch)
     wide.keep(torch.arange(int(wide.lengths.max())).expand(6, -1) % 3 > 0)
@@ -171,24 +171,24 @@ def test_a_branch_of_rows_that_borrow_is_left_alone_by_cuts_and_moves():
     assert_holds(branch, before)
 
 
-# ---- calls that go on from them ----------------------------------------------------------------------------------------
+# ---- calls that continue them -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize("engine", ["eager", "native"])
 @pytest.mark.parametrize("lengths", [[150, 70, 3], [190]], ids=str)
-def test_spread_rows_go_on_as_copies_do_bit_for_bit(lengths, engine, threads, dtype, monkeypatch):
-    """What borrowers have instead is NaN; the calls extend it in place and on a fork alike."""
+def test_forked_rows_continue_as_copies_do_bit_for_bit(lengths, engine, threads, dtype, monkeypatch):
+    """Unused slots under a shared prefix are NaN; the calls extend the cache in place and on a fork alike."""
     monkeypatch.setenv("LATENTMAS_NUM_THREADS", threads)
     model, times = tiny_model("qwen3-mixed").to(dtype), 3
     count = len(lengths) * times
     options = {"aligner": "ridge", "engine": engine}
     ids, mask = ragged(lengths)
-    memory = latent_generate(model, ids, mask, latent_steps=2, **options).past_key_values
-    wide = memory.fork_rows(times, memory.capacity + 40)
+    cache = latent_generate(model, ids, mask, latent_steps=2, **options).past_key_values
+    wide = cache.fork_rows(times, cache.capacity + 40)
     poison([wide])
-    plain = memory.select([r for r in range(len(lengths)) for _ in range(times)]).fork(memory.capacity + 40)
+    plain = cache.select([r for r in range(len(lengths)) for _ in range(times)]).fork(cache.capacity + 40)
     assert wide.prefix_len.any()
     ids, mask = ragged([1 + 3 * n % 5 for n in range(count)], seed=3)
     steps = [1 + n % 4 for n in range(count)]

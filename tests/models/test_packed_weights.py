@@ -4,11 +4,16 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, ragged, tiny_model
+from tiny_models import FAMILIES, OTHERS, ragged, tiny_model
 from torch import nn
 
+from latentmas_kernels import latent_generate
+from latentmas_kernels.extension import extension
+from latentmas_kernels.models import families
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import UnsupportedWeights, pack_weights, unpack_weights, unsupported_reason
+
+needs_extension = pytest.mark.skipif(extension() is None, reason="the extension is not built")
 
 
 def pack(model):
@@ -158,6 +163,24 @@ def test_what_is_not_covered_has_a_reason(change, reason):
 def test_other_families_have_a_reason(family):
     model = tiny_model(family)
     assert "is none of LlamaForCausalLM, MistralForCausalLM" in unsupported_reason(model, Architecture.of(model))
+
+
+@pytest.mark.parametrize("engine", ["pack", pytest.param("native", marks=needs_extension)])
+def test_a_family_is_one_row(engine, monkeypatch):
+    """Seed-OSS computes what Llama does; it is not covered, and would be with a row."""
+    monkeypatch.setitem(OTHERS, "seed-oss", {"model_type": "seed_oss"})
+    model = tiny_model("seed-oss")
+    assert "is none of LlamaForCausalLM" in unsupported_reason(model, Architecture.of(model))
+    ids, mask = ragged([6, 3])
+    want = latent_generate(model, ids, mask, latent_steps=4, engine="eager").latents
+    monkeypatch.setitem(families.FAMILIES, "SeedOssForCausalLM", families.Family("SeedOss"))
+    if engine == "pack":
+        weights = pack(model)
+        assert torch.equal(weights.layers[0].down, model.model.layers[0].mlp.down_proj.weight)
+    else:
+        got = latent_generate(model, ids, mask, latent_steps=4, engine="native")
+        assert got.metrics.engine == "native"
+        torch.testing.assert_close(got.latents, want, rtol=1e-4, atol=1e-4)
 
 
 def test_subclasses_are_not_taken_for_their_base():

@@ -428,7 +428,7 @@ def test_a_merged_memory_goes_on_like_one_built_at_those_positions(name, engine)
 
 
 @pytest.mark.parametrize("engine", ["eager", "native"])
-def test_parts_of_rows_that_borrow_merge_to_what_each_row_holds(engine):
+def test_slices_of_rows_with_a_shared_prefix_merge_to_what_each_row_holds(engine):
     """A common beginning once, and what two ways to go on from it added; the parts stay as they are."""
     model = tiny_model("qwen3-mixed")
     ids, mask = ragged([70, 66])
