@@ -91,16 +91,16 @@ float top_p_floor(std::vector<float>& z, double top, double top_p) {
 }  // namespace
 
 std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling& how, std::uint32_t counter,
-                    const std::vector<std::int64_t>& suppressed, const std::uint8_t* seen, std::vector<float>& scratch) {
-  if (!how.draw && suppressed.empty() && !seen) return most_likely(logits, vocabulary);
+                    const std::vector<std::int64_t>& suppressed, const std::uint8_t* penalty_mask, std::vector<float>& scratch) {
+  if (!how.do_sample && suppressed.empty() && !penalty_mask) return most_likely(logits, vocabulary);
   std::vector<float>& z = scratch;
   z.assign(logits, logits + vocabulary);
-  for (std::int64_t i = 0; seen && i < vocabulary; ++i)
-    if (seen[i]) z[i] = z[i] < 0 ? z[i] * how.penalty : z[i] / how.penalty;
+  for (std::int64_t i = 0; penalty_mask && i < vocabulary; ++i)
+    if (penalty_mask[i]) z[i] = z[i] < 0 ? z[i] * how.repetition_penalty : z[i] / how.repetition_penalty;
   for (const std::int64_t token : suppressed)
     if (token >= 0 && token < vocabulary) z[token] = kNever;
   const std::int64_t best = most_likely(z.data(), vocabulary);
-  if (!how.draw) return best;
+  if (!how.do_sample) return best;
   for (float& value : z) value /= how.temperature;
   const float top = z[best];
   if (!std::isfinite(top))

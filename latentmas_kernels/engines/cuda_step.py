@@ -144,7 +144,7 @@ class Step:
             realign(self.hidden, aligner.weight, aligner.target_norm, self.x, target=self.target, step=self.realign)
         self._layers(weights)
         rmsnorm(
-            self.x, weights.final_gain, weights.eps, self.hidden, target=self.target, rows=self.rows, memory=self.memory
+            self.x, weights.final_norm, weights.eps, self.hidden, target=self.target, rows=self.rows, memory=self.memory
         )  # fmt: skip
         if aligner.needs_logits:
             self._lm_head(weights)
@@ -171,11 +171,11 @@ class Step:
         target, scratch = self.target, self.scratch
         for layer in w.layers:
             product(
-                self.x, layer.qkv, self.qkv, gain=layer.input_gain, eps=w.eps, bias=layer.qkv_bias, target=target,
+                self.x, layer.qkv, self.qkv, gain=layer.input_norm, eps=w.eps, bias=layer.qkv_bias, target=target,
                 scratch=scratch,
             )  # fmt: skip
             rope_append(
-                self.qkv, self.queries, layer.query_gain, layer.key_gain, w.eps, w.inv_freq, w.attention_scaling,
+                self.qkv, self.queries, layer.query_norm, layer.key_norm, w.eps, w.inv_freq, w.attention_scaling,
                 self.memory, layer.slot, self.slots, self.positions, target=target,
             )  # fmt: skip
             decode_attention(
@@ -192,7 +192,7 @@ class Step:
                 scratch=scratch,
             )
             product(
-                self.x, layer.gate_up, self.activated, gain=layer.mlp_gain, eps=w.eps, bias=layer.gate_up_bias, pair=True,
+                self.x, layer.gate_up, self.activated, gain=layer.mlp_norm, eps=w.eps, bias=layer.gate_up_bias, pair=True,
                 target=target, scratch=scratch,
             )  # fmt: skip
             product(
@@ -207,6 +207,6 @@ class Step:
 
     def _lm_head(self, w: Weights) -> None:
         product(
-            self.x, w.lm_head, self.logits, gain=w.final_gain, eps=w.eps, bias=w.lm_head_bias, target=self.target,
+            self.x, w.lm_head, self.logits, gain=w.final_norm, eps=w.eps, bias=w.lm_head_bias, target=self.target,
             scratch=self.scratch,
         )  # fmt: skip

@@ -32,9 +32,9 @@ class Layer:
     """One decoder layer. Products are [out, in] as in `torch.nn.Linear`; what the model does not have is None.
 
     Attributes:
-        input_gain, mlp_gain: [D], weights of the norms before attention and before the MLP.
+        input_norm, mlp_norm: [D], weights of the norms before attention and before the MLP.
         qkv, qkv_bias: [(Hq + 2 Hkv) hd, D], queries first, then keys, then values.
-        query_gain, key_gain: [hd], weights of the norms per head (Qwen3).
+        query_norm, key_norm: [hd], weights of the norms per head (Qwen3).
         output, output_bias: [D, Hq hd].
         gate_up, gate_up_bias: [2 I, D], the gate first.
         down, down_bias: [D, I].
@@ -42,14 +42,14 @@ class Layer:
         slot: its place in the KV cache.
     """
 
-    input_gain: Tensor
+    input_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
-    query_gain: Tensor | None
-    key_gain: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
     output: Tensor
     output_bias: Tensor | None
-    mlp_gain: Tensor
+    mlp_norm: Tensor
     gate_up: Tensor
     gate_up_bias: Tensor | None
     down: Tensor
@@ -66,7 +66,7 @@ class Weights:
         layers: in order.
         embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None. Rows of the lm_head that
             have no embedding are left out.
-        final_gain: [D].
+        final_norm: [D].
         eps: of all norms.
         inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
         scale: of the attention scores.
@@ -78,7 +78,7 @@ class Weights:
     embedding: Tensor
     lm_head: Tensor
     lm_head_bias: Tensor | None
-    final_gain: Tensor
+    final_norm: Tensor
     eps: float
     inv_freq: Tensor
     attention_scaling: float
@@ -93,7 +93,7 @@ class Weights:
     def decoder_bytes(self) -> int:
         """What a latent step reads of the weights: all but the embedding and the lm_head."""
         tensors = [t for layer in self.layers for t in vars(layer).values() if isinstance(t, Tensor)]
-        return sum(t.nbytes for t in [*tensors, self.final_gain])
+        return sum(t.nbytes for t in [*tensors, self.final_norm])
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
@@ -126,14 +126,14 @@ def pack_weights(model: Any, architecture: Architecture) -> Weights:
         normed = hasattr(attention, "q_norm")
         layers.append(
             Layer(
-                input_gain=module.input_layernorm.weight.detach(),
+                input_norm=module.input_layernorm.weight.detach(),
                 qkv=qkv,
                 qkv_bias=qkv_bias,
-                query_gain=attention.q_norm.weight.detach() if normed else None,
-                key_gain=attention.k_norm.weight.detach() if normed else None,
+                query_norm=attention.q_norm.weight.detach() if normed else None,
+                key_norm=attention.k_norm.weight.detach() if normed else None,
                 output=attention.o_proj.weight.detach(),
                 output_bias=_bias(attention.o_proj),
-                mlp_gain=module.post_attention_layernorm.weight.detach(),
+                mlp_norm=module.post_attention_layernorm.weight.detach(),
                 gate_up=gate_up,
                 gate_up_bias=gate_up_bias,
                 down=mlp.down_proj.weight.detach(),
@@ -149,7 +149,7 @@ def pack_weights(model: Any, architecture: Architecture) -> Weights:
         "embedding": embedding,
         "lm_head": lm_head.weight.detach()[:rows],
         "lm_head_bias": None if bias is None else bias[:rows],
-        "final_gain": decoder.norm.weight.detach(),
+        "final_norm": decoder.norm.weight.detach(),
     }
     numbers = {
         "eps": float(decoder.norm.variance_epsilon),

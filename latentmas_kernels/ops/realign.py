@@ -36,7 +36,7 @@ def _realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Ten
 
         kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
     elif hidden.device.type == "cpu" and native.extension() and hidden.dtype in (torch.float32, torch.bfloat16):
-        _realign_cpu(hidden, weight, target_norm, out)
+        native.extension().realign(hidden, None if weight is None else weight.contiguous(), target_norm, out)
     else:
         out.copy_(realign_reference(hidden, weight, target_norm))
 
@@ -98,22 +98,3 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
     if len(devices) > 1:
         raise LatentMASError(f"realign: all tensors must be on one device; got {sorted(map(str, devices))}")
     return width
-
-
-def _realign_cpu(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
-    name = str(hidden.dtype).removeprefix("torch.")
-    weight = None if weight is None else weight.contiguous()
-    native.extension().realign(
-        hidden=hidden.data_ptr(),
-        hidden_dtype=name,
-        # A matrix of one row may carry any stride; the kernel wants one that spans the row.
-        hidden_row_stride=max(hidden.stride(0), hidden.shape[1]),
-        weight=0 if weight is None else weight.data_ptr(),
-        target_norm=target_norm,
-        out=out.data_ptr(),
-        out_dtype=name,
-        out_row_stride=max(out.stride(0), out.shape[1]),
-        rows=hidden.shape[0],
-        cols_in=hidden.shape[1],
-        cols_out=out.shape[1],
-    )

@@ -376,7 +376,7 @@ def test_hypothesis_draws_as_the_reference(vocabulary, top_k, top_p, distinct, s
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, distinct, (3, vocabulary), generator=draw).float() * (8 / distinct)
     native_sampling = native.extension().Sampling(True, 0.8, top_k, top_p, seed=seed)
-    got = native.extension().sample(logits.data_ptr(), 3, vocabulary, native_sampling, 7)
+    got = native.extension().sample(logits, native_sampling, 7)
     assert got == sample_reference(logits, True, 0.8, top_k, top_p, seed, 7).tolist()
 
 
