@@ -126,6 +126,7 @@ std::unique_ptr<Runner> make_runner(const ModelArgs& given) {
   Model m{};
   m.dtype = model_dtype(embedding);
   embedding.check(embedding.element(), {kAny, kAny});
+  if (embedding.size(0) == 0) embedding.fail("of at least one row");
   m.embedding = embedding.data<const void>();
   m.embedding_rows = embedding.size(0);
   m.hidden_size = embedding.size(1);

@@ -19,7 +19,7 @@ from transformers import Cache
 
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
-from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraphs, EagerReplay, Replay
+from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, CudaGraphs, EagerReplay, GraphCapture, Replay
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.thinking import LatentParams, LatentResult, cosine
 from latentmas_kernels.inputs import Prompt
@@ -160,7 +160,7 @@ class _StaticForward(Cache):
 class _State:
     """What is kept between calls for one model: a window per size, and graphs."""
 
-    def __init__(self, key: tuple, capture: Capture) -> None:
+    def __init__(self, key: tuple, capture: GraphCapture) -> None:
         self.key, self.capture = key, capture
         self.windows: dict[tuple[int, int], Window] = {}
         self.graphs: dict[tuple[tuple[int, int], Aligner | None], Replay] = {}
