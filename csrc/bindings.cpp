@@ -1,5 +1,5 @@
-// The border to Python: torch tensors and small structs come in, and every tensor's dtype, shape, strides and device are checked
-// here (tensor.h). What is wrong is a ValueError that names the argument.
+// The border to Python. It takes torch tensors and small structs, and checks dtype, shape, strides and device of every tensor
+// (tensor.h): an argument that does not fit raises a ValueError that names it.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -70,7 +70,7 @@ std::vector<std::int64_t> sample_rows(const py::object& logits_arg, const Sampli
 
 std::uint64_t checksum_of(const py::object& tensor_arg) {
   const Tensor tensor("checksum: tensor", tensor_arg);
-  if (!tensor.lies(Strides::contiguous)) tensor.fail("contiguous");
+  if (!tensor.has_strides(Strides::contiguous)) tensor.fail("contiguous");
   const std::int64_t bytes = tensor.bytes();
   py::gil_scoped_release release;
   return checksum(tensor.data<const void>(), bytes);
@@ -191,8 +191,9 @@ struct CacheArgs {
   DType dtype;
   RowCursor rows;
 
-  CacheArgs(const py::object& keys_arg, const py::object& values_arg, const py::object& positions_arg, const py::object& lengths,
-            const py::object& next_position, const py::object& prefix_row_arg, const py::object& prefix_len_arg)
+  CacheArgs(const py::object& keys_arg, const py::object& values_arg, const py::object& positions_arg,
+            const py::object& lengths, const py::object& next_position, const py::object& prefix_row_arg,
+            const py::object& prefix_len_arg)
       : keys("KVCache: keys", keys_arg), values("KVCache: values", values_arg), positions("KVCache: positions", positions_arg),
         prefix_row("KVCache: prefix_row", prefix_row_arg), prefix_len("KVCache: prefix_len", prefix_len_arg),
         dtype(model_dtype(keys)) {
@@ -343,8 +344,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("realign", &realign, "ops/realign.py; writes `out`.", py::arg("hidden"), py::arg("weight"), py::arg("target_norm"),
         py::arg("out"));
   py::class_<Sampling>(m, "Sampling", "How a token is chosen; see ops/sample.py.")
-      .def(py::init([](bool do_sample, float temperature, std::int64_t top_k, float top_p, float min_p, float repetition_penalty,
-                       std::uint64_t seed) {
+      .def(py::init([](bool do_sample, float temperature, std::int64_t top_k, float top_p, float min_p,
+                       float repetition_penalty, std::uint64_t seed) {
              return Sampling{do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed};
            }),
            py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p") = 0.0f,
@@ -378,7 +379,7 @@ PYBIND11_MODULE(_C, m) {
                     const py::object&, const py::object&>(),
            py::kw_only(), py::arg("keys"), py::arg("values"), py::arg("positions"), py::arg("lengths"),
            py::arg("next_position"), py::arg("prefix_row"), py::arg("prefix_len"));
-  py::class_<FeedbackArgs>(m, "Feedback", "From one latent step to the next: W_a transposed, or the soft_top_k likeliest tokens.")
+  py::class_<FeedbackArgs>(m, "Feedback", "From a latent step to the next: W_a transposed, or the soft_top_k likeliest tokens.")
       .def(py::init([](float target_norm, const py::object& aligner, std::int64_t soft_top_k) {
              check(soft_top_k >= 0 && soft_top_k <= kMaxSoftTokens,
                    "Feedback: soft_top_k must be up to " + std::to_string(kMaxSoftTokens));
@@ -399,7 +400,7 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("eos_token_ids"),
            py::arg("penalty_mask") = none);
 
-  py::class_<Runner>(m, "Runner", "The steps of a model; csrc/cpu/runner.h describes the calls. Holds addresses of its weights.")
+  py::class_<Runner>(m, "Runner", "The steps of a model, as in csrc/cpu/runner.h. Holds addresses of the weights, not tensors.")
       .def(py::init(&make_runner), py::arg("model"))
       .def("extend", &extend, py::arg("cache"), py::kw_only(), py::arg("counts"), py::arg("token_ids"), py::arg("embeds"),
            py::arg("states"), py::arg("logits"))

@@ -1,4 +1,4 @@
-// Tensor: a torch tensor that Python hands in, and its checks. An argument that does not fit is an error with its name.
+// Tensor: a torch tensor that is an argument from Python, and its checks. A wrong one is an error that names the argument.
 //
 // Read through its Python attributes, which takes about half a microsecond: no torch header is used, so that one build serves
 // every version of torch, and no DLPack capsule, which costs several times as much and refuses tensors that require a gradient.
@@ -18,13 +18,13 @@ namespace latentmas {
 
 namespace py = pybind11;
 
-// Dtypes that arguments may have; `other` is any that torch has beside them.
+// Dtypes that arguments may have; `other` stands for all other dtypes of torch.
 enum class Element { f32, bf16, i8, i64, boolean, other };
 // contiguous: all elements follow each other. rows: those along the last dimension do.
 enum class Strides { contiguous, rows };
 constexpr std::int64_t kAny = -1;  // a size that is not checked
 
-// What is looked up in torch, once for each process.
+// Objects of torch, looked up once in a process.
 struct TorchNames {
   py::object tensor, dtypes[static_cast<int>(Element::other)];
   py::str data_ptr{"data_ptr"}, dtype{"dtype"}, shape{"shape"}, stride{"stride"}, is_cpu{"is_cpu"};
@@ -84,16 +84,17 @@ class Tensor {
     return static_cast<T*>(data_);
   }
 
-  // Throws std::invalid_argument unless the tensor has this dtype, these sizes (kAny: whatever it is) and these strides.
+  // Throws std::invalid_argument unless the tensor has this dtype, these sizes (kAny is not checked) and these strides.
   const Tensor& check(Element element, std::initializer_list<std::int64_t> sizes, Strides strides = Strides::contiguous) const {
     bool fits = element_ == element && dims_ == static_cast<int>(sizes.size());
     for (int i = 0; fits && i < dims_; ++i) fits = sizes.begin()[i] == kAny || sizes.begin()[i] == sizes_[i];
-    if (fits && lies(strides)) return *this;
+    if (fits && has_strides(strides)) return *this;
     std::string wanted = name_of(element) + " [";
-    for (const std::int64_t size : sizes) wanted += (wanted.back() == '[' ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
+    for (const std::int64_t size : sizes)
+      wanted += (wanted.back() == '[' ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
     fail(wanted + (strides == Strides::rows ? "] with contiguous rows" : "], contiguous"));
   }
-  bool lies(Strides strides) const {
+  bool has_strides(Strides strides) const {
     std::int64_t expected = 1;
     for (int i = dims_ - 1; i >= 0; --i) {
       if (sizes_[i] == 0) return true;

@@ -152,7 +152,8 @@ void attend(const DecodeStep& step, const Layer& layer, bool all_tokens, bool sp
   const KVCache& cache = step.cache;
   const std::int64_t count = all_tokens ? step.batch.count : step.batch.output_count;
   const std::int64_t group = model.query_heads / model.kv_heads, floats = kv_split_floats(model.head_dim);
-  const std::int64_t width = padded(model.head_dim), most = max_splits(step, split), heads = model.query_heads + 2 * model.kv_heads;
+  const std::int64_t width = padded(model.head_dim), most = max_splits(step, split);
+  const std::int64_t heads = model.query_heads + 2 * model.kv_heads;
   float scratch[kHeads * (kMaxHeadDim + 2)];
   std::int64_t task = 0;
   // Heads outside: the keys and values of one stay in the cache while the tokens of a prompt pass over them.

@@ -1,5 +1,4 @@
-// decode_attention: each query over the slots of its thread_scratch row up to its thread_scratch, by online softmax in KV splits of
-// kKVSplitSlots.
+// decode_attention: each query over the slots of its row up to its own, by online softmax in KV splits of kKVSplitSlots.
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +6,8 @@
 namespace latentmas {
 namespace LATENTMAS_ISA {
 
-// Computes the parts that fall to this member, for the wanted entries of `step` (all entries where `all`). With `split`
-// every part lies by itself in step.scratch.kv_splits, otherwise they are put together as they come.
+// Computes this worker's part of attention, for the output rows of `step` (all tokens where `all_tokens`). With `split`
+// every KV split is stored in step.scratch.kv_splits, otherwise they are merged as they come.
 void decode_attention(const DecodeStep& step, const Layer& layer, bool all_tokens, bool split, const Worker& worker);
 
 // Merges the KV splits of the i-th of those tokens: [query_heads * head_dim].

@@ -36,8 +36,8 @@ struct Result {
 // Rows of a weight in one unit of a worker's partition.
 constexpr std::int64_t kUnit = 16;
 
-// The layout of an operand of so many rows for this weight. A float32 model's are never rounded, so that a row gives the same in
-// any batch.
+// The layout of an operand of so many rows for this weight. A float32 model's operands are never rounded, so that a row gives
+// the same in any batch.
 Layout layout_for(const Weight& weight, std::int64_t rows, DType model);
 // Writes row r of an operand; all layouts but amx_tiles.
 void pack_row(const Operand& operand, std::int64_t r, const float* x);

@@ -116,7 +116,7 @@ void gemm_amx(const Weight& weight, const Operand& x, const Result& y, const Wor
         _tile_zero(3);
         for (std::int64_t k = 0; k < depth; ++k) {
           const std::int64_t left_cols = n - k * kTileDepth, cols = left_cols < kTileDepth ? left_cols : kTileDepth;
-          if (g == 0) {  // of the rows behind these, as much as is read of these
+          if (g == 0) {  // of the rows behind these, the part that is read of these
             const char* next[2] = {reinterpret_cast<const char*>(a + take * n), reinterpret_cast<const char*>(b + take * n)};
             for (int half = 0; half < 2; ++half)
               for (std::size_t line = 0; line < kTile * kTileDepth * sizeof(W); line += 64)

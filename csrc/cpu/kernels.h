@@ -100,7 +100,7 @@ struct DecodeStep {
 
   const std::int64_t* token_ids;  // [tokens]
   const void* const* embeds;      // [tokens], addresses of rows in the model's dtype
-  // Latent: x = realign(hidden), or realign(soft_embedding(soft_logits)), also written to `latents` in the model's
+  // Latent: x = realign(hidden), or realign(soft_embedding(soft_logits)); also written to `latents` in the model's
   // dtype.
   const float* aligner;  // [hidden_size, hidden_size], W_a transposed; null is the identity
   const float* soft_logits;  // soft feedback: logits [tokens, vocabulary]; the soft_top_k largest of them count
@@ -131,7 +131,7 @@ constexpr std::int64_t kThreadOperandRows = 4;
 // Most rows of a weight that a product takes at once.
 constexpr std::int64_t kMaxBlockRows = 8;
 constexpr std::int64_t kMaxHeadDim = 256;
-// Most tokens whose embeddings soft feedback mixes.
+// Most tokens in the mean of soft feedback.
 constexpr std::int64_t kMaxSoftTokens = 16;
 // Elements that rows of an operand are padded to, with zeros.
 constexpr std::int64_t kPad = 32;
@@ -164,7 +164,8 @@ namespace amx { extern const Kernels kernels; }
 
 // Names of the instruction sets that this processor can run, best first, separated by spaces.
 const char* available_isas();
-// The one in use: the best, or the one that LATENTMAS_ISA names. Throws std::runtime_error where that cannot run here.
+// The instruction set in use: the best, or the one that LATENTMAS_ISA names. Throws std::runtime_error where that cannot run
+// here.
 const char* active_isa();
 const Kernels& active();
 

@@ -1,4 +1,4 @@
-// rope_append: what a new position needs between its QKV and attention, and its place in the KV cache.
+// rope_append: head norms and RoPE of a new position, between its QKV and attention, and its keys and values in the KV cache.
 #pragma once
 
 #include "rmsnorm.h"
@@ -49,8 +49,8 @@ inline void rope_append(const DecodeStep& step, const Layer& layer, const Worker
     }
     if (is_query) continue;
     const std::int64_t kv_head = (head - model.query_heads) % model.kv_heads;
-    const std::int64_t at = layer.slot * cache.layer_stride + step.batch.row[token] * cache.row_stride + kv_head * cache.head_stride +
-                            step.batch.slot[token] * model.head_dim;
+    const std::int64_t at = layer.slot * cache.layer_stride + step.batch.row[token] * cache.row_stride +
+                            kv_head * cache.head_stride + step.batch.slot[token] * model.head_dim;
     void* store = is_value ? cache.values : cache.keys;
     model.dtype == DType::f32 ? narrow<float>(x, model.head_dim, store, at) : narrow<bf16>(x, model.head_dim, store, at);
   }

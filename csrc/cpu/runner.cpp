@@ -113,7 +113,8 @@ std::int64_t Runner::scratch_bytes() const {
 std::int64_t Runner::check_embedded(std::int64_t token) const {
   if (token < 0 || token >= model_.embedding_rows)
     throw std::out_of_range("token " + std::to_string(token) + " has no row in the input embedding, which has " +
-                            std::to_string(model_.embedding_rows) + ": use token ids, a padding token and an lm_head of that size");
+                            std::to_string(model_.embedding_rows) +
+                            ": use token ids, a padding token and an lm_head of that size");
   return token;
 }
 
@@ -168,7 +169,8 @@ void Runner::run(DecodeStep& step, std::int64_t longest, Workspace& workspace) c
 }
 
 void Runner::extend(const KVCache& cache, const RowCursor& rows, const std::vector<std::int64_t>& counts, std::int64_t columns,
-                    const std::int64_t* tokens, const void* embeds, void* states, float* logits, const StepCallback& on_step) const {
+                    const std::int64_t* tokens, const void* embeds, void* states, float* logits,
+                    const StepCallback& on_step) const {
   const ScopedWorkspace workspace(*this);
   std::vector<float>&hidden = workspace->hidden, &step_logits = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(counts.size()), width = model_.hidden_size;
@@ -215,9 +217,9 @@ void Runner::extend(const KVCache& cache, const RowCursor& rows, const std::vect
   flush();
 }
 
-std::vector<std::int64_t> Runner::run_latent(const KVCache& cache, const RowCursor& rows, const void* seed, const Feedback& feedback,
-                                        const LatentParams& params, void* latents, void* last_hidden, void* states,
-                                        const StepCallback& on_step) const {
+std::vector<std::int64_t> Runner::run_latent(const KVCache& cache, const RowCursor& rows, const void* seed,
+                                             const Feedback& feedback, const LatentParams& params, void* latents,
+                                             void* last_hidden, void* states, const StepCallback& on_step) const {
   const ScopedWorkspace workspace(*this);
   std::vector<float>&hidden = workspace->hidden, &logits = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), width = model_.hidden_size;
@@ -282,8 +284,8 @@ std::vector<std::int64_t> Runner::run_latent(const KVCache& cache, const RowCurs
   return steps_taken;
 }
 
-void Runner::decode(const KVCache& cache, const RowCursor& rows, const float* logits, const DecodeParams& params, std::int64_t* tokens,
-                   const StepCallback& on_step) const {
+void Runner::decode(const KVCache& cache, const RowCursor& rows, const float* logits, const DecodeParams& params,
+                    std::int64_t* tokens, const StepCallback& on_step) const {
   const ScopedWorkspace workspace(*this);
   std::vector<float>&hidden = workspace->hidden, &step_logits = workspace->logits;
   const std::int64_t batch = static_cast<std::int64_t>(rows.lengths.size()), vocabulary = model_.lm_head.rows;
@@ -304,7 +306,8 @@ void Runner::decode(const KVCache& cache, const RowCursor& rows, const float* lo
       const std::uint32_t counter = static_cast<std::uint32_t>(n * 65536 + b);
       std::uint8_t* penalty_mask = params.penalty_mask ? params.penalty_mask + b * vocabulary : nullptr;
       const std::int64_t token =
-          sample(row, vocabulary, params.sampling, counter, n < params.min_new_tokens ? params.eos_token_ids : none, penalty_mask, scratch);
+          sample(row, vocabulary, params.sampling, counter, n < params.min_new_tokens ? params.eos_token_ids : none,
+                 penalty_mask, scratch);
       if (penalty_mask) penalty_mask[token] = 1;
       tokens[b * params.max_new_tokens + n] = token;
       if (std::find(params.eos_token_ids.begin(), params.eos_token_ids.end(), token) != params.eos_token_ids.end()) continue;

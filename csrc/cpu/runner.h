@@ -22,7 +22,7 @@ struct RowCursor {
 // Called between steps, on the thread that made the call; may throw to end it.
 using StepCallback = std::function<void(std::int64_t step)>;
 
-// How a step's input comes from the step before: realign with W_a (transposed, null is the identity), or of the mean of
+// The input of a latent step, from the step before: realign with W_a (transposed, null is the identity), or of the mean of
 // the embeddings of the soft_top_k most likely tokens where that is not 0.
 struct Feedback {
   const float* aligner = nullptr;
@@ -45,8 +45,8 @@ struct DecodeParams {
   std::uint8_t* penalty_mask = nullptr;
 };
 
-// Calls may come from several threads, and out of `on_step`: each has a workspace of its own while it runs, and the steps of all
-// take turns on the team.
+// Calls may come from several threads, and out of `on_step`: each has a workspace of its own while it runs, and the steps of
+// all calls take turns on the team.
 class Runner {
  public:
   // Copies the layers and inv_freq; everything else that the model points to stays the caller's.
@@ -60,15 +60,15 @@ class Runner {
 
   // Latent steps. Writes latents [B, longest, hidden_size] and each row's last_hidden [B, hidden_size] in the model's dtype;
   // `states`, shaped as the latents, gets the states behind all steps where it is not null. Nothing is written behind a row's
-  // end. The seed is [B, hidden_size], or for soft feedback logits [B, vocabulary] in float32. Returns the steps that each row took.
+  // end. The seed is [B, hidden_size], or for soft feedback logits [B, vocabulary] in float32. Returns the steps of each row.
   std::vector<std::int64_t> run_latent(const KVCache& cache, const RowCursor& rows, const void* seed, const Feedback& feedback,
-                                  const LatentParams& how, void* latents, void* last_hidden, void* states,
-                                  const StepCallback& on_step) const;
+                                       const LatentParams& params, void* latents, void* last_hidden, void* states,
+                                       const StepCallback& on_step) const;
 
   // Text: chooses from logits [B, vocabulary], then steps until all rows have ended or have max_new_tokens. Writes
-  // tokens [B, max_new_tokens] at what was chosen. on_step(n) comes when the n-th tokens are there.
-  void decode(const KVCache& cache, const RowCursor& rows, const float* logits, const DecodeParams& how, std::int64_t* tokens,
-             const StepCallback& on_step) const;
+  // tokens [B, max_new_tokens] as far as they were chosen. on_step(n) is called when the n-th tokens are written.
+  void decode(const KVCache& cache, const RowCursor& rows, const float* logits, const DecodeParams& params,
+              std::int64_t* tokens, const StepCallback& on_step) const;
 
   const Model& model() const { return model_; }
   // Bytes of scratch held between calls.
@@ -98,7 +98,7 @@ class Runner {
   std::vector<Layer> layers_;
   std::vector<float> inv_freq_;
   Model model_;
-  // Only ever tried, not waited for: in a forked child it may be locked for good.
+  // Locked with try_lock only: in a forked child it may be locked for good.
   mutable std::mutex pool_mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> free_workspaces_;
 };

@@ -16,9 +16,9 @@ struct Sampling {
   std::uint64_t seed = 0;
 };
 
-// Returns the token of one row. Throws std::invalid_argument where no logit is finite. `counter` numbers the random draws of one
-// seed. Suppressed tokens are not chosen; those whose byte in penalty_mask [vocabulary] is not 0 are penalised (null: none are).
-// `scratch` is reused between calls.
+// Returns the token of one row. Throws std::invalid_argument where no logit is finite. `counter` numbers the random draws of
+// one seed. Suppressed tokens are not chosen; those whose byte in penalty_mask [vocabulary] is not 0 are penalised (null: none
+// are). `scratch` is reused between calls.
 std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling& how, std::uint32_t counter,
                     const std::vector<std::int64_t>& suppressed, const std::uint8_t* penalty_mask, std::vector<float>& scratch);
 

@@ -236,7 +236,7 @@ inline void sums_of(const Vec (&v)[N], float* out) {
 }
 #endif
 
-// e^x to 2 units in the last place between -87 and 88, where float32 ends; below and above, what it is there. exp(NaN) is
+// e^x to 2 units in the last place between -87 and 88, where float32 ends; x is clamped to this range. exp(NaN) is
 // some number: callers look for NaN elsewhere.
 inline Vec exp(Vec x) {
   x = min(max(x, all(-87.0f)), all(88.0f));

@@ -32,7 +32,7 @@ inline TopTokens top_tokens_of(const float* logits, std::int64_t vocabulary, std
   TopTokens top;
   std::int64_t i = 0;
   for (; i + kBlock <= vocabulary; i += kBlock) {
-    // Few blocks hold one of them, so a block is looked through only where its largest would be one.
+    // Few blocks hold one of the largest logits, so a block is searched only where its maximum would be one.
     Vec maxima = load(logits + i);
     for (int j = 1; j < 4; ++j) maxima = max(maxima, load(logits + i + j * kLanes));
     if (top.count == most && !(largest(maxima) > top.logits[most - 1])) continue;

@@ -16,7 +16,7 @@
 namespace latentmas {
 namespace {
 
-// About 100 us of pauses: longer than any phase of a step is late, unless the core was counters away.
+// About 100 us of pauses: longer than any phase of a step is late, unless the core was taken away.
 constexpr int kSpins = 4000;
 constexpr int kMostThreads = 1024;
 
@@ -123,12 +123,12 @@ void Barrier::wait() {
 }
 
 int team_size() {
-  const char* wanted = std::getenv("LATENTMAS_NUM_THREADS");
-  if (wanted && *wanted) {
+  const char* requested = std::getenv("LATENTMAS_NUM_THREADS");
+  if (requested && *requested) {
     char* end = nullptr;
-    const long threads = std::strtol(wanted, &end, 10);
+    const long threads = std::strtol(requested, &end, 10);
     if (*end || threads < 1 || threads > kMostThreads)
-      throw std::runtime_error("LATENTMAS_NUM_THREADS=" + std::string(wanted) + " is no number of threads from 1 to " +
+      throw std::runtime_error("LATENTMAS_NUM_THREADS=" + std::string(requested) + " is no number of threads from 1 to " +
                                std::to_string(kMostThreads) + ". Unset the variable to use all cores.");
     return static_cast<int>(threads);
   }

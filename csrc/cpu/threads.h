@@ -52,11 +52,10 @@ struct Worker {
   }
 };
 
-// Distributes n items in whole units but for the last. A worker takes half of its own partition, then half of what is left of it,
-// and so on; then it takes from the partitions of the others. Threads that read memory side by side are often a fifth apart at the end of a
-// product. In halves, since each take is a locked instruction, which waits for all loads before it: one for every 16 rows
-// of a weight was 7 % of a step. All workers make the same queues in the same order, and meet between
-// two of them.
+// Distributes n items in whole units but for the last. A worker takes half of its own partition, then half of the rest, and so
+// on; then it takes from the partitions of the other workers. Threads that read memory side by side are often a fifth apart at
+// the end of a product. In halves, since each take is a locked instruction, which waits for all loads before it: one for every
+// 16 rows of a weight was 7 % of a step. All workers make the same queues in the same order, and meet between two of them.
 class WorkQueue {
  public:
   LATENTMAS_INLINE WorkQueue(const Worker& worker, std::int64_t n, std::int64_t unit)

@@ -86,10 +86,10 @@ class DecodeStep:
     def nbytes(self) -> int:
         """Bytes of the static tensors."""
         views = (self.lengths, self.positions, self.slots, self.prefix_row, self.prefix_len)
-        own = [t for t in vars(self).values() if isinstance(t, Tensor) and not any(t is view for view in views)]
+        tensors = [t for t in vars(self).values() if isinstance(t, Tensor) and not any(t is view for view in views)]
         nested = [self.splits, self.workspace, self.settings, *self.candidates.values()]
-        own += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
-        return sum(t.nbytes for t in own)
+        tensors += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
+        return sum(t.nbytes for t in tensors)
 
     def allocate(self, *, do_sample: bool) -> None:
         """Allocate the buffers of `token(do_sample)`; outside of captures."""

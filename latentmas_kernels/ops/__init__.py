@@ -11,9 +11,10 @@
     rerotate_keys       k = rope(k, shift), in place                                               Triton    torch
     sample              argmax of the logits, or a draw with temperature, top-k and top-p          Triton    torch
 
-Shapes, dtypes and accumulation are in the files of the ops. The functions check their arguments, work under torch.compile
-and allocate their outputs. The engines call the same kernels without this layer: the CUDA engine launches ops/triton on static
-buffers, the native engine runs all of these ops in C++ (csrc/cpu/step.cpp).
+Shapes, dtypes and accumulation are in the files of the ops. The functions check their arguments, allocate their outputs and
+are custom ops of torch. C++ is the native extension, which covers float32 and bfloat16; without it and on other devices the
+reference runs. The engines do not call these functions: the CUDA engine launches the kernels of ops/triton on static buffers,
+and the native engine runs the ops of a step in C++ (csrc/cpu/step.cpp).
 """
 
 from latentmas_kernels.ops.decode_attention import decode_attention, decode_attention_reference
