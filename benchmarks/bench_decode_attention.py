@@ -8,8 +8,8 @@ from sweeps import Race, cold, require_correct
 from torch.nn.functional import scaled_dot_product_attention
 
 from latentmas_kernels.ops.decode_attention import decode_attention_reference
-from latentmas_kernels.ops.triton.decode_attention import Partials, decode_attention, num_kv_splits
-from latentmas_kernels.ops.triton.kv_table import memory_of
+from latentmas_kernels.ops.triton.decode_attention import SplitWorkspace, decode_attention, num_kv_splits
+from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.launch import target_of
 
 
@@ -19,13 +19,13 @@ def test_decode_attention(race: Race, device: str, shape: str, batch: int, kv: i
     stores = cold(device, dtype, 2, batch, kv_heads, kv, width)
     queries = torch.randn(batch, heads, width, device=device).to(dtype)
     lengths = torch.full((batch,), kv, dtype=torch.int32, device=device)
-    partials = Partials(queries, num_kv_splits(target, batch, kv_heads, dtype.itemsize))
+    splits = SplitWorkspace(queries, num_kv_splits(target, batch, kv_heads, dtype.itemsize))
     out = torch.full((batch, heads * width), float("nan"), dtype=dtype, device=device)
     scale = width**-0.5
     ours = [
         partial(
-            decode_attention, queries, memory_of(*store), 0, kv_heads, lengths, lengths, None, scale, partials, out,
-            target=target,
+            decode_attention, queries, KVTable.of_layer(*store).tensor(device), 0, kv_heads, lengths, lengths, None, scale,
+            splits, out, target=target,
         )
         for store in stores
     ]  # fmt: skip

@@ -7,8 +7,9 @@ from shapes import sizes_of
 from sweeps import Race, cold, require_correct
 
 from latentmas_kernels.ops.gate_up_swiglu import gate_up_swiglu_reference
-from latentmas_kernels.ops.triton.launch import target_of, tile_for
-from latentmas_kernels.ops.triton.skinny_gemm import Scratch, product
+from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.skinny_gemm import Workspace, skinny_gemm
+from latentmas_kernels.ops.triton.tiles import tile_for
 
 EPS = 1e-6
 
@@ -21,9 +22,12 @@ def test_gate_up_swiglu(race: Race, device: str, shape: str, batch: int, dtype: 
     x = torch.randn(batch, k, device=device).to(dtype)
     gain = (torch.randn(k, device=device) / k**0.5).to(dtype)
     out = torch.full((batch, n), float("nan"), dtype=dtype, device=device)
-    scratch = Scratch(x)
-    scratch.reserve(tile_for(target, batch, n, k, dtype.itemsize, pair=True), batch, n, pair=True)
-    ours = [partial(product, x, w, out, gain=gain, eps=EPS, pair=True, target=target, scratch=scratch) for w in weights]
+    workspace = Workspace(x)
+    workspace.reserve(tile_for(target, batch, n, k, dtype.itemsize, gated=True), batch, n, gated=True)
+    ours = [
+        partial(skinny_gemm, x, w, out, norm_weight=gain, eps=EPS, gated=True, target=target, workspace=workspace)
+        for w in weights
+    ]
     theirs = [partial(gate_up_swiglu_reference, x, gain, EPS, w) for w in weights]
     ours[0]()
     require_correct(out, theirs[0](), gate_up_swiglu_reference(x.double(), gain.double(), EPS, weights[0].double()))

@@ -8,8 +8,9 @@ from shapes import sizes_of
 from sweeps import Race, cold, require_correct
 
 from latentmas_kernels.ops.linear_residual import linear_residual_reference
-from latentmas_kernels.ops.triton.launch import target_of, tile_for
-from latentmas_kernels.ops.triton.skinny_gemm import Scratch, product
+from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.skinny_gemm import Workspace, skinny_gemm
+from latentmas_kernels.ops.triton.tiles import tile_for
 
 
 @pytest.mark.parametrize("part", ["output", "down"])
@@ -20,9 +21,9 @@ def test_linear_residual(race: Race, device: str, shape: str, batch: int, dtype:
     weights = cold(device, dtype, n, k)
     x, residual = (torch.randn(batch, size, device=device).to(dtype) for size in (k, n))
     out = torch.full_like(residual, float("nan"))
-    scratch = Scratch(x)
-    scratch.reserve(tile_for(target, batch, n, k, dtype.itemsize), batch, n, pair=False)
-    ours = [partial(product, x, w, out, residual=residual, target=target, scratch=scratch) for w in weights]
+    workspace = Workspace(x)
+    workspace.reserve(tile_for(target, batch, n, k, dtype.itemsize), batch, n, gated=False)
+    ours = [partial(skinny_gemm, x, w, out, residual=residual, target=target, workspace=workspace) for w in weights]
     theirs = [partial(linear_residual_reference, x, w, residual) for w in weights]
     ours[0]()
     require_correct(out, theirs[0](), linear_residual_reference(x.double(), weights[0].double(), residual.double()))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from latentmas_kernels.ops.rope_append import rotate
-from latentmas_kernels.ops.triton.kv_table import memory_of
+from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.launch import target_of
 from latentmas_kernels.ops.triton.rope_append import rope_append
 
@@ -25,7 +25,7 @@ def test_rope_append(race: Race, device: str, shape: str, batch: int, kv: int, d
     positions = torch.full((batch,), kv, dtype=torch.int32, device=device)
     keys, values = torch.full((2, batch, kv_heads, kv + 1, width), float("nan"), dtype=dtype, device=device)
     queries = torch.full((batch, heads, width), float("nan"), dtype=dtype, device=device)
-    memory = memory_of(keys, values)
+    kv_table = KVTable.of_layer(keys, values).tensor(device)
 
     def plain(qkv: Tensor, gains: Tensor) -> Tensor:
         # Stores at one slot for all rows, which plain torch does without a wait; the slots of a ragged batch need one.
@@ -37,7 +37,7 @@ def test_rope_append(race: Race, device: str, shape: str, batch: int, kv: int, d
 
     def ours(qkv: Tensor) -> None:
         rope_append(
-            qkv, queries, gains[0], gains[1], EPS, inv_freq, 1.0, memory, 0, positions, positions, target=target
+            qkv, queries, gains[0], gains[1], EPS, inv_freq, 1.0, kv_table, 0, positions, positions, target=target
         )  # fmt: skip
 
     def stored() -> Tensor:

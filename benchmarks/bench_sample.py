@@ -12,9 +12,9 @@ from sweeps import Race, cold
 from torch import Tensor
 
 from latentmas_kernels.ops.sample import sample_reference
-from latentmas_kernels.ops.triton.kv_table import memory_of
+from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.launch import target_of
-from latentmas_kernels.ops.triton.row_state import ACTIVE
+from latentmas_kernels.ops.triton.row_state import RowField
 from latentmas_kernels.ops.triton.sample import Candidates, Settings, sample
 
 SETTINGS = {"greedy": None, "top_k": (0.7, 50, 1.0), "top_p": (0.7, 0, 0.95)}
@@ -36,18 +36,16 @@ def test_sample(race: Race, device: str, shape: str, batch: int, kind: str) -> N
     target = target_of(torch.device(device))
     inputs = 3 * cold(device, torch.float32, batch, sizes_of(shape)["vocab_size"])[:64]
     tokens = torch.full((batch,), -1, dtype=torch.int64, device=device)
-    rows = torch.zeros(5, batch, dtype=torch.int32, device=device)
-    rows[ACTIVE] = 1
-    trace = torch.zeros(1 << 16, dtype=torch.int64, device=device)  # a place for every call of the benchmark
-    empty = inputs.new_empty(1, 1, 1, 1)
-    memory = memory_of(empty, empty)
-    memory[7], memory[8] = trace.data_ptr(), 0  # the rows share it
+    row_state = torch.zeros(len(RowField), batch, dtype=torch.int32, device=device)
+    row_state[RowField.ACTIVE] = 1
+    step_log = torch.zeros(1 << 16, dtype=torch.int64, device=device)  # a place for every call of the benchmark
+    kv_table = KVTable(step_log=step_log.data_ptr(), step_log_stride=0).tensor(device)  # the rows share the log
     chosen, settings = SETTINGS[kind], Settings(torch.device(device))
     settings.set(*(chosen or (1.0, 0, 1.0)), 5, 0, 0, [])
     candidates = Candidates(batch, inputs.shape[2], torch.device(device), sampling=chosen is not None)
 
     def ours(logits: Tensor) -> None:
-        sample(logits, tokens, settings, candidates, rows, memory, do_sample=chosen is not None, target=target)
+        sample(logits, tokens, settings, candidates, row_state, kv_table, do_sample=chosen is not None, target=target)
 
     ours(inputs[0])
     expected = sample_reference(inputs[0], chosen is not None, *(chosen or (1.0, 0, 1.0)), seed=5, draw=0)

@@ -265,20 +265,20 @@ class Graphed:
             return heads * cosine + torch.cat([-high, low], dim=-1) * sine
 
         for index, layer in enumerate(w.layers):
-            qkv = linear(rms_norm(x, (width,), layer.input_gain, w.eps), layer.qkv, layer.qkv_bias)
+            qkv = linear(rms_norm(x, (width,), layer.input_norm, w.eps), layer.qkv, layer.qkv_bias)
             q, k, v = qkv.view(batch, -1, w.head_dim).split([w.query_heads, w.kv_heads, w.kv_heads], dim=1)
-            q, k = rotated(q, layer.query_gain), rotated(k, layer.key_gain)
+            q, k = rotated(q, layer.query_norm), rotated(k, layer.key_norm)
             keys, values = memory.keys[index], memory.values[index]
             keys.index_copy_(2, self.position, k[:, :, None])
             values.index_copy_(2, self.position, v[:, :, None])
             # The query heads of a KV head as so many queries: keys and values are read once for all of them.
             mixed = scaled_dot_product_attention(q.view(shape), keys, values, attn_mask=seen, scale=w.scale)
             x = x + linear(mixed.reshape(batch, -1), layer.output, layer.output_bias)
-            gate, up = linear(rms_norm(x, (width,), layer.mlp_gain, w.eps), layer.gate_up, layer.gate_up_bias).chunk(
+            gate, up = linear(rms_norm(x, (width,), layer.mlp_norm, w.eps), layer.gate_up, layer.gate_up_bias).chunk(
                 2, -1
             )
             x = x + linear(silu(gate) * up, layer.down, layer.down_bias)
-        return rms_norm(x, (width,), w.final_gain, w.eps)
+        return rms_norm(x, (width,), w.final_norm, w.eps)
 
     def rewind(self) -> None:
         self.position.fill_(self.start.kv)

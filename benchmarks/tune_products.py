@@ -40,8 +40,9 @@ from latentmas_kernels.engines.cuda_graphs import CudaGraphs
 from latentmas_kernels.ops.gate_up_swiglu import gate_up_swiglu_reference
 from latentmas_kernels.ops.linear_residual import linear_residual_reference
 from latentmas_kernels.ops.rmsnorm_linear import rmsnorm_linear_reference
-from latentmas_kernels.ops.triton.launch import TENSOR_CORE_ROWS, Target, Tile, default_tile, slug, target_of, tile_key
-from latentmas_kernels.ops.triton.skinny_gemm import Scratch, product
+from latentmas_kernels.ops.triton.launch import LaunchTarget, target_of
+from latentmas_kernels.ops.triton.skinny_gemm import Workspace, skinny_gemm
+from latentmas_kernels.ops.triton.tiles import TENSOR_CORE_ROWS, GemmConfig, default_tile, slug, tile_key
 
 TUNED = Path(latentmas_kernels.__file__).parent / "ops" / "triton" / "tuned"
 REAL = [name for name in SHAPES if name != "tiny"]
@@ -75,33 +76,33 @@ def products_of(shape: str) -> list[Product]:
     ]
 
 
-def candidates(target: Target, m: int, n: int, k: int, itemsize: int, *, pair: bool) -> list[Tile]:
+def candidates(target: LaunchTarget, m: int, n: int, k: int, itemsize: int, *, gated: bool) -> list[GemmConfig]:
     """The default first, then what may be better. At 4 and 8 rows with tensor cores and without."""
-    default = default_tile(target, m, n, k, itemsize, pair=pair)
+    default = default_tile(target, m, n, k, itemsize, gated=gated)
     found = [default]
     if m <= TENSOR_CORE_ROWS:
         rows = 4 if itemsize == 4 else triton.next_power_of_2(m)
         for block_n, weights, split, warps in itertools.product(
             (2, 4, 8, 16), (2048, 4096, 8192), (1, 2, 4), (2, 4, 8)
         ):
-            outs = block_n // 2 if pair else block_n
+            outs = block_n // 2 if gated else block_n
             # A thread holds a product of each row in registers, twice with a pair, and the next weights.
             per_thread = weights * rows // (32 * warps)
             if outs and 16 <= per_thread <= 96 and weights // (32 * warps) >= 8:
-                found.append(Tile(rows, outs, weights // block_n, split, False, warps, 1))
+                found.append(GemmConfig(rows, outs, weights // block_n, split, False, warps, 1))
     if m >= 4:
         rows = max(16, min(64, triton.next_power_of_2(m)))
         for block_n, block_k, split, warps, stages in itertools.product(
             (16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 4, 6)
         ):
-            outs = block_n // 2 if pair else block_n
+            outs = block_n // 2 if gated else block_n
             staged = (block_n + rows) * block_k * itemsize * stages
             if outs >= 16 and staged <= 192 << 10 and block_n * block_k * itemsize >= 4096:
-                found.append(Tile(rows, outs, block_k, split, True, warps, stages))
+                found.append(GemmConfig(rows, outs, block_k, split, True, warps, stages))
     return [default, *sorted(set(filter(lambda tile: _sensible(target, tile, n, k), found[1:])) - {default})]
 
 
-def _sensible(target: Target, tile: Tile, n: int, k: int) -> bool:
+def _sensible(target: LaunchTarget, tile: GemmConfig, n: int, k: int) -> bool:
     """Enough programs, but not many times more than needed for a split; on tensor cores each with at least two turns."""
     programs = triton.cdiv(n, tile.block_n) * tile.split
     return (
@@ -111,7 +112,7 @@ def _sensible(target: Target, tile: Tile, n: int, k: int) -> bool:
     )
 
 
-def few(tiles: list[Tile], most: int) -> list[Tile]:
+def few(tiles: list[GemmConfig], most: int) -> list[GemmConfig]:
     """The default and an even choice of the others: neighbours differ little."""
     others = tiles[1:]
     stride = max(1, -(-len(others) // (most - 1)))
@@ -121,7 +122,7 @@ def few(tiles: list[Tile], most: int) -> list[Tile]:
 class Bench:
     """Inputs of one product at one batch, over weights that are views of one random buffer."""
 
-    def __init__(self, item: Product, m: int, buffer: Tensor, target: Target) -> None:
+    def __init__(self, item: Product, m: int, buffer: Tensor, target: LaunchTarget) -> None:
         self.item, self.m, self.target = item, m, target
         device, dtype = buffer.device, buffer.dtype
         rows = item.n * (2 if item.kind == "pair" else 1)
@@ -134,7 +135,7 @@ class Bench:
         self.residual = torch.randn(m, item.n, device=device).to(dtype) if item.kind == "residual" else None
         out_dtype = torch.float32 if item.kind == "logits" else dtype
         self.out = torch.empty(m, item.n, dtype=out_dtype, device=device)
-        self.scratch = Scratch(self.x)
+        self.workspace = Workspace(self.x)
         self.limits = [self._limit(weight) for weight in (self.weights[0], self.weights[-1])]
 
     def _plain(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,19 +153,19 @@ class Bench:
         error = (self._plain(self.x, weight, weight.dtype).float() - exact).norm().item()
         return exact, 2 * error + 8 * torch.finfo(torch.float32).eps * exact.norm().item()
 
-    def launch(self, weight: Tensor, tile: Tile) -> None:
-        product(
-            self.x, weight, self.out, gain=self.gain, eps=EPS, residual=self.residual, pair=self.item.kind == "pair",
-            target=self.target, scratch=self.scratch, tile=tile,
+    def launch(self, weight: Tensor, tile: GemmConfig) -> None:
+        skinny_gemm(
+            self.x, weight, self.out, norm_weight=self.gain, eps=EPS, residual=self.residual,
+            gated=self.item.kind == "pair", target=self.target, workspace=self.workspace, config=tile,
         )  # fmt: skip
 
-    def reserve(self, tile: Tile) -> None:
-        self.scratch.reserve(tile, self.m, self.item.n, pair=self.item.kind == "pair")
+    def reserve(self, tile: GemmConfig) -> None:
+        self.workspace.reserve(tile, self.m, self.item.n, gated=self.item.kind == "pair")
 
-    def wrong(self, tile: Tile) -> str | None:
+    def wrong(self, tile: GemmConfig) -> str | None:
         """Why the tile is no candidate; None where it computes the product."""
         try:
-            self.scratch.arrivals.zero_()  # a kernel that failed may have left them
+            self.workspace.tile_counters.zero_()  # a kernel that failed may have left them
             for weight, (exact, allowed) in zip((self.weights[0], self.weights[-1]), self.limits, strict=True):
                 self.out.fill_(float("nan"))
                 self.launch(weight, tile)
@@ -175,7 +176,7 @@ class Bench:
             return f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}"
         return None
 
-    def sweep(self, tile: Tile) -> Callable[[], None]:
+    def sweep(self, tile: GemmConfig) -> Callable[[], None]:
         def body() -> None:
             for index in range(self.calls):
                 self.launch(self.weights[index % len(self.weights)], tile)
@@ -189,7 +190,7 @@ class Bench:
         return self.weights[0].nbytes + sum(t.nbytes for t in once)
 
 
-def measure(bench: Bench, tiles: list[Tile]) -> tuple[dict[Tile, float], list[str]]:
+def measure(bench: Bench, tiles: list[GemmConfig]) -> tuple[dict[GemmConfig, float], list[str]]:
     """Microseconds per call of the tiles that are right; the default, which is the first, has to be."""
     device, faults, right = bench.x.device, [], []
     for tile in tiles:
@@ -202,7 +203,7 @@ def measure(bench: Bench, tiles: list[Tile]) -> tuple[dict[Tile, float], list[st
     if tiles[0] not in right:
         return {}, faults
     sweeps = {tile: bench.sweep(tile) for tile in right}
-    times: dict[Tile, list[float]] = {tile: [] for tile in right}
+    times: dict[GemmConfig, list[float]] = {tile: [] for tile in right}
     for turn in range(-1, ROUNDS[device.type]):  # the first one warms up
         for tile, sweep in list(sweeps.items())[:: 1 if turn % 2 else -1]:
             ms = median_ms(sweep, device, repeats=1, warmup=0) / bench.calls
@@ -211,7 +212,7 @@ def measure(bench: Bench, tiles: list[Tile]) -> tuple[dict[Tile, float], list[st
     return {tile: statistics.median(us) for tile, us in times.items()}, faults
 
 
-def compile_ahead(device: str, dtype: torch.dtype, jobs: list[tuple[str, int, Tile]]) -> None:
+def compile_ahead(device: str, dtype: torch.dtype, jobs: list[tuple[str, int, GemmConfig]]) -> None:
     """In a process of its own: launch each kind of product once, on a size of the same divisibility by 16, which fills
     Triton's cache on the disk. What fails here fails again, and is reported, where it is measured."""
     target = target_of(torch.device(device))
@@ -223,7 +224,9 @@ def compile_ahead(device: str, dtype: torch.dtype, jobs: list[tuple[str, int, Ti
             bench.launch(bench.weights[0], tile)
 
 
-def cases(shapes: list[str], batches: list[int], target: Target, itemsize: int) -> Iterator[tuple[str, Product, int]]:
+def cases(
+    shapes: list[str], batches: list[int], target: LaunchTarget, itemsize: int
+) -> Iterator[tuple[str, Product, int]]:
     """Key, product and batch, each key once: shapes share products."""
     seen = set()
     for m, shape in itertools.product(batches, shapes):  # the small batches first, for all shapes
@@ -268,7 +271,7 @@ def main() -> None:
     content = json.loads(path.read_text()) if path.exists() else {"tiles": {}, "measured": {}}
 
     todo = [
-        (key, item, m, few(candidates(target, m, item.n, item.k, dtype.itemsize, pair=item.kind == "pair"), args.most))
+        (key, item, m, few(candidates(target, m, item.n, item.k, dtype.itemsize, gated=item.kind == "pair"), args.most))
         for key, item, m in cases(args.shape, args.batch, target, dtype.itemsize)
         if key not in content["measured"]
     ]
@@ -285,7 +288,7 @@ def main() -> None:
     # A batch of them at a time, so that a run that stops has measured what it compiled.
     longest = 0.0
     pool = ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) if device.type == "cuda" else None
-    compiled: set[tuple[str, int, Tile]] = set()
+    compiled: set[tuple[str, int, GemmConfig]] = set()
     for start in range(0, len(todo), 5):
         lap = time.monotonic()
         if args.seconds - (lap - began) < longest:

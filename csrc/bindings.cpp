@@ -1,159 +1,253 @@
-// Argument checks and dispatch: plain addresses come in from Python, which has checked devices, dtypes and shapes.
-// No torch header is used, so that one build serves every version of torch.
+// The border to Python. It takes torch tensors and small structs, and checks dtype, shape, strides and device of every tensor
+// (tensor.h): an argument that does not fit raises a ValueError that names it.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/checksum.h"
 #include "cpu/kernels.h"
 #include "cpu/runner.h"
 #include "cpu/sample.h"
+#include "tensor.h"
 
-namespace py = pybind11;
 using namespace latentmas;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+void check(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
 }
 
-DType parse_dtype(const std::string& op, const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "bfloat16") return DType::bf16;
-  throw std::invalid_argument(op + ": got dtype " + name + "; supported are float32 and bfloat16");
+DType model_dtype(const Tensor& tensor) {
+  if (tensor.element() == Element::f32) return DType::f32;
+  if (tensor.element() == Element::bf16) return DType::bf16;
+  tensor.fail("float32 or bfloat16");
 }
 
-void realign(Address hidden, const std::string& hidden_dtype, std::int64_t hidden_row_stride, Address weight,
-             float target_norm, Address out, const std::string& out_dtype, std::int64_t out_row_stride, std::int64_t rows,
-             std::int64_t cols_in, std::int64_t cols_out) {
-  if (rows < 0 || cols_in <= 0 || cols_out <= 0) throw std::invalid_argument("realign: sizes must be positive");
-  if (!weight && cols_in != cols_out) throw std::invalid_argument("realign: without a weight the widths must be equal");
-  if (hidden_row_stride < cols_in || out_row_stride < cols_out)
-    throw std::invalid_argument("realign: a row stride is smaller than the row");
+// ---- ops -----------------------------------------------------------------------------------------------------------
+
+void realign(const py::object& hidden_arg, const py::object& weight_arg, float target_norm, const py::object& out_arg) {
+  const Tensor hidden("realign: hidden", hidden_arg), weight = Tensor::optional("realign: weight", weight_arg);
+  const Tensor out("realign: out", out_arg);
+  const DType from = model_dtype(hidden), to = model_dtype(out);
+  hidden.check(hidden.element(), {kAny, kAny}, Strides::rows);
+  const std::int64_t rows = hidden.size(0), cols_in = hidden.size(1);
+  if (weight) weight.check(Element::f32, {kAny, cols_in});
+  const std::int64_t cols_out = weight ? weight.size(0) : cols_in;
+  out.check(out.element(), {rows, cols_out}, Strides::rows);
+  check(cols_in > 0 && cols_out > 0, "realign: rows must not be empty");
+  // A matrix of one row may have any stride.
+  check(rows < 2 || (hidden.stride(0) >= cols_in && out.stride(0) >= cols_out), "realign: rows of hidden or out overlap");
   if (rows == 0) return;
-  if (!hidden || !out) throw std::invalid_argument("realign: null pointer");
-  const ConstMatrix from{pointer<const void>(hidden), parse_dtype("realign", hidden_dtype), rows, cols_in, hidden_row_stride};
-  const Matrix to{pointer<void>(out), parse_dtype("realign", out_dtype), rows, cols_out, out_row_stride};
+  const ConstMatrix source{hidden.data<const void>(), from, rows, cols_in, std::max(hidden.stride(0), cols_in)};
+  const Matrix target{out.data<void>(), to, rows, cols_out, std::max(out.stride(0), cols_out)};
   const Kernels& kernels = active();
   py::gil_scoped_release release;
   const std::unique_ptr<float[]> scratch(new float[realign_scratch(rows, cols_in, cols_out)]);
-  kernels.realign(from, pointer<const float>(weight), target_norm, scratch.get(), to);
+  kernels.realign(source, weight.data<const float>(), target_norm, scratch.get(), target);
 }
 
-// Token ids of rows of logits that lie one behind the other.
-std::vector<std::int64_t> sample_rows(Address logits, std::int64_t rows, std::int64_t vocabulary, const Sampling& how,
-                                      std::int64_t draw) {
-  if (!logits || vocabulary <= 0) throw std::invalid_argument("sample: there are no logits");
+std::vector<std::int64_t> sample_rows(const py::object& logits_arg, const Sampling& how, std::int64_t draw) {
+  const Tensor logits("sample: logits", logits_arg);
+  logits.check(Element::f32, {kAny, kAny});
+  const std::int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  check(vocabulary > 0, "sample: there are no logits");
   py::gil_scoped_release release;
   std::vector<std::int64_t> tokens;
   std::vector<float> scratch;
   for (std::int64_t row = 0; row < rows; ++row)
-    tokens.push_back(sample(pointer<const float>(logits) + row * vocabulary, vocabulary, how,
+    tokens.push_back(sample(logits.data<const float>() + row * vocabulary, vocabulary, how,
                             static_cast<std::uint32_t>(draw * 65536 + row), {}, nullptr, scratch));
   return tokens;
 }
 
-std::uint64_t checksum_of(Address address, std::int64_t bytes) {
+std::uint64_t checksum_of(const py::object& tensor_arg) {
+  const Tensor tensor("checksum: tensor", tensor_arg);
+  if (!tensor.has_strides(Strides::contiguous)) tensor.fail("contiguous");
+  const std::int64_t bytes = tensor.bytes();
   py::gil_scoped_release release;
-  return checksum(pointer<const void>(address), bytes);
+  return checksum(tensor.data<const void>(), bytes);
 }
 
-// (address, out, in, address of the scales): scales make it int8.
-using WeightTuple = std::tuple<Address, std::int64_t, std::int64_t, Address>;
+// ---- the model -----------------------------------------------------------------------------------------------------
 
-Weight weight_of(const WeightTuple& given, DType dtype) {
-  const auto [data, rows, cols, scales] = given;
-  if (!data || rows <= 0 || cols <= 0) throw std::invalid_argument("Runner: an empty weight");
-  return {pointer<const void>(data), scales ? DType::i8 : dtype, rows, cols, pointer<const float>(scales)};
+// A Linear, Layer or Model as Python gives it; a Runner is made of them once all sizes are known to fit. None is optional.
+struct LinearArgs {
+  py::object weight, bias, scales;
+};
+struct LayerArgs {
+  py::object input_norm, query_norm, key_norm, mlp_norm;
+  LinearArgs qkv, output, gate_up, down;
+  std::optional<std::int64_t> window;
+  std::int64_t slot;
+};
+struct ModelArgs {
+  py::object embedding, final_norm, inv_freq;
+  LinearArgs lm_head;
+  std::vector<LayerArgs> layers;
+  std::int64_t query_heads, kv_heads, head_dim, intermediate_size;
+  float eps, scale, attention_scaling;
+};
+
+Vector vector_of(const std::string& name, const py::object& given, DType dtype, std::int64_t size) {
+  const Tensor tensor = Tensor::optional(name, given);
+  if (tensor) tensor.check(element_of(dtype), {size});
+  return tensor.data<const void>();
 }
 
-void check(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument("Runner: " + what);
+Vector norm_of(const std::string& name, const py::object& given, DType dtype, std::int64_t size) {
+  return Tensor(name, given).check(element_of(dtype), {size}).data<const void>();
 }
 
-std::unique_ptr<Runner> make_runner(const py::dict& model, const py::list& layer_list) {
-  const auto number = [&](const char* key) { return model[key].cast<std::int64_t>(); };
-  const auto address = [&](const char* key) { return pointer<const void>(model[key].cast<Address>()); };
-  Decoder d{};
-  d.dtype = parse_dtype("Runner", model["dtype"].cast<std::string>());
-  d.width = number("width");
-  d.query_heads = number("query_heads");
-  d.kv_heads = number("kv_heads");
-  d.head_dim = number("head_dim");
-  d.intermediate = number("intermediate");
-  d.embedding = address("embedding");
-  d.embedding_rows = model["embedding_rows"].cast<std::int64_t>();
-  d.final_gain = address("final_gain");
-  d.lm_head = weight_of(model["lm_head"].cast<WeightTuple>(), d.dtype);
-  d.lm_head_bias = address("lm_head_bias");
-  d.eps = model["eps"].cast<float>();
-  d.scale = model["scale"].cast<float>();
-  d.attention_scaling = model["attention_scaling"].cast<float>();
-  auto inv_freq = model["inv_freq"].cast<std::vector<float>>();
-  check(d.head_dim > 0 && d.head_dim <= kMostHeadDim && d.head_dim % 2 == 0, "heads must be even and up to 256 wide");
-  check(d.kv_heads > 0 && d.query_heads % d.kv_heads == 0, "query heads must be a multiple of key heads");
-  check(static_cast<std::int64_t>(inv_freq.size()) * 2 == d.head_dim, "inv_freq must be half as long as a head is wide");
-  check(d.embedding && d.final_gain && d.lm_head.cols == d.width, "the ends of the decoder do not fit its width");
+struct Linear {
+  Weight weight;
+  Vector bias;
+};
+// With scales the weight is int8.
+Linear linear_of(const std::string& name, const LinearArgs& given, DType dtype, std::int64_t rows, std::int64_t cols) {
+  const Tensor weight(name + ".weight", given.weight), scales = Tensor::optional(name + ".scales", given.scales);
+  weight.check(scales ? Element::i8 : element_of(dtype), {rows, cols});
+  rows = weight.size(0);
+  check(rows > 0 && cols > 0, name + ".weight is empty");
+  if (scales) scales.check(Element::f32, {rows});
+  return {{weight.data<const void>(), scales ? DType::i8 : dtype, rows, cols, scales.data<const float>()},
+          vector_of(name + ".bias", given.bias, dtype, rows)};
+}
+
+std::unique_ptr<Runner> make_runner(const ModelArgs& given) {
+  const Tensor embedding("Model: embedding", given.embedding), inv_freq("Model: inv_freq", given.inv_freq);
+  Model m{};
+  m.dtype = model_dtype(embedding);
+  embedding.check(embedding.element(), {kAny, kAny});
+  if (embedding.size(0) == 0) embedding.fail("of at least one row");
+  m.embedding = embedding.data<const void>();
+  m.embedding_rows = embedding.size(0);
+  m.hidden_size = embedding.size(1);
+  m.query_heads = given.query_heads;
+  m.kv_heads = given.kv_heads;
+  m.head_dim = given.head_dim;
+  m.intermediate_size = given.intermediate_size;
+  m.eps = given.eps;
+  m.scale = given.scale;
+  m.attention_scaling = given.attention_scaling;
+  check(m.hidden_size > 0 && m.intermediate_size > 0 && m.query_heads > 0, "Model: sizes must be positive");
+  check(m.head_dim > 0 && m.head_dim <= kMaxHeadDim && m.head_dim % 2 == 0, "Model: heads must be even and up to 256 wide");
+  check(m.kv_heads > 0 && m.query_heads % m.kv_heads == 0, "Model: query heads must be a multiple of key heads");
+  inv_freq.check(Element::f32, {m.head_dim / 2});
+  m.final_norm = norm_of("Model: final_norm", given.final_norm, m.dtype, m.hidden_size);
+  const Linear lm_head = linear_of("Model: lm_head", given.lm_head, m.dtype, kAny, m.hidden_size);
+  m.lm_head = lm_head.weight;
+  m.lm_head_bias = lm_head.bias;
   std::vector<Layer> layers;
-  for (const py::handle& item : layer_list) {
-    const auto given = py::reinterpret_borrow<py::dict>(item);
-    const auto vector = [&](const char* key) { return pointer<const void>(given[key].cast<Address>()); };
-    const auto weight = [&](const char* key) { return weight_of(given[key].cast<WeightTuple>(), d.dtype); };
+  for (const LayerArgs& from : given.layers) {
+    const std::string at = "Layer " + std::to_string(layers.size()) + ": ";
+    const auto linear = [&](const char* name, const LinearArgs& args, std::int64_t rows, std::int64_t cols) {
+      return linear_of(at + name, args, m.dtype, rows, cols);
+    };
+    const Linear qkv = linear("qkv", from.qkv, (m.query_heads + 2 * m.kv_heads) * m.head_dim, m.hidden_size);
+    const Linear output = linear("output", from.output, m.hidden_size, m.query_heads * m.head_dim);
+    const Linear gate_up = linear("gate_up", from.gate_up, 2 * m.intermediate_size, m.hidden_size);
+    const Linear down = linear("down", from.down, m.hidden_size, m.intermediate_size);
+    check(from.slot >= 0 && from.window.value_or(1) > 0, at + "slot must be 0 or more and a window 1 or more");
     Layer layer{};
-    layer.input_gain = vector("input_gain");
-    layer.qkv = weight("qkv");
-    layer.qkv_bias = vector("qkv_bias");
-    layer.query_gain = vector("query_gain");
-    layer.key_gain = vector("key_gain");
-    layer.output = weight("output");
-    layer.output_bias = vector("output_bias");
-    layer.mlp_gain = vector("mlp_gain");
-    layer.gate_up = weight("gate_up");
-    layer.gate_up_bias = vector("gate_up_bias");
-    layer.down = weight("down");
-    layer.down_bias = vector("down_bias");
-    layer.window = given["window"].cast<std::int64_t>();
-    layer.slot = given["slot"].cast<std::int64_t>();
-    const auto fits = [](const Weight& w, std::int64_t rows, std::int64_t cols) { return w.rows == rows && w.cols == cols; };
-    check(layer.input_gain && layer.mlp_gain && fits(layer.qkv, (d.query_heads + 2 * d.kv_heads) * d.head_dim, d.width) &&
-              fits(layer.output, d.width, d.query_heads * d.head_dim) &&
-              fits(layer.gate_up, 2 * d.intermediate, d.width) && fits(layer.down, d.width, d.intermediate),
-          "a layer's weights do not fit the sizes of the decoder");
+    layer.input_norm = norm_of(at + "input_norm", from.input_norm, m.dtype, m.hidden_size);
+    layer.qkv = qkv.weight;
+    layer.qkv_bias = qkv.bias;
+    layer.query_norm = vector_of(at + "query_norm", from.query_norm, m.dtype, m.head_dim);
+    layer.key_norm = vector_of(at + "key_norm", from.key_norm, m.dtype, m.head_dim);
+    layer.output = output.weight;
+    layer.output_bias = output.bias;
+    layer.mlp_norm = norm_of(at + "mlp_norm", from.mlp_norm, m.dtype, m.hidden_size);
+    layer.gate_up = gate_up.weight;
+    layer.gate_up_bias = gate_up.bias;
+    layer.down = down.weight;
+    layer.down_bias = down.bias;
+    layer.window = from.window.value_or(0);
+    layer.slot = from.slot;
     layers.push_back(layer);
   }
-  return std::make_unique<Runner>(d, std::move(layers), std::move(inv_freq));
+  const float* frequencies = inv_freq.data<const float>();
+  return std::make_unique<Runner>(m, std::move(layers), std::vector<float>(frequencies, frequencies + m.head_dim / 2));
 }
 
-// (keys, values, layer stride, row stride, head stride, positions, stride of positions, prefix_row, prefix_len)
-using MemoryTuple =
-    std::tuple<Address, Address, std::int64_t, std::int64_t, std::int64_t, Address, std::int64_t, Address, Address>;
+// ---- calls ---------------------------------------------------------------------------------------------------------
 
-Memory memory_of(const MemoryTuple& given) {
-  const auto [keys, values, layer, row, head, positions, positions_stride, prefix_row, prefix_len] = given;
-  return {pointer<void>(keys),
-          pointer<void>(values),
-          layer,
-          row,
-          head,
-          pointer<std::int64_t>(positions),
-          positions_stride,
-          pointer<const std::int64_t>(prefix_row),
-          pointer<const std::int64_t>(prefix_len)};
+std::vector<std::int64_t> numbers_of(const Tensor& tensor, std::int64_t count) {
+  tensor.check(Element::i64, {count});
+  const std::int64_t* first = tensor.data<const std::int64_t>();
+  return {first, first + tensor.size(0)};
 }
 
-// What happens between two steps: the caller's function, and Ctrl-C.
-Between between_of(const py::object& callback) {
+// A KV cache and where its rows go on. Holds the tensors.
+struct CacheArgs {
+  Tensor keys, values, positions, prefix_row, prefix_len;
+  DType dtype;
+  RowCursor rows;
+
+  CacheArgs(const py::object& keys_arg, const py::object& values_arg, const py::object& positions_arg,
+            const py::object& lengths, const py::object& next_position, const py::object& prefix_row_arg,
+            const py::object& prefix_len_arg)
+      : keys("KVCache: keys", keys_arg), values("KVCache: values", values_arg), positions("KVCache: positions", positions_arg),
+        prefix_row("KVCache: prefix_row", prefix_row_arg), prefix_len("KVCache: prefix_len", prefix_len_arg),
+        dtype(model_dtype(keys)) {
+    keys.check(keys.element(), {kAny, kAny, kAny, kAny, kAny}, Strides::rows);
+    values.check(keys.element(), {keys.size(0), keys.size(1), keys.size(2), keys.size(3), keys.size(4)}, Strides::rows);
+    if (keys.stride(3) != keys.size(4) && keys.size(3) > 1) keys.fail("of contiguous slots");
+    for (int i = 0; i < keys.dims(); ++i)
+      if (values.stride(i) != keys.stride(i) && keys.size(i) > 1) values.fail("of the strides of keys");
+    const std::int64_t batch = keys.size(1);
+    positions.check(Element::i64, {batch, keys.size(3)}, Strides::rows);
+    rows = {numbers_of(Tensor("KVCache: lengths", lengths), batch),
+            numbers_of(Tensor("KVCache: next_position", next_position), batch)};
+    prefix_row.check(Element::i64, {batch});
+    prefix_len.check(Element::i64, {batch});
+  }
+
+  // The cache for a call on `model` that adds counts[b] slots to row b.
+  KVCache cache_for(const Model& model, const std::vector<std::int64_t>& counts) const {
+    keys.check(element_of(model.dtype), {kAny, kAny, model.kv_heads, kAny, model.head_dim}, Strides::rows);
+    std::int64_t layers = 0;
+    for (std::int64_t i = 0; i < model.layer_count; ++i) layers = std::max(layers, model.layers[i].slot + 1);
+    if (layers > keys.size(0)) keys.fail("of at least " + std::to_string(layers) + " layers");
+    bool shares_prefix = false;
+    for (std::size_t b = 0; b < rows.lengths.size(); ++b) {
+      const std::int64_t length = rows.lengths[b], len = prefix_len.data<const std::int64_t>()[b];
+      check(length >= 0 && counts[b] >= 0 && length + counts[b] <= keys.size(3),
+            "KVCache: row " + std::to_string(b) + " of length " + std::to_string(length) + " has no room for " +
+                std::to_string(counts[b]) + " more of " + std::to_string(keys.size(3)) + " slots");
+      if (len == 0) continue;
+      const std::int64_t source = prefix_row.data<const std::int64_t>()[b];
+      check(len > 0 && len <= length && len % kKVSplitSlots == 0 && source >= 0 && source < keys.size(1),
+            "KVCache: row " + std::to_string(b) + " cannot share " + std::to_string(len) + " slots with row " +
+                std::to_string(source) + "; supported are multiples of " + std::to_string(kKVSplitSlots) + " up to its length");
+      shares_prefix = true;
+    }
+    return {keys.data<void>(), values.data<void>(), keys.stride(0), keys.stride(1), keys.stride(2),
+            positions.data<std::int64_t>(), positions.stride(0),
+            shares_prefix ? prefix_row.data<const std::int64_t>() : nullptr,
+            shares_prefix ? prefix_len.data<const std::int64_t>() : nullptr};
+  }
+};
+
+struct FeedbackArgs {
+  float target_norm;
+  Tensor aligner;
+  std::int64_t soft_top_k;
+};
+struct DecodeArgs {
+  DecodeParams params;
+  Tensor penalty_mask;
+};
+
+// The work between two steps: the caller's function, and Ctrl-C.
+StepCallback callback_of(const py::object& callback) {
   return [&callback](std::int64_t step) {
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -161,66 +255,162 @@ Between between_of(const py::object& callback) {
   };
 }
 
-using Numbers = std::vector<std::int64_t>;
-
-void extend(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions,
-            const Numbers& counts, std::int64_t columns, Address tokens, Address embeds, Address states, Address logits) {
-  const py::object nobody = py::none();
-  const Between between = between_of(nobody);
+void extend(Runner& runner, const CacheArgs& cache, const py::object& counts_arg, const py::object& token_ids_arg,
+            const py::object& embeds_arg, const py::object& states_arg, const py::object& logits_arg) {
+  const Model& model = runner.model();
+  const std::int64_t batch = static_cast<std::int64_t>(cache.rows.lengths.size());
+  const std::vector<std::int64_t> counts = numbers_of(Tensor("extend: counts", counts_arg), batch);
+  const Tensor ids = Tensor::optional("extend: token_ids", token_ids_arg);
+  const Tensor embeds = Tensor::optional("extend: embeds", embeds_arg);
+  check(static_cast<bool>(ids) != static_cast<bool>(embeds), "extend: pass token_ids or embeds");
+  if (ids) ids.check(Element::i64, {batch, kAny});
+  if (embeds) embeds.check(element_of(model.dtype), {batch, kAny, model.hidden_size});
+  const std::int64_t columns = (ids ? ids : embeds).size(1);
+  for (const std::int64_t count : counts) check(count <= columns, "extend: counts are above the columns of the prompt");
+  const Tensor states = Tensor::optional("extend: states", states_arg), logits = Tensor::optional("extend: logits", logits_arg);
+  if (states) states.check(element_of(model.dtype), {batch, model.hidden_size});
+  if (logits) logits.check(Element::f32, {batch, model.lm_head.rows});
+  const KVCache kv = cache.cache_for(model, counts);
+  const py::object no_callback = py::none();
+  const StepCallback on_step = callback_of(no_callback);
   py::gil_scoped_release release;
-  runner.extend(memory_of(memory), {lengths, positions}, counts, columns, pointer<const std::int64_t>(tokens),
-                pointer<const void>(embeds), pointer<void>(states), pointer<float>(logits), between);
+  runner.extend(kv, cache.rows, counts, columns, ids.data<const std::int64_t>(), embeds.data<const void>(), states.data<void>(),
+                logits.data<float>(), on_step);
 }
 
-Numbers run_latent(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address seed,
-              Address aligner, float target_norm, std::int64_t likely, const Numbers& steps, double settle, Address latents,
-              Address states, Address recorded, const py::object& on_step) {
-  check(!steps.empty() && steps.size() == lengths.size() && *std::min_element(steps.begin(), steps.end()) > 0,
-        "latent steps must be 1 or more for each row");
-  check(likely >= 0 && likely <= kMostLikely, "soft feedback mixes up to " + std::to_string(kMostLikely) + " tokens");
-  const Between between = between_of(on_step);
+std::vector<std::int64_t> run_latent(Runner& runner, const CacheArgs& cache, const py::object& seed_arg,
+                                     const FeedbackArgs& feedback, const LatentParams& params, const py::object& latents_arg,
+                                     const py::object& last_hidden_arg, const py::object& states_arg,
+                                     const py::object& on_step_arg) {
+  const Model& model = runner.model();
+  const std::int64_t batch = static_cast<std::int64_t>(cache.rows.lengths.size());
+  const std::vector<std::int64_t>& steps = params.steps;
+  check(!steps.empty() && steps.size() == cache.rows.lengths.size() && *std::min_element(steps.begin(), steps.end()) > 0,
+        "run_latent: steps must be 1 or more for each row");
+  const std::int64_t longest = *std::max_element(steps.begin(), steps.end());
+  const Element dtype = element_of(model.dtype);
+  const Tensor seed("run_latent: seed", seed_arg), latents("run_latent: latents", latents_arg);
+  const Tensor last_hidden("run_latent: last_hidden", last_hidden_arg);
+  const Tensor states = Tensor::optional("run_latent: states", states_arg);
+  if (feedback.soft_top_k) {
+    check(feedback.soft_top_k <= model.lm_head.rows && model.lm_head.rows <= model.embedding_rows,
+          "Feedback: soft_top_k needs as many tokens, with an embedding each");
+    seed.check(Element::f32, {batch, model.lm_head.rows});
+  } else {
+    seed.check(dtype, {batch, model.hidden_size});
+  }
+  if (feedback.aligner) feedback.aligner.check(Element::f32, {model.hidden_size, model.hidden_size});
+  latents.check(dtype, {batch, longest, model.hidden_size});
+  last_hidden.check(dtype, {batch, model.hidden_size});
+  if (states) states.check(dtype, {batch, longest, model.hidden_size});
+  const KVCache kv = cache.cache_for(model, steps);
+  const StepCallback on_step = callback_of(on_step_arg);
   py::gil_scoped_release release;
-  return runner.run_latent(memory_of(memory), {lengths, positions}, pointer<const void>(seed),
-                      {pointer<const float>(aligner), target_norm, likely}, {steps, settle}, pointer<void>(latents),
-                      pointer<void>(states), pointer<void>(recorded), between);
+  return runner.run_latent(kv, cache.rows, seed.data<const void>(),
+                           {feedback.aligner.data<const float>(), feedback.target_norm, feedback.soft_top_k}, params,
+                           latents.data<void>(), last_hidden.data<void>(), states.data<void>(), on_step);
 }
 
-void decode(Runner& runner, const MemoryTuple& memory, const Numbers& lengths, const Numbers& positions, Address logits,
-           const Sampling& sampling, std::int64_t max_new_tokens, std::int64_t min_new_tokens, const Numbers& ends,
-           Address seen, Address tokens, const py::object& on_token) {
-  const Between between = between_of(on_token);
+void decode(Runner& runner, const CacheArgs& cache, const py::object& logits_arg, const DecodeArgs& given,
+            const py::object& token_ids_arg, const py::object& on_token) {
+  const Model& model = runner.model();
+  const std::int64_t batch = static_cast<std::int64_t>(cache.rows.lengths.size()), most = given.params.max_new_tokens;
+  check(most >= 0, "DecodeParams: max_new_tokens must be 0 or more");
+  const Tensor logits("decode: logits", logits_arg), token_ids("decode: token_ids", token_ids_arg);
+  logits.check(Element::f32, {batch, model.lm_head.rows});
+  token_ids.check(Element::i64, {batch, most});
+  DecodeParams params = given.params;
+  if (given.penalty_mask) given.penalty_mask.check(Element::boolean, {batch, model.lm_head.rows});
+  params.penalty_mask = given.penalty_mask.data<std::uint8_t>();
+  // The last token is chosen and not fed in.
+  const KVCache kv = cache.cache_for(model, std::vector<std::int64_t>(batch, std::max<std::int64_t>(most - 1, 0)));
+  const StepCallback on_step = callback_of(on_token);
   py::gil_scoped_release release;
-  runner.decode(memory_of(memory), {lengths, positions}, pointer<const float>(logits),
-               {sampling, max_new_tokens, min_new_tokens, ends, pointer<std::uint8_t>(seen)},
-               pointer<std::int64_t>(tokens), between);
+  runner.decode(kv, cache.rows, logits.data<const float>(), params, token_ids.data<std::int64_t>(), on_step);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native CPU kernels of latentmas_kernels. Addresses are of row-major memory that the caller keeps alive.";
-  m.def("realign", &realign, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_row_stride"), py::arg("weight"),
-        py::arg("target_norm"), py::arg("out"), py::arg("out_dtype"), py::arg("out_row_stride"), py::arg("rows"),
-        py::arg("cols_in"), py::arg("cols_out"));
+  m.doc() = "CPU kernels of latentmas_kernels on torch tensors; arguments that do not fit raise a ValueError that names them.";
+  const auto none = py::none();
+
+  m.attr("KV_SPLIT_SLOTS") = kKVSplitSlots;
+  m.attr("MIN_NORM") = kMinNorm;
+  m.attr("NEVER_COSINE") = kNeverCosine;
+  m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
+  m.attr("MAX_SOFT_TOKENS") = kMaxSoftTokens;
+
+  m.def("realign", &realign, "ops/realign.py; writes `out`.", py::arg("hidden"), py::arg("weight"), py::arg("target_norm"),
+        py::arg("out"));
   py::class_<Sampling>(m, "Sampling", "How a token is chosen; see ops/sample.py.")
-      .def(py::init([](bool draw, float temperature, std::int64_t top_k, float top_p, float min_p, float penalty,
-                       std::uint64_t seed) { return Sampling{draw, temperature, top_k, top_p, min_p, penalty, seed}; }),
-           py::arg("draw"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p") = 0.0f,
-           py::arg("penalty") = 1.0f, py::arg("seed") = 0);
-  m.def("sample", &sample_rows, py::arg("logits"), py::arg("rows"), py::arg("vocabulary"), py::arg("sampling"),
+      .def(py::init([](bool do_sample, float temperature, std::int64_t top_k, float top_p, float min_p,
+                       float repetition_penalty, std::uint64_t seed) {
+             return Sampling{do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed};
+           }),
+           py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p") = 0.0f,
+           py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
+  m.def("sample", &sample_rows, "Token ids of logits float32 [rows, vocabulary].", py::arg("logits"), py::arg("sampling"),
         py::arg("draw"));
-  py::class_<Runner>(m, "Runner", "A decoder's steps; csrc/cpu/runner.h says what the calls do.")
-      .def(py::init(&make_runner), py::arg("model"), py::arg("layers"))
-      .def("extend", &extend, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("counts"),
-           py::arg("columns"), py::arg("tokens"), py::arg("embeds"), py::arg("states"), py::arg("logits"))
-      .def("run_latent", &run_latent, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("seed"),
-           py::arg("aligner"), py::arg("target_norm"), py::arg("likely"), py::arg("steps"), py::arg("settle"),
-           py::arg("latents"), py::arg("states"), py::arg("recorded"), py::arg("on_step"))
-      .def("decode", &decode, py::arg("memory"), py::arg("lengths"), py::arg("positions"), py::arg("logits"),
-           py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("ends"), py::arg("seen"),
-           py::arg("tokens"), py::arg("on_token"))
+
+  py::class_<LinearArgs>(m, "Linear", "weight [out, in] and bias [out] in the model's dtype; with scales [out] int8.")
+      .def(py::init<py::object, py::object, py::object>(), py::arg("weight"), py::arg("bias") = none, py::arg("scales") = none);
+  py::class_<LayerArgs>(m, "Layer", "models/packed_weights.py:Layer.")
+      .def(py::init([](py::object input_norm, LinearArgs qkv, py::object query_norm, py::object key_norm, LinearArgs output,
+                       py::object mlp_norm, LinearArgs gate_up, LinearArgs down, std::optional<std::int64_t> window,
+                       std::int64_t slot) {
+             return LayerArgs{input_norm, query_norm, key_norm, mlp_norm, qkv, output, gate_up, down, window, slot};
+           }),
+           py::kw_only(), py::arg("input_norm"), py::arg("qkv"), py::arg("query_norm"), py::arg("key_norm"), py::arg("output"),
+           py::arg("mlp_norm"), py::arg("gate_up"), py::arg("down"), py::arg("window"), py::arg("slot"));
+  py::class_<ModelArgs>(m, "Model", "models/packed_weights.py:Weights.")
+      .def(py::init([](py::object embedding, std::vector<LayerArgs> layers, py::object final_norm, LinearArgs lm_head,
+                       py::object inv_freq, std::int64_t query_heads, std::int64_t kv_heads, std::int64_t head_dim,
+                       std::int64_t intermediate_size, float eps, float scale, float attention_scaling) {
+             return ModelArgs{embedding, final_norm, inv_freq,          lm_head, layers, query_heads,
+                              kv_heads,  head_dim,   intermediate_size, eps,     scale,  attention_scaling};
+           }),
+           py::kw_only(), py::arg("embedding"), py::arg("layers"), py::arg("final_norm"), py::arg("lm_head"),
+           py::arg("inv_freq"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"),
+           py::arg("eps"), py::arg("scale"), py::arg("attention_scaling"));
+
+  py::class_<CacheArgs>(m, "KVCache", "The tensors of a LatentCache: keys and values [layers, B, kv_heads, slots, head_dim].")
+      .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
+                    const py::object&, const py::object&>(),
+           py::kw_only(), py::arg("keys"), py::arg("values"), py::arg("positions"), py::arg("lengths"),
+           py::arg("next_position"), py::arg("prefix_row"), py::arg("prefix_len"));
+  py::class_<FeedbackArgs>(m, "Feedback", "From a latent step to the next: W_a transposed, or the soft_top_k likeliest tokens.")
+      .def(py::init([](float target_norm, const py::object& aligner, std::int64_t soft_top_k) {
+             check(soft_top_k >= 0 && soft_top_k <= kMaxSoftTokens,
+                   "Feedback: soft_top_k must be up to " + std::to_string(kMaxSoftTokens));
+             return FeedbackArgs{target_norm, Tensor::optional("Feedback: aligner", aligner), soft_top_k};
+           }),
+           py::kw_only(), py::arg("target_norm"), py::arg("aligner") = none, py::arg("soft_top_k") = 0);
+  py::class_<LatentParams>(m, "LatentParams", "engines' LatentParams: steps int64 [B], and the cosine that ends a row.")
+      .def(py::init([](const py::object& steps, std::optional<double> stop_cosine) {
+             return LatentParams{numbers_of(Tensor("LatentParams: steps", steps), kAny), stop_cosine.value_or(kNeverCosine)};
+           }),
+           py::kw_only(), py::arg("steps"), py::arg("stop_cosine") = none);
+  py::class_<DecodeArgs>(m, "DecodeParams", "How to choose tokens and when to stop; penalty_mask: bool [B, vocabulary].")
+      .def(py::init([](const Sampling& sampling, std::int64_t max_new_tokens, std::int64_t min_new_tokens,
+                       std::vector<std::int64_t> eos_token_ids, const py::object& penalty_mask) {
+             return DecodeArgs{{sampling, max_new_tokens, min_new_tokens, std::move(eos_token_ids)},
+                               Tensor::optional("DecodeParams: penalty_mask", penalty_mask)};
+           }),
+           py::kw_only(), py::arg("sampling"), py::arg("max_new_tokens"), py::arg("min_new_tokens"), py::arg("eos_token_ids"),
+           py::arg("penalty_mask") = none);
+
+  py::class_<Runner>(m, "Runner", "The steps of a model, as in csrc/cpu/runner.h. Holds addresses of the weights, not tensors.")
+      .def(py::init(&make_runner), py::arg("model"))
+      .def("extend", &extend, py::arg("cache"), py::kw_only(), py::arg("counts"), py::arg("token_ids"), py::arg("embeds"),
+           py::arg("states"), py::arg("logits"))
+      .def("run_latent", &run_latent, py::arg("cache"), py::kw_only(), py::arg("seed"), py::arg("feedback"), py::arg("params"),
+           py::arg("latents"), py::arg("last_hidden"), py::arg("states"), py::arg("on_step"))
+      .def("decode", &decode, py::arg("cache"), py::kw_only(), py::arg("logits"), py::arg("params"), py::arg("token_ids"),
+           py::arg("on_token"))
       .def_property_readonly("scratch_bytes", &Runner::scratch_bytes);
-  m.def("checksum", &checksum_of, py::arg("address"), py::arg("bytes"), "csrc/cpu/checksum.h says of what.");
+
+  m.def("checksum", &checksum_of, py::arg("tensor"), "csrc/cpu/checksum.h describes it.");
   m.def("available_isas", [] { return std::string(available_isas()); });
   m.def("active_isa", [] { return std::string(active_isa()); });
   m.def("threads", &team_size, "Threads that the kernels run on.");

@@ -119,10 +119,10 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     from latentmas_kernels.alignment import Aligner
-    from latentmas_kernels.engines.cuda_step import Step
+    from latentmas_kernels.engines.cuda_step import DecodeStep
     from latentmas_kernels.models.architecture import Architecture
     from latentmas_kernels.models.packed_weights import pack_weights
-    from latentmas_kernels.ops.triton.launch import Target
+    from latentmas_kernels.ops.triton.launch import LaunchTarget
 
     config = CONFIG_MAPPING[family](
         **SHAPES[family], num_hidden_layers=1, tie_word_embeddings=True, max_position_embeddings=32768
@@ -132,13 +132,13 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
     rotary = model.model.rotary_emb
     rotary.inv_freq = torch.ones(rotary.inv_freq.shape)  # the only weight whose values are read
     weights = pack_weights(model, Architecture.of(model))
-    target = Target("a GPU", 132, overlap=capability >= 90)
-    step = Step(weights, Architecture.of(model), batch, target)
+    target = LaunchTarget("a GPU", 132, enable_pdl=capability >= 90)
+    step = DecodeStep(weights, Architecture.of(model), batch, target)
     width = config.hidden_size
     aligner = Aligner("ridge", 1.0, weight=torch.empty(width, width, device="meta"))
 
     for do_sample in (False, True):
-        step.prepare(do_sample=do_sample)
+        step.allocate(do_sample=do_sample)
 
     def body() -> None:
         with inside or nullcontext():
@@ -151,11 +151,11 @@ def launches_of(family: str, dtype: torch.dtype, batch: int, capability: int, in
 
 def realign_launches(capability: int) -> dict:
     """`realign` as a call of its own, with and without W_a."""
-    from latentmas_kernels.ops.triton.launch import Target
+    from latentmas_kernels.ops.triton.launch import LaunchTarget
     from latentmas_kernels.ops.triton.realign import realign
 
     hidden, out = torch.empty(2, 3, 896, dtype=torch.bfloat16, device="meta")
-    target = Target("a GPU", 132, overlap=capability >= 90)
+    target = LaunchTarget("a GPU", 132, enable_pdl=capability >= 90)
 
     def body() -> None:
         realign(hidden, torch.empty(896, 896, device="meta"), 1.0, out, target=target)

@@ -1,6 +1,6 @@
-"""What the tests of the ops share: the device, seeded inputs, poisoned buffers, the bound on an op's error.
+"""Shared by the tests of the ops: the device, seeded inputs, poisoned buffers, the bound on an op's error.
 
-And what says how much a model's float32 rounds: the same model with its sums in another order.
+Also a measure of how much a model's float32 rounds: the same model with its sums in another order.
 """
 
 import copy
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentmas_kernels.ops.triton.launch import Tile, target_of
+from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.tiles import GemmConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGET = target_of(DEVICE)
@@ -19,12 +20,12 @@ DOT_DTYPES = DTYPES if DEVICE.type == "cuda" else DTYPES[:2]
 """tl.dot on bfloat16 gives garbage in the interpreter."""
 # Products of 5 rows and, on tensor cores, of 19: blocks that do not divide either, K whole, in two parts and in three.
 TILES = [
-    (5, Tile(1, 32, 64, 1, dot=False, num_warps=4, num_stages=1)),
-    (5, Tile(4, 16, 64, 2, dot=False, num_warps=4, num_stages=1)),
-    (5, Tile(4, 64, 16, 3, dot=False, num_warps=4, num_stages=1)),
-    (19, Tile(16, 32, 32, 1, dot=True, num_warps=4, num_stages=2)),
-    (19, Tile(32, 16, 64, 2, dot=True, num_warps=4, num_stages=2)),
-    (19, Tile(16, 64, 16, 3, dot=True, num_warps=4, num_stages=2)),
+    (5, GemmConfig(1, 32, 64, 1, dot=False, num_warps=4, num_stages=1)),
+    (5, GemmConfig(4, 16, 64, 2, dot=False, num_warps=4, num_stages=1)),
+    (5, GemmConfig(4, 64, 16, 3, dot=False, num_warps=4, num_stages=1)),
+    (19, GemmConfig(16, 32, 32, 1, dot=True, num_warps=4, num_stages=2)),
+    (19, GemmConfig(32, 16, 64, 2, dot=True, num_warps=4, num_stages=2)),
+    (19, GemmConfig(16, 64, 16, 3, dot=True, num_warps=4, num_stages=2)),
 ]
 TILE_NAMES = [f"rows{rows}-split{tile.split}{'-dot' if tile.dot else ''}" for rows, tile in TILES]
 
@@ -76,8 +77,8 @@ class _InHalves(nn.Module):
 def summed_in_halves(model: Any) -> Any:
     """A copy of a transformers model that computes the same in another order: products in halves, attention written out.
 
-    How far the two are from float64 says how much rounding there is, whatever the instruction set; torch's own order may be
-    lucky on one processor and not on the next.
+    The distance of the two from float64 measures the rounding, whatever the instruction set; torch's own order may be lucky on
+    one processor and not on the next.
     """
     other = copy.deepcopy(model)
     other.set_attn_implementation("eager")

@@ -48,13 +48,13 @@ struct Values {
   }
 };
 
-struct Model {
+struct TestModel {
   std::vector<Values> kept;
-  Decoder decoder{};
+  Model model{};
   std::vector<Layer> layers;
   std::vector<float> inv_freq;
 
-  Model(const Size& s, DType dtype, bool int8) {
+  TestModel(const Size& s, DType dtype, bool int8) {
     Draw draw;
     const auto vector = [&](std::int64_t n, float offset) {
       kept.emplace_back(n, dtype, draw, offset);
@@ -73,13 +73,13 @@ struct Model {
     const std::int64_t qkv = (s.query_heads + 2 * s.kv_heads) * s.head_dim;
     for (int i = 0; i < 2; ++i) {
       Layer layer{};
-      layer.input_gain = vector(s.width, 1);
+      layer.input_norm = vector(s.width, 1);
       layer.qkv = weight(qkv, s.width);
       layer.qkv_bias = vector(qkv, 0);
-      layer.query_gain = vector(s.head_dim, 1);
-      layer.key_gain = vector(s.head_dim, 1);
+      layer.query_norm = vector(s.head_dim, 1);
+      layer.key_norm = vector(s.head_dim, 1);
       layer.output = weight(s.width, s.query_heads * s.head_dim);
-      layer.mlp_gain = vector(s.width, 1);
+      layer.mlp_norm = vector(s.width, 1);
       layer.gate_up = weight(2 * s.intermediate, s.width);
       layer.gate_up_bias = vector(2 * s.intermediate, 0);
       layer.down = weight(s.width, s.intermediate);
@@ -87,28 +87,28 @@ struct Model {
       layer.slot = i;
       layers.push_back(layer);
     }
-    decoder.dtype = dtype;
-    decoder.width = s.width;
-    decoder.query_heads = s.query_heads;
-    decoder.kv_heads = s.kv_heads;
-    decoder.head_dim = s.head_dim;
-    decoder.intermediate = s.intermediate;
-    decoder.embedding = vector(s.vocabulary * s.width, 0);
-    decoder.embedding_rows = s.vocabulary;
-    decoder.final_gain = vector(s.width, 1);
-    decoder.lm_head = weight(s.vocabulary, s.width);
-    decoder.eps = 1e-5f;
-    decoder.scale = 1 / std::sqrt(static_cast<float>(s.head_dim));
-    decoder.attention_scaling = 1;
+    model.dtype = dtype;
+    model.hidden_size = s.width;
+    model.query_heads = s.query_heads;
+    model.kv_heads = s.kv_heads;
+    model.head_dim = s.head_dim;
+    model.intermediate_size = s.intermediate;
+    model.embedding = vector(s.vocabulary * s.width, 0);
+    model.embedding_rows = s.vocabulary;
+    model.final_norm = vector(s.width, 1);
+    model.lm_head = weight(s.vocabulary, s.width);
+    model.eps = 1e-5f;
+    model.scale = 1 / std::sqrt(static_cast<float>(s.head_dim));
+    model.attention_scaling = 1;
     for (std::int64_t i = 0; i < s.head_dim / 2; ++i)
       inv_freq.push_back(std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(s.head_dim)));
   }
 };
 
-// Logits behind a prompt of ragged rows and latent steps, and the states after soft feedback; then tokens are spoken.
+// Logits behind a prompt of ragged rows and latent steps, and the states after soft feedback; then tokens are decoded.
 std::vector<float> run(const Size& s, DType dtype, bool int8) {
-  Model model(s, dtype, int8);
-  Runner runner(model.decoder, model.layers, model.inv_freq);
+  TestModel test(s, dtype, int8);
+  Runner runner(test.model, test.layers, test.inv_freq);
   constexpr std::int64_t kSteps = 3, kTokens = 4;
   const std::int64_t slots = s.prompt + 2 * kSteps + 1 + kTokens, size = dtype == DType::f32 ? 4 : 2;
   const std::int64_t layer_stride = s.batch * s.kv_heads * slots * s.head_dim, bytes = 2 * layer_stride * size;
@@ -116,9 +116,9 @@ std::vector<float> run(const Size& s, DType dtype, bool int8) {
   std::memset(keys.get(), 0xff, bytes);  // NaN
   std::memset(values.get(), 0xff, bytes);
   const std::unique_ptr<std::int64_t[]> positions(new std::int64_t[s.batch * slots]);
-  const Memory memory{keys.get(),    values.get(), layer_stride, s.kv_heads * slots * s.head_dim, slots * s.head_dim,
+  const KVCache cache{keys.get(),    values.get(), layer_stride, s.kv_heads * slots * s.head_dim, slots * s.head_dim,
                       positions.get(), slots};
-  Rows rows;
+  RowCursor rows;
   std::vector<std::int64_t> counts, ids(s.batch * s.prompt, -1), one(s.batch, 1), next(s.batch, 2);
   for (std::int64_t b = 0; b < s.batch; ++b) {
     rows.lengths.push_back(0);
@@ -134,30 +134,30 @@ std::vector<float> run(const Size& s, DType dtype, bool int8) {
   const std::unique_ptr<float[]> logits(new float[s.batch * s.vocabulary]);
   Draw draw;
   const Values aligner(s.width * s.width, DType::f32, draw);
-  runner.extend(memory, rows, counts, s.prompt, ids.data(), nullptr, state.get(), nullptr, {});
+  runner.extend(cache, rows, counts, s.prompt, ids.data(), nullptr, state.get(), nullptr, {});
   advance(counts);
   const Feedback mapped{reinterpret_cast<const float*>(aligner.data.get()), 1.5f, 0}, soft{nullptr, 1.5f, 10};
-  // Rows end by themselves, some because they have settled.
-  LatentParams thinking;
-  for (std::int64_t b = 0; b < s.batch; ++b) thinking.steps.push_back(1 + b % kSteps);
-  thinking.settle = 0.5f;
-  const std::unique_ptr<char[]> recorded(new char[s.batch * kSteps * s.width * size]);
-  advance(runner.run_latent(memory, rows, state.get(), mapped, thinking, latents.get(), last.get(), recorded.get(), {}));
-  runner.extend(memory, rows, one, 1, next.data(), nullptr, nullptr, logits.get(), {});
+  // Rows end by themselves, some because their embeddings have converged.
+  LatentParams latent_params;
+  for (std::int64_t b = 0; b < s.batch; ++b) latent_params.steps.push_back(1 + b % kSteps);
+  latent_params.stop_cosine = 0.5f;
+  const std::unique_ptr<char[]> states(new char[s.batch * kSteps * s.width * size]);
+  advance(runner.run_latent(cache, rows, state.get(), mapped, latent_params, latents.get(), last.get(), states.get(), {}));
+  runner.extend(cache, rows, one, 1, next.data(), nullptr, nullptr, logits.get(), {});
   advance(one);
   std::vector<float> result(logits.get(), logits.get() + s.batch * s.vocabulary);
-  thinking.settle = 2;
-  advance(runner.run_latent(memory, rows, logits.get(), soft, thinking, latents.get(), last.get(), nullptr, {}));
+  latent_params.stop_cosine = kNeverCosine;
+  advance(runner.run_latent(cache, rows, logits.get(), soft, latent_params, latents.get(), last.get(), nullptr, {}));
   if (dtype == DType::f32) {  // in bf16 another token may come among the ten most likely
-    const float* states = reinterpret_cast<const float*>(last.get());
-    result.insert(result.end(), states, states + s.batch * s.width);
+    const float* last_states = reinterpret_cast<const float*>(last.get());
+    result.insert(result.end(), last_states, last_states + s.batch * s.width);
   }
   DecodeParams how;
   how.sampling = {true, 0.9f, 5, 0.8f, 42};
   how.max_new_tokens = kTokens;
-  how.ends = {1, 2};
+  how.eos_token_ids = {1, 2};
   const std::unique_ptr<std::int64_t[]> tokens(new std::int64_t[s.batch * kTokens]);
-  runner.decode(memory, rows, logits.get(), how, tokens.get(), {});
+  runner.decode(cache, rows, logits.get(), how, tokens.get(), {});
   return result;
 }
 

@@ -40,10 +40,10 @@ std::uint64_t checksum(const void* data, std::int64_t bytes) {
   };
   const std::int64_t words = bytes / 8;
   const Argument argument{data, words, {word(data, words, bytes % 8)}};
-  run_on_team(
-      [](const void* given, const Member& me) {
+  parallel_run(
+      [](const void* given, const Worker& worker) {
         const Argument& a = *static_cast<const Argument*>(given);
-        a.sum += checksum_of(a.data, me.share(a.words)) * (2 * static_cast<std::uint64_t>(me.index) + 1);
+        a.sum += checksum_of(a.data, worker.partition(a.words)) * (2 * static_cast<std::uint64_t>(worker.index) + 1);
       },
       &argument, team_size());
   return argument.sum;

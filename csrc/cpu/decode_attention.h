@@ -1,4 +1,4 @@
-// decode_attention: each query over the slots of its own row up to its own, by online softmax in parts of kPartSlots.
+// decode_attention: each query over the slots of its row up to its own, by online softmax in KV splits of kKVSplitSlots.
 #pragma once
 
 #include "kernels.h"
@@ -6,12 +6,12 @@
 namespace latentmas {
 namespace LATENTMAS_ISA {
 
-// Computes the parts that fall to this member, for the wanted entries of `step` (all entries where `all`). With `split`
-// every part lies by itself in step.scratch.partials, otherwise they are put together as they come.
-void decode_attention(const Step& step, const Layer& layer, bool all, bool split, const Member& me);
+// Computes this worker's part of attention, for the output rows of `step` (all tokens where `all_tokens`). With `split`
+// every KV split is stored in step.scratch.kv_splits, otherwise they are merged as they come.
+void decode_attention(const DecodeStep& step, const Layer& layer, bool all_tokens, bool split, const Worker& worker);
 
-// Puts the parts of the i-th of those entries together: [query_heads * head_dim].
-void merge_parts(const Step& step, const Layer& layer, bool all, bool split, std::int64_t i, float* out);
+// Merges the KV splits of the i-th of those tokens: [query_heads * head_dim].
+void merge_kv_splits(const DecodeStep& step, const Layer& layer, bool all_tokens, bool split, std::int64_t i, float* out);
 
 }  // namespace LATENTMAS_ISA
 }  // namespace latentmas

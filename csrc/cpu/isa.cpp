@@ -1,4 +1,4 @@
-// Chooses which of the compiled instruction sets runs.
+// Choice of the instruction set among those that were compiled.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -30,7 +30,7 @@ bool has_tiles() {
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kProducts);
 }
 
-// Linux lends the tile registers to a process that asks for them, for all of its threads.
+// Linux grants the tile registers to a process that requests them, for all of its threads.
 bool may_use_tiles() {
 #ifdef __linux__
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -75,11 +75,11 @@ const std::string& names() {
 }
 
 const Isa& chosen() {
-  const char* wanted = std::getenv("LATENTMAS_ISA");
-  if (!wanted || !*wanted) return runnable().front();
+  const char* requested = std::getenv("LATENTMAS_ISA");
+  if (!requested || !*requested) return runnable().front();
   for (const Isa& isa : runnable())
-    if (isa.name == std::string(wanted)) return isa;
-  throw std::runtime_error("LATENTMAS_ISA=" + std::string(wanted) + " cannot run on this processor; it has: " + names() +
+    if (isa.name == std::string(requested)) return isa;
+  throw std::runtime_error("LATENTMAS_ISA=" + std::string(requested) + " cannot run on this processor; it has: " + names() +
                            ". Unset the variable or name one of these.");
 }
 

@@ -1,5 +1,5 @@
-// What crosses between the code that is compiled once and the kernels, which are compiled once per instruction set: plain
-// structs, and a table of functions. Callers go through active().
+// The border between the code that is compiled once and the kernels, which are compiled once per instruction
+// set: plain structs, and a table of functions. Callers go through active().
 //
 // The kernels use nothing from the standard library's templates: an inline function that one translation unit compiled
 // with AVX-512 could otherwise be the copy that the linker keeps for all of them, and an older processor would stop at an
@@ -15,7 +15,7 @@ namespace latentmas {
 
 enum class DType : int { f32 = 0, bf16 = 1, i8 = 2 };
 
-// Row-major matrices that somebody else owns. row_stride counts elements; the elements of a row are contiguous.
+// Views of row-major matrices. row_stride counts elements; the elements of a row are contiguous.
 struct ConstMatrix {
   const void* data;
   DType dtype;
@@ -27,7 +27,7 @@ struct Matrix {
   std::int64_t rows, cols, row_stride;
 };
 
-// A product's weight, [out, in] with contiguous rows. scales: of int8 rows, w = scale * q; null for the other dtypes.
+// The weight of a product, [out, in] with contiguous rows. scales: one per int8 row, w = scale * q; null for the other dtypes.
 struct Weight {
   const void* data = nullptr;
   DType dtype = DType::f32;
@@ -37,38 +37,38 @@ struct Weight {
 // A norm's weight or a bias, in the model's dtype; null where the model has none.
 using Vector = const void*;
 
-// One decoder layer, as in weights.py.
+// One decoder layer; models/packed_weights.py has the same fields.
 struct Layer {
-  Vector input_gain;
+  Vector input_norm;
   Weight qkv;
-  Vector qkv_bias, query_gain, key_gain;
+  Vector qkv_bias, query_norm, key_norm;
   Weight output;
-  Vector output_bias, mlp_gain;
+  Vector output_bias, mlp_norm;
   Weight gate_up;
   Vector gate_up_bias;
   Weight down;
   Vector down_bias;
   std::int64_t window;  // positions that a query sees, its own included; 0 is all
-  std::int64_t slot;    // its place among the layers of the memory
+  std::int64_t slot;    // its place among the layers of the KV cache
 };
 
-struct Decoder {
-  DType dtype;  // of the model: float32 or bfloat16
+struct Model {
+  DType dtype;  // float32 or bfloat16
   const Layer* layers;
-  std::int64_t layer_count, width, query_heads, kv_heads, head_dim, intermediate;
-  const void* embedding;  // [embedding_rows, width]
+  std::int64_t layer_count, hidden_size, query_heads, kv_heads, head_dim, intermediate_size;
+  const void* embedding;  // [embedding_rows, hidden_size]
   std::int64_t embedding_rows;
-  Vector final_gain;
-  Weight lm_head;
+  Vector final_norm;
+  Weight lm_head;  // [vocabulary, hidden_size]
   Vector lm_head_bias;
   float eps, scale, attention_scaling;
   const float* inv_freq;  // [head_dim / 2]
 };
 
 // Keys and values of all layers, [layers, B, kv_heads, slots, head_dim] with contiguous slots and equal strides, and the
-// positions [B, slots]. The first prefix_len[b] slots of row b, a multiple of kPartSlots, lie in row prefix_row[b]; both are null
-// where no row borrows. Positions are each row's own.
-struct Memory {
+// positions [B, slots]. The first prefix_len[b] slots of row b, a multiple of kKVSplitSlots, are stored in row
+// prefix_row[b]; both are null where no row shares a prefix. Every row has all of its positions.
+struct KVCache {
   void *keys, *values;
   std::int64_t layer_stride, row_stride, head_stride;
   std::int64_t* positions;
@@ -76,76 +76,79 @@ struct Memory {
   const std::int64_t *prefix_row = nullptr, *prefix_len = nullptr;
 };
 
-// New positions to run: entry i belongs to row `row[i]` of the memory and is stored in `slot[i]`. Entries of one row follow
-// each other in rising order. `wanted` lists the entries whose final state is asked for, rising.
-struct Entries {
+// New tokens to run: token i belongs to row `row[i]` of the KV cache and is stored in `slot[i]`. The tokens of one row follow
+// each other in rising order. `output_rows` lists the tokens whose final state is asked for, in rising order.
+struct TokenBatch {
   std::int64_t count;
   const std::int64_t *row, *slot, *position;
-  std::int64_t wanted_count;
-  const std::int64_t* wanted;
+  std::int64_t output_count;
+  const std::int64_t* output_rows;
 };
 
-// Scratch of a step in floats; Runner::run makes it. `own` is a piece of own_stride for each thread.
+// Scratch of a step in floats; Runner::run makes it. thread_scratch holds thread_scratch_stride floats for each thread.
 struct Scratch {
-  float *x, *rows, *qkv, *activated, *rotary, *partials, *operand, *own, *products;
-  std::int64_t own_stride;
+  float *x, *rows, *qkv, *activated, *rotary, *kv_splits, *operand, *thread_scratch, *products;
+  std::int64_t thread_scratch_stride;
 };
 
-// One forward over the decoder. What the entries start from is one of tokens, embeds and hidden.
-struct Step {
-  const Decoder* decoder;
-  Memory memory;
-  Entries entries;
+// One forward over the model. The input is one of token_ids, embeds and hidden.
+struct DecodeStep {
+  const Model* model;
+  KVCache cache;
+  TokenBatch batch;
   Scratch scratch;
 
-  const std::int64_t* tokens;  // [entries]
-  const void* const* embeds;   // [entries], addresses of rows in the model's dtype
-  // Latent: x = realign(hidden), or realign(mix(seeds)), which is also written to `latents` in the model's dtype.
-  const float* aligner;  // [width, width], W_a transposed; null is the identity
-  const float* seeds;    // soft feedback: logits [entries, vocabulary]; `likely` of them are mixed
-  std::int64_t likely;
+  const std::int64_t* token_ids;  // [tokens]
+  const void* const* embeds;      // [tokens], addresses of rows in the model's dtype
+  // Latent: x = realign(hidden), or realign(soft_embedding(soft_logits)); also written to `latents` in the model's
+  // dtype.
+  const float* aligner;  // [hidden_size, hidden_size], W_a transposed; null is the identity
+  const float* soft_logits;  // soft feedback: logits [tokens, vocabulary]; the soft_top_k largest of them count
+  std::int64_t soft_top_k;
   float target_norm;
   void* latents;
   std::int64_t latents_stride;
 
-  float* hidden;  // [wanted, width]: read by a latent step, then written with the states after the final norm
-  float* logits;  // [wanted, vocabulary], or null where the lm_head shall not run
+  float* hidden;  // [output_rows, hidden_size]: read by a latent step, then written with the states after the final norm
+  float* logits;  // [output_rows, vocabulary], or null where the lm_head shall not run
 };
 
 struct Kernels {
   // out[b] = y * target_norm / max(|y|, min_norm) with y = weight @ hidden[b], or hidden[b] where weight is null.
   // weight is float32 [out.cols, hidden.cols] with contiguous rows. scratch holds realign_scratch() floats.
   void (*realign)(ConstMatrix hidden, const float* weight, float target_norm, float* scratch, Matrix out);
-  // Runs on every member of a team.
-  void (*step)(const Step& step, const Member& me);
-  // Entries of a step that this instruction set likes to run at once in a prefill.
-  std::int64_t prefill_entries;
+  // Runs on every thread of a team.
+  void (*step)(const DecodeStep& step, const Worker& worker);
+  // Tokens that a prefill runs in one step.
+  std::int64_t prefill_tokens;
 };
 
-// Slots of one part of attention. Parts are computed by themselves and put together in order, so that a row's result
-// depends on neither the batch nor the number of threads.
-constexpr std::int64_t kPartSlots = 64;
-// Up to here every thread makes the input of a product for itself, which spares a barrier.
-constexpr std::int64_t kOwnOperandRows = 4;
+// Slots of one KV split of attention. Splits are computed by themselves and merged in order, so that a row's result depends
+// on neither the batch nor the number of threads.
+constexpr std::int64_t kKVSplitSlots = 64;
+// Up to so many rows every thread prepares the operand of a product for itself, which spares a barrier.
+constexpr std::int64_t kThreadOperandRows = 4;
 // Most rows of a weight that a product takes at once.
-constexpr std::int64_t kMostBlockRows = 8;
-constexpr std::int64_t kMostHeadDim = 256;
-// Most tokens whose embeddings soft feedback mixes.
-constexpr std::int64_t kMostLikely = 16;
+constexpr std::int64_t kMaxBlockRows = 8;
+constexpr std::int64_t kMaxHeadDim = 256;
+// Most tokens in the mean of soft feedback.
+constexpr std::int64_t kMaxSoftTokens = 16;
 // Elements that rows of an operand are padded to, with zeros.
 constexpr std::int64_t kPad = 32;
+// Smallest divisor of realign's rescale: a zero vector stays zero instead of becoming NaN.
+constexpr float kMinNorm = 1e-12f;
 
 LATENTMAS_INLINE std::int64_t padded(std::int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-LATENTMAS_INLINE std::int64_t parts_of(std::int64_t slots) { return (slots + kPartSlots - 1) / kPartSlots; }
-// Floats of a thread's own that products of so many columns need: operands and a row more, or two blocks of rows in bf16.
-LATENTMAS_INLINE std::int64_t own_floats(std::int64_t cols) {
-  return (kOwnOperandRows + 1 > kMostBlockRows ? kOwnOperandRows + 1 : kMostBlockRows) * padded(cols);
+LATENTMAS_INLINE std::int64_t kv_splits_of(std::int64_t slots) { return (slots + kKVSplitSlots - 1) / kKVSplitSlots; }
+// Floats of thread scratch that products of so many columns need: operands and a row more, or two blocks of rows in bf16.
+LATENTMAS_INLINE std::int64_t thread_scratch_floats(std::int64_t cols) {
+  return (kThreadOperandRows + 1 > kMaxBlockRows ? kThreadOperandRows + 1 : kMaxBlockRows) * padded(cols);
 }
-// Floats that one part of attention is kept in: the sum, the maximum and their weights' sum.
-LATENTMAS_INLINE std::int64_t part_floats(std::int64_t head_dim) { return padded(head_dim) + 2; }
-// Whether attention over so few entries is split along the slots to keep all threads busy.
-LATENTMAS_INLINE bool splits_attention(std::int64_t entries, std::int64_t kv_heads, int threads) {
-  return threads > 1 && entries * kv_heads < 8 * threads;
+// Floats of one KV split: the weighted sum of the values, the largest score and the sum of the weights.
+LATENTMAS_INLINE std::int64_t kv_split_floats(std::int64_t head_dim) { return padded(head_dim) + 2; }
+// Whether attention over so few tokens is split along the slots to keep all threads busy.
+LATENTMAS_INLINE bool splits_attention(std::int64_t tokens, std::int64_t kv_heads, int threads) {
+  return threads > 1 && tokens * kv_heads < 8 * threads;
 }
 
 // Floats of scratch that realign() needs: the inputs and the products, both in float32.
@@ -161,7 +164,8 @@ namespace amx { extern const Kernels kernels; }
 
 // Names of the instruction sets that this processor can run, best first, separated by spaces.
 const char* available_isas();
-// The one in use: the best, or the one that LATENTMAS_ISA names. Throws std::runtime_error where that cannot run here.
+// The instruction set in use: the best, or the one that LATENTMAS_ISA names. Throws std::runtime_error where that cannot run
+// here.
 const char* active_isa();
 const Kernels& active();
 

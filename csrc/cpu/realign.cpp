@@ -6,7 +6,7 @@
 // Inputs are widened to float32 once; products, norms and the rescale are float32, the cast comes last.
 #include "realign.h"
 
-#include "product.h"
+#include "gemm.h"
 #include "rmsnorm.h"
 #include "simd.h"
 
@@ -14,7 +14,6 @@ namespace latentmas {
 namespace LATENTMAS_ISA {
 namespace {
 
-constexpr float kMinNorm = 1e-12f;  // a zero vector stays zero instead of becoming NaN
 // Below this many multiply-adds waking the other threads costs more than they save.
 constexpr std::int64_t kParallelWork = 1 << 18;
 
@@ -65,14 +64,14 @@ void realign(ConstMatrix hidden, const float* weight, float target_norm, float* 
     const Arguments arguments{{weight, DType::f32, out.cols, hidden.cols, nullptr},
                               {scratch, rows, hidden.cols, Layout::rows},
                               {products, out.cols, nullptr, DType::f32, false, false}};
-    const Job job = [](const void* given, const Member& me) {
+    const Job job = [](const void* given, const Worker& worker) {
       const Arguments& a = *static_cast<const Arguments*>(given);
-      product(a.weight, a.operand, a.result, me, nullptr);  // float32 needs no space
+      gemm(a.weight, a.operand, a.result, worker, nullptr);  // float32 needs no space
     };
     if (rows * hidden.cols * out.cols > kParallelWork)
-      run_on_team(job, &arguments, team_size());
+      parallel_run(job, &arguments, team_size());
     else
-      job(&arguments, Member{0, 1, nullptr, nullptr});
+      job(&arguments, Worker{0, 1, nullptr, nullptr});
   }
   const std::int64_t size = out.dtype == DType::f32 ? 4 : 2;
   for (std::int64_t b = 0; b < rows; ++b)

@@ -1,4 +1,4 @@
-// rmsnorm: out = x / sqrt(mean(x^2) + eps) * gain, in float32 throughout.
+// rmsnorm: out = x / sqrt(mean(x^2) + eps) * norm_weight, in float32 throughout.
 #pragma once
 
 #include "kernels.h"
@@ -21,18 +21,18 @@ inline float squared_norm(const float* x, std::int64_t n) {
 }
 
 template <typename T>
-inline void rmsnorm(const float* x, const T* gain, std::int64_t n, float eps, float* out) {
+inline void rmsnorm(const float* x, const T* norm_weight, std::int64_t n, float eps, float* out) {
   const float scale = 1.0f / __builtin_sqrtf(squared_norm(x, n) / static_cast<float>(n) + eps);
   std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, mul(mul(load(x + i), all(scale)), load(gain + i)));
-  for (; i < n; ++i) out[i] = x[i] * scale * to_float(gain[i]);
+  for (; i + kLanes <= n; i += kLanes) store(out + i, mul(mul(load(x + i), all(scale)), load(norm_weight + i)));
+  for (; i < n; ++i) out[i] = x[i] * scale * to_float(norm_weight[i]);
 }
 
-inline void rmsnorm(const float* x, Vector gain, DType dtype, std::int64_t n, float eps, float* out) {
+inline void rmsnorm(const float* x, Vector norm_weight, DType dtype, std::int64_t n, float eps, float* out) {
   if (dtype == DType::f32)
-    rmsnorm(x, static_cast<const float*>(gain), n, eps, out);
+    rmsnorm(x, static_cast<const float*>(norm_weight), n, eps, out);
   else
-    rmsnorm(x, static_cast<const bf16*>(gain), n, eps, out);
+    rmsnorm(x, static_cast<const bf16*>(norm_weight), n, eps, out);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr std::int64_t kFirstLook = 1024;  // most distributions have their top-p mass in fewer tokens
 
-// Philox 4x32-10, its first number as one in [0, 1).
+// Philox 4x32-10; its first number, scaled to [0, 1).
 double philox_uniform(std::uint64_t seed, std::uint32_t counter) {
   std::uint32_t c[4] = {counter, 0, 0, 0};
   std::uint32_t k[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
@@ -40,7 +40,7 @@ float largest(const float* values, std::int64_t count) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// Of equals the first.
+// Returns the most likely token, the first one of equal logits.
 std::int64_t most_likely(const float* logits, std::int64_t vocabulary) {
   const float top = largest(logits, vocabulary);
   if (!std::isfinite(top))
@@ -49,8 +49,8 @@ std::int64_t most_likely(const float* logits, std::int64_t vocabulary) {
   return std::find(logits, logits + vocabulary, top) - logits;
 }
 
-// The k-th largest of the values. Among those that reach the k-th largest of the blocks' maxima: k blocks hold one such value
-// each, so the k-th largest of all is none below it. Drawing from 49,152 went from 0.4 to 0.1 ms.
+// Returns the k-th largest of the values. Searches among those that reach the k-th largest of the blocks' maxima: k blocks hold
+// one such value each, so the k-th largest of all is not below it. Drawing from 49,152 went from 0.4 to 0.1 ms.
 float kth_largest(const std::vector<float>& values, std::int64_t k) {
   constexpr std::int64_t kBlock = 64;
   const std::int64_t count = static_cast<std::int64_t>(values.size());
@@ -63,12 +63,12 @@ float kth_largest(const std::vector<float>& values, std::int64_t k) {
   }
   for (const float value : values)
     if (value >= least) reaching.push_back(value);
-  if (static_cast<std::int64_t>(reaching.size()) < k) return kNever;  // the others are NaN
+  if (static_cast<std::int64_t>(reaching.size()) < k) return kNever;  // the other values are NaN
   std::nth_element(reaching.begin(), reaching.begin() + k - 1, reaching.end(), std::greater<float>());
   return reaching[k - 1];
 }
 
-// The smallest logit that top-p keeps: one stays while the mass strictly above it is below top_p of the whole.
+// Returns the smallest logit that top-p keeps: a logit stays while the mass strictly above it is below top_p of the whole.
 float top_p_floor(std::vector<float>& z, double top, double top_p) {
   double whole = 0;
   for (const float value : z) whole += std::exp(value - top);
@@ -79,7 +79,7 @@ float top_p_floor(std::vector<float>& z, double top, double top_p) {
     if (stop < z.size()) std::nth_element(z.begin() + sorted, z.begin() + stop - 1, z.end(), std::greater<float>());
     std::sort(z.begin() + sorted, z.begin() + stop, std::greater<float>());
     for (; sorted < stop; ++sorted) {
-      // `above` is the mass of all before; equals of the first that stays stay with it.
+      // `above` is the mass of all logits before; logits that are equal stay or go together.
       if (sorted > 0 && z[sorted] != z[sorted - 1] && !(above < top_p * whole)) return z[sorted - 1];
       above += std::exp(z[sorted] - top);
     }
@@ -91,21 +91,22 @@ float top_p_floor(std::vector<float>& z, double top, double top_p) {
 }  // namespace
 
 std::int64_t sample(const float* logits, std::int64_t vocabulary, const Sampling& how, std::uint32_t counter,
-                    const std::vector<std::int64_t>& suppressed, const std::uint8_t* seen, std::vector<float>& scratch) {
-  if (!how.draw && suppressed.empty() && !seen) return most_likely(logits, vocabulary);
+                    const std::vector<std::int64_t>& suppressed, const std::uint8_t* penalty_mask,
+                    std::vector<float>& scratch) {
+  if (!how.do_sample && suppressed.empty() && !penalty_mask) return most_likely(logits, vocabulary);
   std::vector<float>& z = scratch;
   z.assign(logits, logits + vocabulary);
-  for (std::int64_t i = 0; seen && i < vocabulary; ++i)
-    if (seen[i]) z[i] = z[i] < 0 ? z[i] * how.penalty : z[i] / how.penalty;
+  for (std::int64_t i = 0; penalty_mask && i < vocabulary; ++i)
+    if (penalty_mask[i]) z[i] = z[i] < 0 ? z[i] * how.repetition_penalty : z[i] / how.repetition_penalty;
   for (const std::int64_t token : suppressed)
     if (token >= 0 && token < vocabulary) z[token] = kNever;
   const std::int64_t best = most_likely(z.data(), vocabulary);
-  if (!how.draw) return best;
+  if (!how.do_sample) return best;
   for (float& value : z) value /= how.temperature;
   const float top = z[best];
   if (!std::isfinite(top))
-    throw std::invalid_argument("the temperature is so small that logits divided by it overflow; supported are temperatures above "
-                                "1e-36, and greedy decoding for none");
+    throw std::invalid_argument("the temperature is so small that logits divided by it overflow; supported are temperatures "
+                                "above 1e-36, and greedy decoding for none");
   float floor = kNever;
   if (how.top_k > 0 && how.top_k < vocabulary) floor = kth_largest(z, how.top_k);
   std::vector<std::int64_t> kept;  // in the order of the vocabulary

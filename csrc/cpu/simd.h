@@ -48,7 +48,7 @@ inline Vec load(const int8* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 // Two vectors' worth of bf16, the even and the odd ones: half the work of widening them in order.
-inline void load_pairs(const bf16* p, Vec* even, Vec* odd) {
+inline void load_even_odd(const bf16* p, Vec* even, Vec* odd) {
   const __m512i pairs = _mm512_loadu_si512(p);
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
@@ -62,8 +62,8 @@ inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
-// 2 kLanes elements in order, as load_pairs would give them.
-inline void split_pairs(const float* p, Vec* even, Vec* odd) {
+// 2 kLanes elements in order, as load_even_odd would give them.
+inline void split_even_odd(const float* p, Vec* even, Vec* odd) {
   const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const Vec low = load(p), high = load(p + kLanes);
   *even = _mm512_permutex2var_ps(low, first, high);
@@ -94,10 +94,10 @@ inline void sums_of(const Vec (&v)[8], float* out) {
 }
 #if defined(__AVX512BF16__)
 // 32 elements, and their products with 32 others, two of which add up in each lane.
-using Halves = __m512bh;
-inline Halves load_halves(const bf16* p) { return (Halves)_mm512_loadu_si512(p); }
-inline Vec dot(Halves a, Halves b, Vec sums) { return _mm512_dpbf16_ps(sums, a, b); }
-inline void store_halves(bf16* p, Vec low, Vec high) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+using Bf16Vec = __m512bh;
+inline Bf16Vec load_bf16(const bf16* p) { return (Bf16Vec)_mm512_loadu_si512(p); }
+inline Vec dot(Bf16Vec a, Bf16Vec b, Vec sums) { return _mm512_dpbf16_ps(sums, a, b); }
+inline void store_bf16(bf16* p, Vec low, Vec high) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
 #endif
 
 #elif defined(__AVX2__)
@@ -113,7 +113,7 @@ inline Vec load(const bf16* p) {
 inline Vec load(const int8* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
-inline void load_pairs(const bf16* p, Vec* even, Vec* odd) {
+inline void load_even_odd(const bf16* p, Vec* even, Vec* odd) {
   const __m256i pairs = _mm256_loadu_si256((const __m256i*)p);
   *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
   *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
@@ -130,7 +130,7 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
 }
-inline void split_pairs(const float* p, Vec* even, Vec* odd) {
+inline void split_even_odd(const float* p, Vec* even, Vec* odd) {
   for (int i = 0; i < kLanes; ++i) {
     (*even)[i] = p[2 * i];
     (*odd)[i] = p[2 * i + 1];
@@ -169,7 +169,7 @@ inline Vec load(const T* p) {
 inline Vec load(const int8* p) {
   return lanes([&](int i) { return static_cast<float>(p[i]); });
 }
-inline void load_pairs(const bf16* p, Vec* even, Vec* odd) {
+inline void load_even_odd(const bf16* p, Vec* even, Vec* odd) {
   *even = lanes([&](int i) { return to_float(p[2 * i]); });
   *odd = lanes([&](int i) { return to_float(p[2 * i + 1]); });
 }
@@ -203,7 +203,7 @@ inline Vec times_power_of_two(Vec a, Vec n) {
     return a.lane[i] * power;
   });
 }
-inline void split_pairs(const float* p, Vec* even, Vec* odd) {
+inline void split_even_odd(const float* p, Vec* even, Vec* odd) {
   *even = lanes([&](int i) { return p[2 * i]; });
   *odd = lanes([&](int i) { return p[2 * i + 1]; });
 }
@@ -236,7 +236,7 @@ inline void sums_of(const Vec (&v)[N], float* out) {
 }
 #endif
 
-// e^x to 2 units in the last place between -87 and 88, where float32 ends; below and above, what it is there. exp(NaN) is
+// e^x to 2 units in the last place between -87 and 88, where float32 ends; x is clamped to this range. exp(NaN) is
 // some number: callers look for NaN elsewhere.
 inline Vec exp(Vec x) {
   x = min(max(x, all(-87.0f)), all(88.0f));

@@ -37,19 +37,19 @@ bool spin(Done done) {
   return false;
 }
 
-class Team {
+class ThreadTeam {
  public:
-  explicit Team(int size) : size_(size), barrier_(size), taken_(size) {
-    for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { work(i); });
+  explicit ThreadTeam(int size) : size_(size), barrier_(size), counters_(size) {
+    for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { work(i); });
   }
-  ~Team() {
+  ~ThreadTeam() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = nullptr;
       round_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
+    for (std::thread& thread : threads_) thread.join();
   }
   int size() const { return size_; }
 
@@ -63,20 +63,20 @@ class Team {
       }
       wake_.notify_all();
     }
-    const Member member{0, size_, &barrier_, taken_.data()};
-    job(argument, member);
-    member.wait();  // the argument lives on the caller's stack
+    const Worker worker{0, size_, &barrier_, counters_.data()};
+    job(argument, worker);
+    worker.wait();  // the argument lives on the caller's stack
   }
 
  private:
   void work(int index) {
-    const Member member{index, size_, &barrier_, taken_.data()};
+    const Worker worker{index, size_, &barrier_, counters_.data()};
     for (unsigned seen = 0;;) {
       if (!spin([&] { return round_.load(std::memory_order_acquire) != seen; })) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
       }
-      ++seen;  // a round begins only after all members have met at the end of the one before
+      ++seen;  // a round begins only after all workers have met at the end of the round before
       Job job;
       const void* argument;
       {
@@ -85,26 +85,26 @@ class Team {
         argument = argument_;
       }
       if (!job) return;
-      job(argument, member);
-      member.wait();
+      job(argument, worker);
+      worker.wait();
     }
   }
 
   const int size_;
   Barrier barrier_;
-  std::vector<Taken> taken_;
+  std::vector<WorkCounter> counters_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<unsigned> round_{0};
   Job job_ = nullptr;
   const void* argument_ = nullptr;
-  std::vector<std::thread> workers_;
+  std::vector<std::thread> threads_;
 };
 
 // Both are left behind by a fork: the child has none of the threads, and the mutex may be held by one of them.
 struct Process {
   std::mutex turn;
-  std::unique_ptr<Team> team;
+  std::unique_ptr<ThreadTeam> team;
 };
 Process* process = new Process;
 
@@ -123,12 +123,12 @@ void Barrier::wait() {
 }
 
 int team_size() {
-  const char* wanted = std::getenv("LATENTMAS_NUM_THREADS");
-  if (wanted && *wanted) {
+  const char* requested = std::getenv("LATENTMAS_NUM_THREADS");
+  if (requested && *requested) {
     char* end = nullptr;
-    const long threads = std::strtol(wanted, &end, 10);
+    const long threads = std::strtol(requested, &end, 10);
     if (*end || threads < 1 || threads > kMostThreads)
-      throw std::runtime_error("LATENTMAS_NUM_THREADS=" + std::string(wanted) + " is no number of threads from 1 to " +
+      throw std::runtime_error("LATENTMAS_NUM_THREADS=" + std::string(requested) + " is no number of threads from 1 to " +
                                std::to_string(kMostThreads) + ". Unset the variable to use all cores.");
     return static_cast<int>(threads);
   }
@@ -140,12 +140,12 @@ int team_size() {
   return cores_of_machine ? static_cast<int>(cores_of_machine) : 1;
 }
 
-void run_on_team(Job job, const void* argument, int threads) {
+void parallel_run(Job job, const void* argument, int threads) {
   Process& here = *process;
   const std::lock_guard<std::mutex> lock(here.turn);
   if (!here.team || here.team->size() != threads) {
     here.team.reset();
-    here.team.reset(new Team(threads));
+    here.team.reset(new ThreadTeam(threads));
   }
   here.team->run(job, argument);
 }

@@ -1,8 +1,8 @@
 """The CUDA engine: Llama, Qwen2, Qwen3 and Mistral decoders on Triton kernels, whole steps as CUDA graphs.
 
 A graph is captured per batch bucket and kind of step when a call first needs it, and serves every later call on any cache:
-what differs between calls (addresses, lengths, positions, what ends a row, sampling settings) lies in device memory. Rows
-that a bucket has too many are idle: they store nothing and attend to nothing. Prompts run through transformers' own forward.
+what differs between calls (addresses, lengths, positions, what ends a row, sampling settings) is in device memory. Padding
+rows of a bucket are inactive: they store nothing and attend to nothing. Prompts run through transformers' own forward.
 """
 
 import gc
@@ -17,16 +17,16 @@ from torch import Tensor
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.base import LatentParams, LatentResult, SamplingParams
-from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraphs, EagerReplay, Replay
-from latentmas_kernels.engines.cuda_step import Step
+from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, CudaGraphs, EagerReplay, GraphCapture, Replay
+from latentmas_kernels.engines.cuda_step import DecodeStep
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import Weights, pack_weights
 from latentmas_kernels.models.packed_weights import unsupported_reason as unpackable_reason
-from latentmas_kernels.ops.triton.launch import Target, interpreted, target_of
-from latentmas_kernels.ops.triton.row_state import ACTIVE
-from latentmas_kernels.ops.triton.sample import END_TOKENS
+from latentmas_kernels.ops.triton.launch import LaunchTarget, interpreted, target_of
+from latentmas_kernels.ops.triton.row_state import RowField
+from latentmas_kernels.ops.triton.sample import MAX_EOS_TOKENS
 from latentmas_kernels.warn_once import warn_once
 
 GRAPH_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -40,21 +40,23 @@ def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
     return unpackable_reason(model, architecture)
 
 
-class State:
+class CudaState:
     """What is kept between calls for one model: static tensors and graphs. Lives as long as the model."""
 
-    def __init__(self, weights: Weights, architecture: Architecture, target: Target, capture: Capture) -> None:
+    def __init__(
+        self, weights: Weights, architecture: Architecture, target: LaunchTarget, capture: GraphCapture
+    ) -> None:
         self.key, self.architecture, self.target, self.capture = weights.key, architecture, target, capture
         self.buckets = list(GRAPH_BATCH_SIZES)
-        self.steps: dict[int, Step] = {}
+        self.steps: dict[int, DecodeStep] = {}
         self.graphs: dict[tuple, tuple[Replay, Aligner | None]] = {}
         self.graph_bytes = 0
         # inv_freq may be a copy; graphs read it.
         self.inv_freq = weights.inv_freq
         self.lock = threading.RLock()
 
-    def step(self, weights: Weights, batch: int, kind: tuple, aligner: Aligner | None) -> tuple[Step, Replay]:
-        """The step for up to `batch` rows with its graph; fewer rows where no bucket is large enough or fits the memory.
+    def step(self, weights: Weights, batch: int, kind: tuple, aligner: Aligner | None) -> tuple[DecodeStep, Replay]:
+        """Return the step for up to `batch` rows with its graph; fewer rows where no bucket is large enough or fits the memory.
 
         Raises:
             torch.OutOfMemoryError: where not even one row fits.
@@ -81,26 +83,26 @@ class State:
         gc.collect()
         self.capture.release()
 
-    def _step(self, weights: Weights, bucket: int, kind: tuple, aligner: Aligner | None) -> tuple[Step, Replay]:
+    def _step(self, weights: Weights, bucket: int, kind: tuple, aligner: Aligner | None) -> tuple[DecodeStep, Replay]:
         step = self.steps.get(bucket)
         if step is None:
-            step = self.steps[bucket] = Step(weights, self.architecture, bucket, self.target)
+            step = self.steps[bucket] = DecodeStep(weights, self.architecture, bucket, self.target)
         if (bucket, *kind) not in self.graphs:
             before = _reserved(self.architecture.device)
             if kind[0] == "latent":
                 assert aligner is not None
-                trace = torch.empty(bucket, 2, step.width, dtype=step.x.dtype, device=step.x.device)
+                step_log = torch.empty(bucket, 2, step.width, dtype=step.x.dtype, device=step.x.device)
                 body = _bound(step.latent, weights, aligner)
             else:
-                trace = torch.empty(bucket, 2, dtype=torch.int64, device=step.x.device)
+                step_log = torch.empty(bucket, 2, dtype=torch.int64, device=step.x.device)
                 do_sample = kind == ("token", True)
-                step.prepare(do_sample=do_sample)
+                step.allocate(do_sample=do_sample)
                 body = (
-                    _bound(step.read, weights)
-                    if kind[0] == "read"
+                    _bound(step.forward, weights)
+                    if kind[0] == "forward"
                     else _bound(step.token, weights, do_sample=do_sample)
                 )
-            step.idle(trace)
+            step.reset(step_log)
             replay = self.capture(body)
             self.graphs[bucket, *kind] = replay, aligner
             self.graph_bytes += max(0, _reserved(self.architecture.device) - before)
@@ -115,11 +117,11 @@ def _reserved(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-_states: "weakref.WeakKeyDictionary[Any, State]" = weakref.WeakKeyDictionary()
+_states: "weakref.WeakKeyDictionary[Any, CudaState]" = weakref.WeakKeyDictionary()
 
 
 def memory_report(model: Any) -> dict[str, int]:
-    """Bytes that this engine keeps for a model beside its weights: static tensors by batch bucket, and graphs."""
+    """Return the bytes that this engine keeps for a model beside its weights: static tensors by batch bucket, and graphs."""
     state = _states.get(model)
     if state is None:
         return {}
@@ -141,12 +143,12 @@ class CudaEngine:
         if state is None or state.key != self.weights.key:
             on_cuda = architecture.device.type == "cuda"
             capture = CudaGraphs(architecture.device) if on_cuda else EagerReplay()
-            state = State(self.weights, architecture, target_of(architecture.device), capture)
+            state = CudaState(self.weights, architecture, target_of(architecture.device), capture)
             _states[model] = state
         self.state = state
 
     def capture(self, batches: list[int], aligner: Aligner | None = None, *, do_sample: bool = False) -> None:
-        """Capture ahead of time what calls of these batch sizes need, the largest first, so that all fit its pool."""
+        """Capture the graphs of these batch sizes ahead of time, the largest first, so that all fit its memory pool."""
         with self.state.lock:
             for batch in sorted(set(batches), reverse=True):
                 if aligner is not None:
@@ -160,10 +162,10 @@ class CudaEngine:
         result = torch.empty(len(ids), self.weights.lm_head.shape[0], dtype=torch.float32, device=ids.device)
         try:
             with self.state.lock:
-                for rows, step, replay in self._parts(len(ids), ("read",), None):
-                    step.aim(cache, rows, active[rows], None)
+                for rows, step, replay in self._parts(len(ids), ("forward",), None):
+                    step.bind(cache, rows, active[rows], None)
                     count = rows.stop - rows.start
-                    step.tokens[:count] = ids[rows]
+                    step.token_ids[:count] = ids[rows]
                     replay()
                     result[rows] = step.logits[:count]
         except torch.OutOfMemoryError:
@@ -190,13 +192,13 @@ class CudaEngine:
             with self.state.lock:
                 for rows, step, replay in self._parts(batch, _kind_of(aligner), aligner):
                     count = rows.stop - rows.start
-                    everyone = torch.ones(count, dtype=torch.bool)
-                    step.aim(
-                        cache, rows, everyone, latents[rows], latent_params, None if states is None else states[rows]
+                    all_rows = torch.ones(count, dtype=torch.bool)
+                    step.bind(
+                        cache, rows, all_rows, latents[rows], latent_params, None if states is None else states[rows]
                     )
                     (step.logits if aligner.needs_logits else step.hidden)[:count] = seed[rows]
                     for index in range(int(latent_params.steps[rows].max())):
-                        # Without it, it is known when all have ended.
+                        # Without a stop cosine the number of steps is known.
                         if latent_params.stop_cosine is not None and _all_ended(step, index):
                             break
                         if on_step is not None and index == issued:
@@ -206,7 +208,7 @@ class CudaEngine:
                     last[rows] = step.hidden[:count]
                     if latent_params.stop_cosine is not None:
                         taken[rows] = step.lengths[:count].cpu() - cache.lengths[rows]
-        except torch.OutOfMemoryError:  # what was written lies behind the lengths, which have not moved
+        except torch.OutOfMemoryError:  # what was written is behind the lengths, which have not changed
             warn_once(NO_ROOM)
             return self.eager.run_latent(cache, seed, aligner, latent_params, on_step)
         cache.advance(taken)
@@ -215,7 +217,7 @@ class CudaEngine:
 
     def can_decode(self, sampling_params: SamplingParams, batch: int, *, streaming: bool) -> bool:
         if (
-            len(sampling_params.eos_token_ids) > END_TOKENS
+            len(sampling_params.eos_token_ids) > MAX_EOS_TOKENS
             or sampling_params.min_p
             or sampling_params.penalty_mask is not None
         ):
@@ -241,29 +243,29 @@ class CudaEngine:
         with self.state.lock:
             for rows, step, replay in self._parts(batch, ("token", sampling_params.do_sample), None):
                 count = rows.stop - rows.start
-                trace = torch.full((step.batch, most), sampling_params.pad_token_id, device=logits.device)
+                step_log = torch.full((step.batch, most), sampling_params.pad_token_id, device=logits.device)
                 step.settings.set(
                     sampling_params.temperature, sampling_params.top_k, sampling_params.top_p, seed + rows.start,
                     sampling_params.min_new_tokens, sampling_params.pad_token_id, sampling_params.eos_token_ids,
                 )  # fmt: skip
-                step.aim(cache, rows, torch.ones(count, dtype=torch.bool), trace)
+                step.bind(cache, rows, torch.ones(count, dtype=torch.bool), step_log)
                 step.logits[:count] = logits[rows]
-                step.choose(do_sample=sampling_params.do_sample)
+                step.sample(do_sample=sampling_params.do_sample)
                 for index in range(1, most + 1):
                     if on_tokens is not None:
-                        on_tokens(step.tokens[:count].cpu())
+                        on_tokens(step.token_ids[:count].cpu())
                     every = 1 if on_tokens is not None else SYNC_EVERY
                     if index == most or (sampling_params.eos_token_ids and _all_ended(step, index, every)):
                         break
                     replay()
-                parts.append(trace[:count])
+                parts.append(step_log[:count])
         tokens = torch.cat(parts)
         new = sampling_params.lengths(tokens)
         cache.advance(new - 1)
         return tokens[:, : int(new.max())]
 
-    def _parts(self, batch: int, kind: tuple, aligner: Aligner | None) -> Iterator[tuple[slice, Step, Replay]]:
-        """The rows of a batch in parts that a graph covers; mostly one."""
+    def _parts(self, batch: int, kind: tuple, aligner: Aligner | None) -> Iterator[tuple[slice, DecodeStep, Replay]]:
+        """Yield the rows of a batch in parts that a graph covers; mostly one."""
         start = 0
         while start < batch:
             step, replay = self.state.step(self.weights, batch - start, kind, aligner)
@@ -276,9 +278,9 @@ class CudaEngine:
             start += step.batch
 
 
-def _all_ended(step: Step, index: int, every: int = SYNC_EVERY) -> bool:
-    """Whether no row goes on behind so many steps; only some of the steps look."""
-    return index > 0 and index % every == 0 and not bool(step.rows[ACTIVE].any())
+def _all_ended(step: DecodeStep, index: int, every: int = SYNC_EVERY) -> bool:
+    """Return whether all rows have ended after so many steps; looks every `every` steps only."""
+    return index > 0 and index % every == 0 and not bool(step.row_state[RowField.ACTIVE].any())
 
 
 def _kind_of(aligner: Aligner) -> tuple:

@@ -1,4 +1,4 @@
-"""How a step is made to run again and again: as a CUDA graph, or, without CUDA, as plain calls."""
+"""Capture and replay of a step: as a CUDA graph, or, without CUDA, as plain calls."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -7,16 +7,16 @@ import torch
 
 Replay = Callable[[], None]
 SYNC_EVERY = 16
-"""Steps between two looks at whether all rows have ended: a look waits for the device, a step too many does not show."""
+"""Steps between two checks whether all rows have ended: a check waits for the device, a step too many changes nothing."""
 
 
-class Capture(Protocol):
-    """Turns launches over static tensors into something that runs them again."""
+class GraphCapture(Protocol):
+    """Turns launches over static tensors into a `Replay` of them."""
 
     def __call__(self, body: Callable[[], None]) -> Replay: ...
 
     def release(self) -> None:
-        """Give back what a capture that failed has taken."""
+        """Free the memory of a capture that failed."""
         ...
 
 
@@ -28,13 +28,13 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, body: Callable[[], None]) -> Replay:
-        """`body` runs once before the capture, which compiles and loads its kernels: let it find an idle step."""
+        """Capture `body`. It runs once before the capture, which compiles and loads its kernels: reset the step before."""
         with torch.cuda.device(self.device):
-            present, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-            beside.wait_stream(present)
-            with torch.cuda.stream(beside):
+            present, side_stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            side_stream.wait_stream(present)
+            with torch.cuda.stream(side_stream):
                 body()
-            present.wait_stream(beside)
+            present.wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 body()
@@ -46,11 +46,11 @@ class CudaGraphs:
 
 
 class EagerReplay:
-    """Runs the launches each time anew: how the engine is tested in Triton's interpreter."""
+    """Runs the launches anew each time: the tests of the engine in Triton's interpreter."""
 
     def __call__(self, body: Callable[[], None]) -> Replay:
         body()
         return body
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""

@@ -20,7 +20,7 @@ from transformers import Cache
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.base import LatentParams, LatentResult, OnStep, cosine
-from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, Capture, CudaGraphs, EagerReplay, Replay
+from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, CudaGraphs, EagerReplay, GraphCapture, Replay
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
@@ -166,7 +166,7 @@ class _StaticForward(Cache):
 class GraphState:
     """The static tensors and graphs that are kept between calls for one model, by batch size and number of slots."""
 
-    def __init__(self, key: tuple, capture: Capture) -> None:
+    def __init__(self, key: tuple, capture: GraphCapture) -> None:
         self.key, self.capture = key, capture
         self.batches: dict[tuple[int, int], StaticBatch] = {}
         self.graphs: dict[tuple[tuple[int, int], Aligner | None], Replay] = {}

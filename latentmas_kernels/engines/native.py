@@ -1,8 +1,8 @@
 """The native engine: Llama, Qwen2, Qwen3 and Mistral decoders on the CPU, whole calls in C++ (csrc/cpu).
 
-A call of `think` or `speak` is one call of C++ for all of its steps, and so is a prompt. Nothing but real positions is
-computed: padding is left out before, rows that have ended leave the batch, and the last layer runs for the positions whose
-state is asked for.
+A call of `run_latent` or `decode` is one call of C++ for all of its steps, and so is a prompt. Nothing but real positions is
+computed: padding is left out before, rows that have ended leave the batch, and the last layer runs only for the positions
+whose state is asked for.
 """
 
 import weakref
@@ -22,8 +22,7 @@ from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.packed_weights import Layer, Weights, pack_weights
 from latentmas_kernels.models.packed_weights import unsupported_reason as unpackable_reason
 
-PRODUCTS = ("qkv", "output", "gate_up", "down")
-NUMBERS = ("window", "slot")
+LINEARS = ("qkv", "output", "gate_up", "down")
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
@@ -36,7 +35,7 @@ def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] as int8, symmetric per row: w is close to scale * q.
+    """Round a weight [out, in] to int8, symmetric per row: w is close to scale * q.
 
     Returns:
         int8 [out, in] with values from -127 to 127; the scales, float32 [out].
@@ -46,52 +45,50 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8), scales
 
 
-class State:
+class NativeState:
     """What is kept between calls for one model: the C++ side of its layers, and the int8 weights where they are asked for.
 
-    Holds addresses of the model's own weights, not the tensors: whoever calls has read them just before.
+    The C++ side holds addresses of the model's own weights, not the tensors: every call packs them before.
     """
 
     def __init__(self, weights: Weights, key: tuple, *, int8: bool) -> None:
         self.key = key
         self.int8: list[Tensor] = []
+        c = extension()
 
-        def product(weight: Tensor) -> tuple[int, int, int, int]:
-            rows, cols = weight.shape
+        def linear(weight: Tensor, bias: Tensor | None) -> Any:
             if not int8:
-                return weight.data_ptr(), rows, cols, 0
+                return c.Linear(weight, bias)
             packed, scales = quantize_rows(weight)
             self.int8 += [packed, scales]
-            return packed.data_ptr(), rows, cols, scales.data_ptr()
+            return c.Linear(packed, bias, scales)
 
-        def layer_of(layer: Layer) -> dict[str, Any]:
-            given = vars(layer).items()
-            address = {name: 0 if t is None else t.data_ptr() for name, t in given if name not in (*PRODUCTS, *NUMBERS)}
-            return {
-                **address,
-                **{name: product(getattr(layer, name)) for name in PRODUCTS},
-                "window": layer.window or 0,
-                "slot": layer.slot,
-            }
+        def layer_of(layer: Layer) -> Any:
+            return c.Layer(
+                input_norm=layer.input_norm,
+                query_norm=layer.query_norm,
+                key_norm=layer.key_norm,
+                mlp_norm=layer.mlp_norm,
+                **{name: linear(getattr(layer, name), getattr(layer, f"{name}_bias")) for name in LINEARS},
+                window=layer.window,
+                slot=layer.slot,
+            )
 
-        model = {
-            "dtype": str(weights.embedding.dtype).removeprefix("torch."),
-            "width": weights.embedding.shape[1],
-            "query_heads": weights.query_heads,
-            "kv_heads": weights.kv_heads,
-            "head_dim": weights.head_dim,
-            "intermediate": weights.intermediate,
-            "embedding": weights.embedding.data_ptr(),
-            "embedding_rows": len(weights.embedding),
-            "final_gain": weights.final_gain.data_ptr(),
-            "lm_head": product(weights.lm_head),
-            "lm_head_bias": 0 if weights.lm_head_bias is None else weights.lm_head_bias.data_ptr(),
-            "eps": weights.eps,
-            "scale": weights.scale,
-            "attention_scaling": weights.attention_scaling,
-            "inv_freq": weights.inv_freq.tolist(),
-        }
-        self.runner = extension().Runner(model, [layer_of(layer) for layer in weights.layers])
+        model = c.Model(
+            embedding=weights.embedding,
+            layers=[layer_of(layer) for layer in weights.layers],
+            final_norm=weights.final_norm,
+            lm_head=linear(weights.lm_head, weights.lm_head_bias),
+            inv_freq=weights.inv_freq.contiguous(),
+            query_heads=weights.query_heads,
+            kv_heads=weights.kv_heads,
+            head_dim=weights.head_dim,
+            intermediate_size=weights.intermediate,
+            eps=weights.eps,
+            scale=weights.scale,
+            attention_scaling=weights.attention_scaling,
+        )
+        self.runner = c.Runner(model)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +96,7 @@ class State:
         return self.runner.scratch_bytes + sum(t.nbytes for t in self.int8)
 
 
-_states: "weakref.WeakKeyDictionary[Any, dict[bool, State]]" = weakref.WeakKeyDictionary()
+_states: "weakref.WeakKeyDictionary[Any, dict[bool, NativeState]]" = weakref.WeakKeyDictionary()
 
 
 def memory_report(model: Any) -> dict[str, int]:
@@ -128,18 +125,17 @@ class NativeEngine:
             # Copies must follow a change in place as well, and tensors do not count one that goes through `.data` (merging a
             # LoRA does). Reading all weights once costs a call as much as one bfloat16 step.
             self.name = "native (int8)"
-            products = [getattr(layer, name) for layer in self.weights.layers for name in PRODUCTS]
-            checksum = extension().checksum
-            key += tuple(checksum(w.data_ptr(), w.nbytes) for w in [*products, self.weights.lm_head])
+            linears = [getattr(layer, name) for layer in self.weights.layers for name in LINEARS]
+            key += tuple(extension().checksum(w) for w in [*linears, self.weights.lm_head])
         states = _states.setdefault(model, {})
         if int8 not in states or states[int8].key != key:
-            states[int8] = State(self.weights, key, int8=int8)
+            states[int8] = NativeState(self.weights, key, int8=int8)
         self.state = states[int8]  # held: another thread may replace it while a call of this engine is running
         self.runner = self.state.runner
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
-        states, spoken = self._extend(cache, prompt, states=not logits, logits=logits)
-        return spoken if logits else states
+        last_hidden, last_logits = self._extend(cache, prompt, states=not logits, logits=logits)
+        return last_logits if logits else last_hidden
 
     def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """As extend: states [B, D] and logits [B, V]."""
@@ -147,23 +143,20 @@ class NativeEngine:
 
     def _extend(self, cache: LatentCache, prompt: Prompt, *, states: bool, logits: bool) -> tuple[Tensor, Tensor]:
         batch, a = len(prompt.counts), self.architecture
-        hidden = torch.zeros(batch if states else 0, a.hidden_size, dtype=a.dtype, device="cpu")
-        spoken = torch.zeros(batch if logits else 0, self.weights.lm_head.shape[0], dtype=torch.float32, device="cpu")
-        ids = None if prompt.input_ids is None else prompt.input_ids.long().contiguous()
-        embeds = None if prompt.inputs_embeds is None else prompt.inputs_embeds.contiguous()
+        last_hidden = torch.zeros(batch if states else 0, a.hidden_size, dtype=a.dtype, device="cpu")
+        last_logits = torch.zeros(
+            batch if logits else 0, self.weights.lm_head.shape[0], dtype=torch.float32, device="cpu"
+        )
         self.runner.extend(
-            memory=_memory(cache),
-            lengths=cache.lengths.tolist(),
-            positions=cache.next_position.tolist(),
-            counts=prompt.counts.tolist(),
-            columns=prompt.columns,
-            tokens=0 if ids is None else ids.data_ptr(),
-            embeds=0 if embeds is None else embeds.data_ptr(),
-            states=hidden.data_ptr() if states else 0,
-            logits=spoken.data_ptr() if logits else 0,
+            _kv_cache(cache),
+            counts=prompt.counts,
+            token_ids=None if prompt.input_ids is None else prompt.input_ids.long().contiguous(),
+            embeds=None if prompt.inputs_embeds is None else prompt.inputs_embeds.contiguous(),
+            states=last_hidden if states else None,
+            logits=last_logits if logits else None,
         )
         cache.advance(prompt.counts)
-        return hidden, spoken
+        return last_hidden, last_logits
 
     def run_latent(
         self,
@@ -173,7 +166,7 @@ class NativeEngine:
         latent_params: LatentParams,
         on_step: Callable[[int], None] | None,
     ) -> LatentResult:
-        batch, a, likely = len(seed), self.architecture, 0
+        batch, a, soft_top_k = len(seed), self.architecture, 0
         if aligner.needs_logits:
             assert aligner.embedding is not None
             embedding = aligner.embedding.weight
@@ -181,31 +174,29 @@ class NativeEngine:
             if embedding.data_ptr() != self.weights.embedding.data_ptr() or len(embedding) != rows:
                 # the embedding of another model
                 return latent_stepwise(self, cache, seed, aligner, latent_params, on_step)
-            seed, likely = seed.float(), min(TOP_K, rows)
+            seed, soft_top_k = seed.float(), min(TOP_K, rows)
+        c = extension()
         latents = torch.zeros(batch, latent_params.longest, a.hidden_size, dtype=a.dtype)
         states = torch.zeros_like(latents) if latent_params.record else None
-        seed = seed.contiguous()
-        last = torch.empty(batch, a.hidden_size, dtype=a.dtype)
-        weight = None if aligner.weight is None else aligner.weight.contiguous()
+        last_hidden = torch.empty(batch, a.hidden_size, dtype=a.dtype)
         taken = self.runner.run_latent(
-            memory=_memory(cache),
-            lengths=cache.lengths.tolist(),
-            positions=cache.next_position.tolist(),
-            seed=seed.data_ptr(),
-            aligner=0 if weight is None else weight.data_ptr(),
-            target_norm=aligner.target_norm,
-            likely=likely,
-            steps=latent_params.steps.tolist(),
-            settle=2.0 if latent_params.stop_cosine is None else latent_params.stop_cosine,
-            latents=latents.data_ptr(),
-            states=last.data_ptr(),
-            recorded=0 if states is None else states.data_ptr(),
+            _kv_cache(cache),
+            seed=seed.contiguous(),
+            feedback=c.Feedback(
+                target_norm=aligner.target_norm,
+                aligner=None if aligner.weight is None else aligner.weight.contiguous(),
+                soft_top_k=soft_top_k,
+            ),
+            params=c.LatentParams(steps=latent_params.steps, stop_cosine=latent_params.stop_cosine),
+            latents=latents,
+            last_hidden=last_hidden,
+            states=states,
             on_step=on_step,
         )
         steps = torch.tensor(taken)
         cache.advance(steps)
         longest = max(taken)
-        return LatentResult(latents[:, :longest], last, steps, None if states is None else states[:, :longest])
+        return LatentResult(latents[:, :longest], last_hidden, steps, None if states is None else states[:, :longest])
 
     def can_decode(self, sampling_params: SamplingParams, batch: int, *, streaming: bool) -> bool:
         return True
@@ -217,27 +208,27 @@ class NativeEngine:
         sampling_params: SamplingParams,
         on_tokens: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        tokens = torch.full((len(logits), sampling_params.max_new_tokens), sampling_params.pad_token_id)
-        logits = logits.float().contiguous()
+        p, c = sampling_params, extension()
+        tokens = torch.full((len(logits), p.max_new_tokens), p.pad_token_id)
         self.runner.decode(
-            memory=_memory(cache),
-            lengths=cache.lengths.tolist(),
-            positions=cache.next_position.tolist(),
-            logits=logits.data_ptr(),
-            sampling=extension().Sampling(
-                draw=sampling_params.do_sample,
-                temperature=sampling_params.temperature,
-                top_k=sampling_params.top_k,
-                top_p=sampling_params.top_p,
-                min_p=sampling_params.min_p,
-                penalty=sampling_params.repetition_penalty,
-                seed=int(torch.randint(2**62, ()).item()) if sampling_params.do_sample else 0,
+            _kv_cache(cache),
+            logits=logits.float().contiguous(),
+            params=c.DecodeParams(
+                sampling=c.Sampling(
+                    do_sample=p.do_sample,
+                    temperature=p.temperature,
+                    top_k=p.top_k,
+                    top_p=p.top_p,
+                    min_p=p.min_p,
+                    repetition_penalty=p.repetition_penalty,
+                    seed=int(torch.randint(2**62, ()).item()) if p.do_sample else 0,
+                ),
+                max_new_tokens=p.max_new_tokens,
+                min_new_tokens=p.min_new_tokens,
+                eos_token_ids=p.eos_token_ids,
+                penalty_mask=p.penalty_mask,
             ),
-            max_new_tokens=sampling_params.max_new_tokens,
-            min_new_tokens=sampling_params.min_new_tokens,
-            ends=sampling_params.eos_token_ids,
-            seen=0 if sampling_params.penalty_mask is None else sampling_params.penalty_mask.data_ptr(),
-            tokens=tokens.data_ptr(),
+            token_ids=tokens,
             on_token=None if on_tokens is None else lambda step: on_tokens(tokens[:, step].clone()),
         )
         new = sampling_params.lengths(tokens)
@@ -245,8 +236,13 @@ class NativeEngine:
         return tokens[:, : int(new.max())]
 
 
-def _memory(cache: LatentCache) -> tuple[int, ...]:
-    keys, values, positions = cache.keys, cache.values, cache.positions
-    layer, row, head = keys.stride()[:3]
-    lent = (cache.prefix_row.data_ptr(), cache.prefix_len.data_ptr()) if bool(cache.prefix_len.any()) else (0, 0)
-    return keys.data_ptr(), values.data_ptr(), layer, row, head, positions.data_ptr(), positions.stride(0), *lent
+def _kv_cache(cache: LatentCache) -> Any:
+    return extension().KVCache(
+        keys=cache.keys,
+        values=cache.values,
+        positions=cache.positions,
+        lengths=cache.lengths,
+        next_position=cache.next_position,
+        prefix_row=cache.prefix_row,
+        prefix_len=cache.prefix_len,
+    )

@@ -33,9 +33,9 @@ class Layer:
     """One decoder layer. Matrices are [out, in] as in `torch.nn.Linear`; those that the model does not have are None.
 
     Attributes:
-        input_gain, mlp_gain: [D], weights of the norms before attention and before the MLP.
+        input_norm, mlp_norm: [D], weights of the norms before attention and before the MLP.
         qkv, qkv_bias: [(Hq + 2 Hkv) hd, D], queries first, then keys, then values.
-        query_gain, key_gain: [hd], weights of the norms per head (Qwen3).
+        query_norm, key_norm: [hd], weights of the norms per head (Qwen3).
         output, output_bias: [D, Hq hd].
         gate_up, gate_up_bias: [2 I, D], the gate first.
         down, down_bias: [D, I].
@@ -43,14 +43,14 @@ class Layer:
         slot: the place of the layer in the KV cache.
     """
 
-    input_gain: Tensor
+    input_norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
-    query_gain: Tensor | None
-    key_gain: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
     output: Tensor
     output_bias: Tensor | None
-    mlp_gain: Tensor
+    mlp_norm: Tensor
     gate_up: Tensor
     gate_up_bias: Tensor | None
     down: Tensor
@@ -67,7 +67,7 @@ class Weights:
         layers: in order.
         embedding, lm_head: [V, D]; the same memory where they are tied. lm_head_bias: [V] or None. Rows of the lm_head that
             have no embedding are left out.
-        final_gain: [D].
+        final_norm: [D].
         eps: of all norms.
         inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
         scale: of the attention scores.
@@ -80,7 +80,7 @@ class Weights:
     embedding: Tensor
     lm_head: Tensor
     lm_head_bias: Tensor | None
-    final_gain: Tensor
+    final_norm: Tensor
     eps: float
     inv_freq: Tensor
     attention_scaling: float
@@ -95,7 +95,7 @@ class Weights:
     def decoder_bytes(self) -> int:
         """Bytes of the weights that a latent step reads: all but the embedding and the lm_head."""
         tensors = [t for layer in self.layers for t in vars(layer).values() if isinstance(t, Tensor)]
-        return sum(t.nbytes for t in [*tensors, self.final_gain])
+        return sum(t.nbytes for t in [*tensors, self.final_norm])
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
@@ -125,21 +125,18 @@ def pack_weights(model: Any, architecture: Architecture) -> Weights:
         with _merging:
             qkv, qkv_bias = _merged(*(getattr(attention, name) for name in family.qkv))
             gate_up, gate_up_bias = _merged(*(getattr(mlp, name) for name in family.gate_up))
-        query_gain, key_gain = [getattr(attention, name).weight.detach() for name in family.head_norms or ()] or [
-            None,
-            None,
-        ]
+        head_norms = [getattr(attention, name).weight.detach() for name in family.head_norms or ()] or [None, None]
         output, down = getattr(attention, family.output), getattr(mlp, family.down)
         layers.append(
             Layer(
-                input_gain=getattr(module, family.input_norm).weight.detach(),
+                input_norm=getattr(module, family.input_norm).weight.detach(),
                 qkv=qkv,
                 qkv_bias=qkv_bias,
-                query_gain=query_gain,
-                key_gain=key_gain,
+                query_norm=head_norms[0],
+                key_norm=head_norms[1],
                 output=output.weight.detach(),
                 output_bias=_bias(output),
-                mlp_gain=getattr(module, family.mlp_norm).weight.detach(),
+                mlp_norm=getattr(module, family.mlp_norm).weight.detach(),
                 gate_up=gate_up,
                 gate_up_bias=gate_up_bias,
                 down=down.weight.detach(),
@@ -155,7 +152,7 @@ def pack_weights(model: Any, architecture: Architecture) -> Weights:
         "embedding": embedding,
         "lm_head": lm_head.weight.detach()[:rows],
         "lm_head_bias": None if bias is None else bias[:rows],
-        "final_gain": decoder.norm.weight.detach(),
+        "final_norm": decoder.norm.weight.detach(),
     }
     numbers = {
         "eps": float(decoder.norm.variance_epsilon),

@@ -4,8 +4,8 @@
 
 over the slots j < lengths[b] and, with a window, those with p_b - positions[b, j] < window. q [B, Hq, hd], keys and
 values [B, Hkv, S, hd], o [B, Hq hd]. Scores, softmax and sums are float32; the probabilities are rounded to the dtype of
-the values before the product with them, as in torch's fused attention. A row of length 0 gives zeros. The first slots of a
-row may lie in another row, its lender, so that what rows have in common is held once.
+the values before the product with them, as in torch's fused attention. A row of length 0 gives zeros. The first slots
+of a row, its prefix, may be stored in another row, so that a prefix that rows share is stored once.
 """
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rope_append import check_buffers
+from latentmas_kernels.ops.triton.decode_attention import SplitWorkspace, num_kv_splits
+from latentmas_kernels.ops.triton.decode_attention import decode_attention as decode_attention_kernel
+from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 
 
@@ -28,9 +31,10 @@ def decode_attention_reference(
     prefix_row: Tensor | None = None,
     prefix_len: Tensor | None = None,
 ) -> Tensor:
+    """Compute the formula in plain torch."""
     slots = keys.shape[2]
     if prefix_row is not None and prefix_len is not None:
-        keys, values = (_where_they_lie(t, prefix_row, prefix_len) for t in (keys, values))
+        keys, values = (_with_prefix(t, prefix_row, prefix_len) for t in (keys, values))
     seen = torch.arange(slots, device=keys.device) < lengths[:, None]
     if window is not None:
         assert positions is not None
@@ -41,12 +45,12 @@ def decode_attention_reference(
     k, v = (t.masked_fill(unseen, 0).repeat_interleave(group, dim=1) for t in (keys, values))
     scores = torch.einsum("bhd,bhsd->bhs", queries, k).float() * scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    shares = scores.softmax(-1).masked_fill(~seen.any(1)[:, None, None], 0)
-    return torch.einsum("bhs,bhsd->bhd", shares.to(v.dtype), v).flatten(1)
+    probabilities = scores.softmax(-1).masked_fill(~seen.any(1)[:, None, None], 0)
+    return torch.einsum("bhs,bhsd->bhd", probabilities.to(v.dtype), v).flatten(1)
 
 
-def _where_they_lie(store: Tensor, prefix_row: Tensor, prefix_len: Tensor) -> Tensor:
-    """Each row's slots in a buffer of its own, those that it borrows too."""
+def _with_prefix(store: Tensor, prefix_row: Tensor, prefix_len: Tensor) -> Tensor:
+    """Copy keys or values into a buffer where every row holds its prefix itself."""
     rows, slots = (torch.arange(n, device=store.device) for n in (store.shape[0], store.shape[2]))
     source = torch.where(slots < prefix_len[:, None], prefix_row[:, None].long(), rows[:, None])
     return store.transpose(1, 2)[source, slots].transpose(1, 2)
@@ -69,16 +73,12 @@ def _decode_attention(
         return decode_attention_reference(
             queries, keys, values, lengths, scale, window, positions, query_positions, prefix_row, prefix_len
         ).contiguous()
-    from latentmas_kernels.ops.triton.decode_attention import Partials, num_kv_splits
-    from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
-    from latentmas_kernels.ops.triton.kv_table import memory_of
-
     target = target_of(queries.device)
     out = torch.empty_like(queries).flatten(1)
     splits = num_kv_splits(target, len(queries), keys.shape[1], queries.element_size())
-    kernel(
-        queries, memory_of(keys, values, positions), 0, keys.shape[1], lengths,
-        lengths if query_positions is None else query_positions, window, scale, Partials(queries, splits), out,
+    decode_attention_kernel(
+        queries, KVTable.of_layer(keys, values, positions).tensor(keys.device), 0, keys.shape[1], lengths,
+        lengths if query_positions is None else query_positions, window, scale, SplitWorkspace(queries, splits), out,
         target=target, prefix_row=prefix_row, prefix_len=prefix_len,
     )  # fmt: skip
     return out
@@ -115,17 +115,19 @@ def decode_attention(
 ) -> Tensor:
     """Attend from one position per row.
 
+    Runs the Triton kernels on CUDA and the torch reference elsewhere.
+
     Args:
         queries: [B, Hq, hd], after RoPE.
         keys, values: [B, Hkv, S, hd] in queries' dtype, of equal strides, slots contiguous. Slots behind a row's length are
-            never used, whatever they hold.
+            never used.
         lengths: int32 [B], slots in use.
         scale: of the scores; hd ** -0.5 when None.
         window: positions that a query sees, its own included; needs the two below.
         positions: int64 [B, S], of the slots, rising along each row.
         query_positions: int32 [B].
         prefix_row, prefix_len: int32 [B], both or none. The first prefix_len[b] slots of row b, a multiple of 64 and no more
-            than its length, lie in row prefix_row[b] of keys and values; their positions do not.
+            than its length, are stored in row prefix_row[b] of keys and values; the positions are the row's own.
 
     Returns:
         [B, Hq hd].
@@ -134,10 +136,11 @@ def decode_attention(
         ValueError: where shapes, dtypes or strides do not fit together.
     """
     check_buffers("decode_attention", keys, values, queries.dtype)
-    batch, kv_heads, slots, width = keys.shape
-    if queries.dim() != 3 or len(queries) != batch or queries.shape[2] != width or queries.shape[1] % kv_heads:
+    batch, kv_heads, slots, head_dim = keys.shape
+    if queries.dim() != 3 or len(queries) != batch or queries.shape[2] != head_dim or queries.shape[1] % kv_heads:
         raise LatentMASError(
-            f"decode_attention: queries must be [{batch}, a multiple of {kv_heads} heads, {width}]; got {list(queries.shape)}"
+            f"decode_attention: queries must be [{batch}, a multiple of {kv_heads} heads, {head_dim}]; got "
+            f"{list(queries.shape)}"
         )
     if list(lengths.shape) != [batch] or lengths.dtype != torch.int32:
         raise LatentMASError(
@@ -166,6 +169,6 @@ def decode_attention(
         None if t is None else t.contiguous() for t in (query_positions, prefix_row, prefix_len)
     )
     return _decode_attention(
-        queries.contiguous(), keys, values, lengths.contiguous(), width**-0.5 if scale is None else scale, window, positions,
+        queries.contiguous(), keys, values, lengths.contiguous(), head_dim**-0.5 if scale is None else scale, window, positions,
         query_positions, prefix_row, prefix_len,
     )  # fmt: skip

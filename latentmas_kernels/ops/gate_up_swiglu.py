@@ -14,35 +14,39 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rmsnorm import check_norm
 from latentmas_kernels.ops.rmsnorm_linear import check_linear, rmsnorm_linear_reference
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
+from latentmas_kernels.ops.triton.skinny_gemm import skinny_gemm
 
 
-def gate_up_swiglu_reference(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    gate, up = rmsnorm_linear_reference(x, gain, eps, weight, bias).chunk(2, dim=-1)
+def gate_up_swiglu_reference(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Compute the formula in plain torch."""
+    gate, up = rmsnorm_linear_reference(x, norm_weight, eps, weight, bias).chunk(2, dim=-1)
     return silu(gate) * up
 
 
 @torch.library.custom_op("latentmas::gate_up_swiglu", mutates_args=())
-def _gate_up_swiglu(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _gate_up_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not runs_on(x):
-        return gate_up_swiglu_reference(x, gain, eps, weight, bias)
-    from latentmas_kernels.ops.triton.skinny_gemm import product
-
+        return gate_up_swiglu_reference(x, norm_weight, eps, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    product(x, weight, out, gain=gain, eps=eps, bias=bias, pair=True, target=target_of(x.device))
+    skinny_gemm(x, weight, out, norm_weight=norm_weight, eps=eps, bias=bias, gated=True, target=target_of(x.device))
     return out
 
 
 @_gate_up_swiglu.register_fake
-def _(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
-def gate_up_swiglu(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Normalise rows and run the gate, the up projection and SwiGLU.
+def gate_up_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Normalise rows, then compute gate, up projection and SwiGLU.
+
+    Runs the Triton kernel on CUDA and the torch reference elsewhere.
 
     Args:
         x: [B, K].
-        gain: [K], the weight of the norm.
+        norm_weight: [K], the weight of the norm.
         eps: added to the mean square.
         weight: [2 I, K] with contiguous rows, the gate's rows first, in x's dtype.
         bias: [2 I].
@@ -53,10 +57,10 @@ def gate_up_swiglu(x: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Te
     Raises:
         ValueError: where shapes, dtypes or devices do not fit together.
     """
-    check_norm("gate_up_swiglu", x, gain)
+    check_norm("gate_up_swiglu", x, norm_weight)
     check_linear("gate_up_swiglu", x, weight, bias, weight.shape[0])
     if weight.shape[0] % 2:
         raise LatentMASError(
             f"gate_up_swiglu: the weight holds gate and up, an even number of rows; got {weight.shape[0]}"
         )
-    return _gate_up_swiglu(x.contiguous(), gain.contiguous(), eps, weight, bias)
+    return _gate_up_swiglu(x.contiguous(), norm_weight.contiguous(), eps, weight, bias)

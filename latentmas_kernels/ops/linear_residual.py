@@ -1,4 +1,4 @@
-"""linear_residual: the product that closes a sublayer (attention's output, the MLP's down projection) and its residual.
+"""linear_residual: the last product of a sublayer (attention's output, the MLP's down projection) and its residual.
 
     y = residual + x W^T + bias                   x [B, K], W [N, K], bias [N], residual and y [B, N]
 
@@ -12,9 +12,11 @@ from torch.nn.functional import linear
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rmsnorm_linear import check_linear
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
+from latentmas_kernels.ops.triton.skinny_gemm import skinny_gemm
 
 
 def linear_residual_reference(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute the formula in plain torch."""
     return residual + linear(x, weight, bias)
 
 
@@ -22,10 +24,8 @@ def linear_residual_reference(x: Tensor, weight: Tensor, residual: Tensor, bias:
 def _linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
     if not runs_on(x):
         return linear_residual_reference(x, weight, residual, bias)
-    from latentmas_kernels.ops.triton.skinny_gemm import product
-
     out = torch.empty_like(residual)
-    product(x, weight, out, bias=bias, residual=residual, target=target_of(x.device))
+    skinny_gemm(x, weight, out, bias=bias, residual=residual, target=target_of(x.device))
     return out
 
 
@@ -37,11 +37,16 @@ def _(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tenso
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply rows with a weight and add the residual.
 
+    Runs the Triton kernel on CUDA and the torch reference elsewhere.
+
     Args:
         x: [B, K].
         weight: [N, K] with contiguous rows, in x's dtype.
         residual: [B, N] in x's dtype.
         bias: [N].
+
+    Returns:
+        [B, N].
 
     Raises:
         ValueError: where shapes, dtypes or devices do not fit together.

@@ -6,7 +6,7 @@
 Accumulation, norm and rescale are float32 on every path; the cast to the output's dtype comes last. `weight` is W_a
 transposed, [D_out, D_in], so that one output element reads one contiguous row, as in `torch.nn.Linear`. It stays
 float32 whatever the model's dtype: at 8B that is 67 MB beside 16 GB of weights a step, 0.4 %, and the map keeps the
-accuracy that it was solved with.
+accuracy of its solution.
 """
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.extension import extension
 from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.realign import realign as realign_kernel
 
 MIN_NORM = 1e-12
-"""Smallest divisor of the rescale: a zero vector stays zero. csrc/cpu/realign.cpp and ops/triton hold the same."""
+"""Smallest divisor of the rescale: a zero vector stays zero. csrc/cpu/kernels.h and ops/triton/realign.py have it as well."""
 
 
 def realign_reference(hidden: Tensor, weight: Tensor | None, target_norm: float) -> Tensor:
-    """The formula in plain torch: the specification of `realign`, for tests and for devices without a kernel."""
+    """Compute the formula in plain torch: the specification of `realign`, for tests and for devices without a kernel."""
     y = hidden.float()
     if weight is not None:
         y = y @ weight.T
@@ -32,11 +33,9 @@ def realign_reference(hidden: Tensor, weight: Tensor | None, target_norm: float)
 @torch.library.custom_op("latentmas::realign", mutates_args=("out",))
 def _realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
     if hidden.device.type == "cuda":
-        from latentmas_kernels.ops.triton.realign import realign as kernel
-
-        kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
+        realign_kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
     elif hidden.device.type == "cpu" and extension() and hidden.dtype in (torch.float32, torch.bfloat16):
-        _realign_cpu(hidden, weight, target_norm, out)
+        extension().realign(hidden, None if weight is None else weight.contiguous(), target_norm, out)
     else:
         out.copy_(realign_reference(hidden, weight, target_norm))
 
@@ -55,8 +54,8 @@ def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: T
     Args:
         hidden: [B, D_in], the states after the final norm.
         weight: float32 [D_out, D_in], W_a transposed, on the same device; None is the identity.
-        target_norm: the norm that every output row gets.
-        out: [B, D_out] of hidden's dtype, written and returned; its rows may be strided. Allocated when None.
+        target_norm: the norm of every output row.
+        out: [B, D_out] of hidden's dtype, modified and returned; its rows may be strided. Allocated when None.
 
     Returns:
         [B, D_out] in hidden's dtype.
@@ -74,7 +73,7 @@ def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: T
 
 
 def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
-    """The width of the output, once the arguments are known to fit together."""
+    """Check that the arguments fit together, and return the width of the output."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise LatentMASError(
             f"realign: hidden must be floating point [B, D_in]; got {hidden.dtype} {list(hidden.shape)}"
@@ -98,22 +97,3 @@ def check(hidden: Tensor, weight: Tensor | None, out: Tensor | None) -> int:
     if len(devices) > 1:
         raise LatentMASError(f"realign: all tensors must be on one device; got {sorted(map(str, devices))}")
     return width
-
-
-def _realign_cpu(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor) -> None:
-    name = str(hidden.dtype).removeprefix("torch.")
-    weight = None if weight is None else weight.contiguous()
-    extension().realign(
-        hidden=hidden.data_ptr(),
-        hidden_dtype=name,
-        # A matrix of one row may carry any stride; the kernel wants one that spans the row.
-        hidden_row_stride=max(hidden.stride(0), hidden.shape[1]),
-        weight=0 if weight is None else weight.data_ptr(),
-        target_norm=target_norm,
-        out=out.data_ptr(),
-        out_dtype=name,
-        out_row_stride=max(out.stride(0), out.shape[1]),
-        rows=hidden.shape[0],
-        cols_in=hidden.shape[1],
-        cols_out=out.shape[1],
-    )

@@ -1,4 +1,4 @@
-"""rerotate_keys: move keys that are already rotated to other positions (cuts and merges of a cache).
+"""rerotate_keys: move rotated keys to other positions (where a cache is cut or merged).
 
     k[l, b, h, j] <- rope(k[l, b, h, j], shift[b, j])             keys [L, B, Hkv, S, hd], in place; shift [B, n], n <= S
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rope_append import rotate
 from latentmas_kernels.ops.triton.launch import runs_on
+from latentmas_kernels.ops.triton.rerotate_keys import rerotate_keys as rerotate_keys_kernel
 
 
 def rerotate_keys_reference(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
+    """Compute the formula in plain torch. Modifies `keys`."""
     slots = shifts.shape[1]
     moved = shifts != 0
     angle = shifts.float()[:, :, None] * inv_freq
@@ -28,9 +30,7 @@ def _rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
     if not runs_on(keys):
         rerotate_keys_reference(keys, shifts, inv_freq)
         return
-    from latentmas_kernels.ops.triton.rerotate_keys import rerotate_keys as kernel
-
-    kernel(keys, shifts, inv_freq)
+    rerotate_keys_kernel(keys, shifts, inv_freq)
 
 
 @_rerotate_keys.register_fake
@@ -39,11 +39,13 @@ def _(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
 
 
 def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
-    """Rotate cached keys on by a shift of their positions, in place.
+    """Rotate cached keys by a shift of their positions. This modifies `keys`.
+
+    Runs the Triton kernel on CUDA and the torch reference elsewhere.
 
     Args:
-        keys: [L, B, Hkv, S, hd], slots contiguous. Written.
-        shifts: int64 [B, n], how far each of the first n slots moves; negative is towards the start.
+        keys: [L, B, Hkv, S, hd], slots contiguous. Modified.
+        shifts: int64 [B, n], the shift of each of the first n slots; negative is towards the start.
         inv_freq: float32 [hd / 2], of the model's rotary module.
 
     Raises:

@@ -2,7 +2,7 @@
 
     greedy      argmax, of equals the lowest index
     sampling    z = logits / temperature
-                top-k: what reaches the k-th largest z        top-p: z_i while the mass strictly above z_i is below top_p
+                top-k: z_i >= the k-th largest z              top-p: z_i while the mass strictly above z_i is below top_p
                 token = the first i whose cumulated mass, in the order of the vocabulary, exceeds u times the whole mass
 
 The filters are transformers' (temperature, top-k, top-p, in this order), but equal logits stay or go together. u comes
@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
+from latentmas_kernels.ops.triton.row_state import RowField
+from latentmas_kernels.ops.triton.sample import Candidates, Settings
+from latentmas_kernels.ops.triton.sample import sample as sample_kernel
 
 _MASK = 0xFFFFFFFF
 
 
 def philox_uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1) from a seed of 64 bits and a counter of 32."""
+    """Return a number in [0, 1) from a seed of 64 bits and a counter of 32."""
     c = [counter & _MASK, 0, 0, 0]
     k = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(10):
@@ -35,6 +39,7 @@ def philox_uniform(seed: int, counter: int) -> float:
 def sample_reference(
     logits: Tensor, do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int, draw: int
 ) -> Tensor:
+    """Compute the formula in plain torch, float64."""
     if not do_sample:
         return logits.argmax(-1)
     z = logits.double() / temperature
@@ -44,7 +49,7 @@ def sample_reference(
     if top_p < 1:
         falling, order = p.sort(dim=-1, descending=True, stable=True)
         above = falling.cumsum(-1) - falling
-        # Of equals, what lies strictly above the first of them counts.
+        # For equal logits the mass strictly above the first of them counts.
         first = (falling[:, :, None] == falling[:, None, :]).int().argmax(-1) if p.shape[-1] < 2048 else None
         above = above if first is None else above.gather(-1, first)
         keep = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, (above < top_p) | (falling == falling[:, :1]))
@@ -60,24 +65,19 @@ def _sample(
 ) -> Tensor:
     if not runs_on(logits):
         return sample_reference(logits, do_sample, temperature, top_k, top_p, seed, draw)
-    from latentmas_kernels.ops.triton.kv_table import memory_of
-    from latentmas_kernels.ops.triton.row_state import ACTIVE, STEP
-    from latentmas_kernels.ops.triton.sample import Candidates, Settings
-    from latentmas_kernels.ops.triton.sample import sample as kernel
-
-    batch, vocabulary = logits.shape
-    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    rows = torch.zeros(5, batch, dtype=torch.int32, device=logits.device)
-    rows[ACTIVE], rows[STEP] = 1, draw
-    trace = torch.empty(batch, draw + 1, dtype=torch.int64, device=logits.device)
-    empty = logits.new_empty(1, 1, 1, 1)
+    batch, vocab_size = logits.shape
+    token_ids = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    row_state = torch.zeros(len(RowField), batch, dtype=torch.int32, device=logits.device)
+    row_state[RowField.ACTIVE], row_state[RowField.STEP] = 1, draw
+    step_log = torch.empty(batch, draw + 1, dtype=torch.int64, device=logits.device)
+    kv_table = KVTable(step_log=step_log.data_ptr(), step_log_stride=step_log.stride(0)).tensor(logits.device)
     settings = Settings(logits.device)
     settings.set(temperature, top_k, top_p, seed, 0, 0, [])
-    memory = memory_of(empty, empty)
-    memory[7], memory[8] = trace.data_ptr(), trace.stride(0)
-    candidates = Candidates(batch, vocabulary, logits.device, sampling=do_sample)
-    kernel(logits, tokens, settings, candidates, rows, memory, do_sample=do_sample, target=target_of(logits.device))
-    return tokens
+    sample_kernel(
+        logits, token_ids, settings, Candidates(batch, vocab_size, logits.device, sampling=do_sample), row_state, kv_table,
+        do_sample=do_sample, target=target_of(logits.device),
+    )  # fmt: skip
+    return token_ids
 
 
 @_sample.register_fake
@@ -97,13 +97,15 @@ def sample(
 ) -> Tensor:
     """Choose a token per row.
 
+    Runs the Triton kernels on CUDA and the torch reference elsewhere.
+
     Args:
         logits: float32 [B, V].
-        do_sample: draw instead of taking the most likely.
+        do_sample: draw a token instead of the most likely.
         temperature: above 0.
         top_k: None or 0 is off.
         top_p: 1 is off.
-        seed, draw: of the generator: the same two give the same tokens.
+        seed, draw: of the generator; the same two give the same tokens.
 
     Returns:
         int64 [B].

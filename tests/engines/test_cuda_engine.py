@@ -47,7 +47,7 @@ def prompt(lengths, **options):
 
 
 def chain(model, engine, *, lengths=(9, 4), steps=2, tokens=4, aligner="ridge"):
-    """Two latent agents and a judger; the memory is handed on."""
+    """Two latent agents and a judger on one KV cache."""
     past, outputs = None, []
     for seed in (1, 2):
         ids, mask = prompt(list(lengths), seed=seed)
@@ -75,7 +75,7 @@ def assert_same_cache(ours, theirs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_interpreter_chain_equals_eager(family):
-    """Ragged rows, agents that go on from each other's memory, windows of 8 that the memory outgrows."""
+    """Ragged rows, agents that go on from each other's KV cache, windows of 8 that the cache outgrows."""
     model = small_model(family)
     ours, theirs = chain(model, "cuda"), chain(model, "eager")
     assert [o.metrics.engine for o in ours] == ["cuda"] * 3
@@ -125,15 +125,15 @@ def test_interpreter_soft_feedback_equals_eager(small):
 
 def test_interpreter_rows_are_bit_identical_alone_and_in_a_batch(small):
     """float32: one kernel whatever the batch, sums in one order. The prompt runs through torch, which is not so exact:
-    so both start from the same memory."""
+    so both start from the same KV cache."""
     ids, mask = prompt([6, 3, 8])
     read = latent_generate(small, ids, mask, latent_steps=0, max_cache_len=16)
     aligner = build_aligner(small, "ridge")
     engine = CudaEngine(small, Architecture.of(small))
-    memory = read.past_key_values
-    together = engine.run_latent(memory.fork(), read.last_hidden, aligner, every(3, 2), None)
+    cache = read.past_key_values
+    together = engine.run_latent(cache.fork(), read.last_hidden, aligner, every(3, 2), None)
     for row in range(3):
-        alone = engine.run_latent(memory.select([row]), read.last_hidden[row : row + 1], aligner, every(1, 2), None)
+        alone = engine.run_latent(cache.select([row]), read.last_hidden[row : row + 1], aligner, every(1, 2), None)
         assert torch.equal(alone.latents[0], together.latents[row])
 
 
@@ -145,9 +145,9 @@ def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
     for row, length in enumerate(cache.lengths.tolist()):
         cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     engine = CudaEngine(small, Architecture.of(small))
-    thought = engine.run_latent(cache, read.last_hidden, build_aligner(small, "ridge"), every(2, 2), None)
-    assert thought.latents.isfinite().all()
-    assert thought.last_hidden.isfinite().all()
+    result = engine.run_latent(cache, read.last_hidden, build_aligner(small, "ridge"), every(2, 2), None)
+    assert result.latents.isfinite().all()
+    assert result.last_hidden.isfinite().all()
     for row, length in enumerate([8, 5]):
         assert cache.keys[:, row, :, :length].isfinite().all()
         assert cache.keys[:, row, :, length:].isnan().all()
@@ -157,14 +157,14 @@ def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
 def test_interpreter_one_capture_serves_every_call(small, monkeypatch):
     """Other caches, capacities, lengths and settings: the graph does not change."""
     captured = []
-    real_step = cuda.State._step
+    real_step = cuda.CudaState._step
 
     def counting(self, weights, bucket, kind, aligner):
         if (bucket, *kind) not in self.graphs:
             captured.append((bucket, kind[0]))
         return real_step(self, weights, bucket, kind, aligner)
 
-    monkeypatch.setattr(cuda.State, "_step", counting)
+    monkeypatch.setattr(cuda.CudaState, "_step", counting)
     for lengths, room in (([4, 2], None), ([3, 7], 40)):
         ids, mask = prompt(lengths)
         out = latent_generate(small, ids, mask, latent_steps=1, engine="cuda", max_cache_len=room, aligner="ridge")
@@ -173,9 +173,9 @@ def test_interpreter_one_capture_serves_every_call(small, monkeypatch):
                 small, ids, mask, past_key_values=out.past_key_values, max_new_tokens=2, do_sample=True,
                 temperature=temperature, engine="cuda",
             )  # fmt: skip
-    engine, memory = CudaEngine(small, Architecture.of(small)), out.past_key_values.fork(20)
+    engine, cache = CudaEngine(small, Architecture.of(small)), out.past_key_values.fork(20)
     for latent_params in (LatentParams(torch.tensor([1, 2]), record=True), every(2, 2, stop_cosine=0.5)):
-        engine.run_latent(memory, out.last_hidden, build_aligner(small, "ridge"), latent_params, None)
+        engine.run_latent(cache, out.last_hidden, build_aligner(small, "ridge"), latent_params, None)
     assert captured == [(2, "latent"), (2, "token")]
     report = memory_report(small)
     assert report["tensors of batch 2"] > 0
@@ -210,15 +210,15 @@ def test_interpreter_rows_of_the_lm_head_that_have_no_embedding_are_left_out(sma
     padded.lm_head = head
     ids, mask = prompt([5, 7])
     assert int(padded(input_ids=ids).logits[:, -1].argmax(-1).max()) >= VOCAB, "they would win"
-    texts, thoughts = [], []
+    texts, results = [], []
     for model in (small, padded):
         torch.manual_seed(4)
         texts.append(
             generate(model, ids, mask, max_new_tokens=4, eos_token_id=None, engine="cuda", **options).sequences
         )
-        thoughts.append(latent_generate(model, ids, mask, latent_steps=2, aligner="soft", engine="cuda").latents)
+        results.append(latent_generate(model, ids, mask, latent_steps=2, aligner="soft", engine="cuda").latents)
     assert torch.equal(*texts)
-    torch.testing.assert_close(*thoughts)
+    torch.testing.assert_close(*results)
 
 
 def test_interpreter_sampling_repeats_with_the_seed(small):
@@ -286,7 +286,7 @@ class Count(TorchDispatchMode):
 
 
 def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypatch):
-    """Each of these is a call of torch, and more steps make no more of them; of what a step itself does: see test_step."""
+    """Each of these is a call of torch, and more steps make no more of them; for a step itself see test_cuda_step.py."""
     monkeypatch.setattr(cuda.EagerReplay, "__call__", lambda self, body: lambda: None)
     engine = CudaEngine(small, Architecture.of(small))
     aligner, seed = build_aligner(small, "ridge"), torch.ones(2, 24, device=DEVICE)
@@ -322,14 +322,14 @@ def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypa
 
 
 def poison(cache):
-    """NaN wherever a row has memory that it does not use: behind its end, and under what it borrows."""
+    """NaN in the slots that a row does not use: behind its end, and its copy of the shared prefix."""
     for row, (length, prefix_len) in enumerate(zip(cache.lengths.tolist(), cache.prefix_len.tolist(), strict=True)):
         for store in (cache.keys, cache.values):
             store[:, row, :, length:] = store[:, row, :, :prefix_len] = float("nan")
     return cache
 
 
-def assert_same_thought(ours, theirs):
+def assert_same_result(ours, theirs):
     assert ours.steps.tolist() == theirs.steps.tolist()
     assert ours.steps.dtype == torch.int64
     torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-4, atol=1e-6)
@@ -342,7 +342,7 @@ def assert_same_thought(ours, theirs):
 
 
 class Both:
-    """Both engines on the same memory and seed."""
+    """Both engines on the same KV cache and seed."""
 
     @torch.no_grad()
     def __init__(self, model, lengths, aligner, *, times=1, room=12):
@@ -362,9 +362,9 @@ class Both:
 
     @torch.no_grad()
     def run_latent(self, latent_params):
-        """What both think, and the memories that they leave; what ours left unused is as it was."""
+        """Return the results of both engines and their KV caches; slots that ours did not use are as they were."""
         caches = [poison(self.start.fork()) for _ in self.engines]
-        thoughts = [
+        results = [
             engine.run_latent(cache, self.seed, self.aligner, latent_params, None)
             for engine, cache in zip(self.engines, caches, strict=True)
         ]
@@ -375,15 +375,15 @@ class Both:
                 assert store[:, row, :, prefix_len:length].isfinite().all()
                 assert store[:, row, :, length:].isnan().all()
                 assert store[:, row, :, :prefix_len].isnan().all()
-        return thoughts, caches
+        return results, caches
 
     def assert_same(self, latent_params):
-        thoughts, caches = self.run_latent(latent_params)
-        assert_same_thought(*thoughts)
+        results, caches = self.run_latent(latent_params)
+        assert_same_result(*results)
         for cache in caches:
             cache.make_private()
         assert_same_cache(*caches)
-        return thoughts[0].steps.tolist()
+        return results[0].steps.tolist()
 
 
 def parting(latents):
@@ -416,9 +416,9 @@ def test_interpreter_settled_batches_are_looked_at_now_and_then(small, monkeypat
     monkeypatch.setattr(cuda._all_ended, "__defaults__", (3,))
     both, seen = Both(small, [6, 3], "ridge"), []
     latent_params = every(2, 12, stop_cosine=-1.0)
-    thought = both.ours(latent_params, seen.append)
+    result = both.ours(latent_params, seen.append)
     assert seen == [0, 1, 2]
-    assert thought.latents.shape[1] == 2
+    assert result.latents.shape[1] == 2
     assert both.assert_same(latent_params) == [2, 2]
 
 
@@ -431,8 +431,8 @@ def test_interpreter_settling_goes_by_what_was_fed(small):
                 parameter.zero_()
             if name == "model.norm.weight":
                 parameter.fill_(1)
-    thoughts, _ = both.run_latent(every(2, 4, stop_cosine=0.999999))
-    assert [t.steps.tolist() for t in thoughts] == [[2, 2], [2, 2]]
+    results, _ = both.run_latent(every(2, 4, stop_cosine=0.999999))
+    assert [t.steps.tolist() for t in results] == [[2, 2], [2, 2]]
 
 
 @pytest.mark.parametrize("aligner", ["ridge", "soft"])
@@ -456,14 +456,14 @@ def test_interpreter_rows_that_end_are_bit_identical_alone_and_in_a_batch(small,
             assert not together.latents[row, steps:].any()
 
 
-# ---- slots that rows lend each other -------------------------------------------------------------------------------
+# ---- prefixes that rows share --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("family", "aligner"), [("llama", "ridge"), ("qwen3-mixed", "ridge"), ("mistral-window", "soft")]
 )
-def test_interpreter_lent_slots_are_read_where_they_lie(family, aligner):
-    """Windows that end inside, before and behind what is lent; each row goes on by itself."""
+def test_interpreter_shared_prefixes_are_read_in_the_row_that_stores_them(family, aligner):
+    """Windows that end inside, before and behind the prefix; each row goes on by itself."""
     model = (
         small_model(family, sliding_window=20) if family in ("qwen3-mixed", "mistral-window") else small_model(family)
     )
@@ -472,7 +472,7 @@ def test_interpreter_lent_slots_are_read_where_they_lie(family, aligner):
     both.assert_same(LatentParams(torch.tensor([2, 3, 1, 2, 3, 3]), record=True))
 
 
-def test_interpreter_lenders_may_lie_in_another_part(small):
+def test_interpreter_prefix_rows_may_be_in_another_part(small):
     state_of(small).buckets = [1, 2]
     both = Both(small, [66, 70], "ridge", times=3)
     assert both.start.prefix_row.tolist() == [0, 0, 0, 3, 3, 3]
@@ -480,12 +480,12 @@ def test_interpreter_lenders_may_lie_in_another_part(small):
     with expecting("a batch of 6 rows runs in parts of 2"):
         both.assert_same(LatentParams(torch.tensor([1, 2, 2, 1, 3, 2]), record=True))
     latent_params = LatentParams(torch.tensor([1, 1, 3, 1, 1, 2]), stop_cosine=-1.0)
-    thought = both.ours(latent_params, seen.append)
+    result = both.ours(latent_params, seen.append)
     assert seen == [0, 1, 2]
-    assert thought.steps.tolist() == [1, 1, 2, 1, 1, 2]
+    assert result.steps.tolist() == [1, 1, 2, 1, 1, 2]
 
 
-def test_interpreter_text_behind_lent_slots_equals_eager(small):
+def test_interpreter_text_behind_a_shared_prefix_equals_eager(small):
     both = Both(small, [66, 3], "ridge", times=2)
     ids, mask = prompt([2, 3, 1, 4])
     outs = [
@@ -572,14 +572,14 @@ def test_interpreter_larger_batches_run_in_parts(small):
 @pytest.mark.parametrize(("most", "words"), [(1, "in parts of 1 rows from now on"), (0, "runs on the eager engine")])
 def test_interpreter_out_of_memory_takes_a_smaller_bucket_or_eager(small, monkeypatch, most, words):
     state = state_of(small)
-    real_step, released = cuda.State._step, []
+    real_step, released = cuda.CudaState._step, []
 
     def failing(self, weights, bucket, kind, aligner):
         if bucket > most:
             raise torch.OutOfMemoryError("as a capture says it")
         return real_step(self, weights, bucket, kind, aligner)
 
-    monkeypatch.setattr(cuda.State, "_step", failing)
+    monkeypatch.setattr(cuda.CudaState, "_step", failing)
     monkeypatch.setattr(state.capture, "release", lambda: released.append(True))
     with expecting(words):
         ours = chain(small, "cuda", lengths=(5, 2), steps=1, tokens=2)

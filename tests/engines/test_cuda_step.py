@@ -1,4 +1,4 @@
-"""A decode step as a whole: what it launches compiles for real GPUs within their limits, and it calls nothing of torch."""
+"""A decode step as a whole: its launches compile for real GPUs within their limits, and it makes no call of torch."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CASES = {
 }
 REGISTERS_OF_MULTIPROCESSOR = 65536
 SHARED_OF_MULTIPROCESSOR = 160 * 1024  # of sm_80, the smallest of the three
-LARGE = ("product_kernel", "attention_kernel", "sample_kernel")
+LARGE = ("skinny_gemm_kernel", "realign_gemv_kernel", "attention_kernel", "sample_kernel")
 
 
 def without_interpreter(*command):
@@ -33,8 +33,8 @@ def test_every_launch_of_a_step_compiles_aot(capability):
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {k["kernel"] for k in kernels}
     assert names == {
-        "product_kernel", "rescale_kernel", "rope_append_kernel", "attention_kernel", "reduce_kernel", "rmsnorm_kernel",
-        "embed_kernel", "maxima_kernel", "greedy_kernel", "sample_kernel",
+        "skinny_gemm_kernel", "realign_gemv_kernel", "rescale_kernel", "rope_append_kernel", "attention_kernel",
+        "reduce_kernel", "rmsnorm_kernel", "embed_kernel", "maxima_kernel", "greedy_kernel", "sample_kernel",
     }  # fmt: skip
     for kernel in kernels:
         # Two of the large programs per multiprocessor, so that one loads while the other computes; four of the others.
@@ -44,7 +44,7 @@ def test_every_launch_of_a_step_compiles_aot(capability):
         assert programs * kernel["SHARED"] <= SHARED_OF_MULTIPROCESSOR, kernel
         assert kernel["waits"] == (capability >= 90), kernel
 
-    products = [k for k in kernels if k["kernel"] == "product_kernel" and "DOT" in k["constants"]]
+    products = [k for k in kernels if k["kernel"] == "skinny_gemm_kernel"]
     assert all(k["wide_loads"] for k in products)
     assert all(k["tensor_cores"] for k in products if k["constants"]["DOT"])
     assert {k["constants"]["DOT"] for k in products} == {True, False}

@@ -46,7 +46,7 @@ def run(request, monkeypatch):
 
 
 def chain(model, engine, *, lengths=(19, 4, 11), steps=3, tokens=6, aligner="ridge", vocabulary=VOCAB, **options):
-    """Two latent agents and a judger; the memory is handed on."""
+    """Two latent agents and a judger on one KV cache."""
     past, outputs = None, []
     for seed in (1, 2):
         ids, mask = ragged(list(lengths), seed=seed, vocab=vocabulary)
@@ -77,7 +77,7 @@ def assert_same_chain(ours, theirs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chain_equals_eager(family, run):
-    """Ragged rows, agents that go on from each other's memory, windows of 8 that the memory outgrows."""
+    """Ragged rows, agents that go on from each other's KV cache, windows of 8 that the cache outgrows."""
     model = tiny_model(family)
     assert_same_chain(chain(model, "native"), chain(model, "eager"))
 
@@ -126,10 +126,10 @@ def test_logits_of_nan_give_latents_of_nan():
     cache = LatentCache.for_model(Architecture.of(model), 2, 4)
     logits = torch.randn(2, 97)
     logits[1] = float("nan")
-    thought = engine.run_latent(cache, logits, build_aligner(model, "soft"), LatentParams(torch.tensor([2, 2])), None)
-    assert thought.latents[0].isfinite().all()
-    assert thought.latents[1].isnan().all()
-    assert thought.last_hidden[1].isnan().all()
+    result = engine.run_latent(cache, logits, build_aligner(model, "soft"), LatentParams(torch.tensor([2, 2])), None)
+    assert result.latents[0].isfinite().all()
+    assert result.latents[1].isnan().all()
+    assert result.last_hidden[1].isnan().all()
 
 
 # Batch, query heads, key heads, width of a head, hidden size, intermediate size: groups of 1, 2, 4, 8 and 5, and sizes that
@@ -264,11 +264,11 @@ def test_reads_and_writes_no_slot_but_its_own(run):
         cache.keys[:, row, :, length:] = cache.values[:, row, :, length:] = float("nan")
     before = cache.fork()
     aligner = build_aligner(model, "ridge")
-    thought = engine.run_latent(cache, read.last_hidden, aligner, LatentParams(torch.tensor([2, 2])), None)
+    result = engine.run_latent(cache, read.last_hidden, aligner, LatentParams(torch.tensor([2, 2])), None)
     with torch.no_grad():
         engine.extend(cache, Prompt(torch.tensor([3, 0]), torch.tensor([[4, 5, 6], [0, 0, 0]])), logits=True)
-    assert thought.latents.isfinite().all()
-    assert thought.last_hidden.isfinite().all()
+    assert result.latents.isfinite().all()
+    assert result.last_hidden.isfinite().all()
     assert cache.lengths.tolist() == [75, 5]
     for row, (old, new) in enumerate(zip(before.lengths.tolist(), cache.lengths.tolist(), strict=True)):
         for store, was in ((cache.keys, before.keys), (cache.values, before.values)):
@@ -376,7 +376,7 @@ def test_hypothesis_draws_as_the_reference(vocabulary, top_k, top_p, distinct, s
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, distinct, (3, vocabulary), generator=draw).float() * (8 / distinct)
     native_sampling = extension().Sampling(True, 0.8, top_k, top_p, seed=seed)
-    got = extension().sample(logits.data_ptr(), 3, vocabulary, native_sampling, 7)
+    got = extension().sample(logits, native_sampling, 7)
     assert got == sample_reference(logits, True, 0.8, top_k, top_p, seed, 7).tolist()
 
 
@@ -496,7 +496,7 @@ def test_weights_that_lost_rows_where_they_lie_are_seen():
     assert NativeEngine(model, Architecture.of(model)).weights.lm_head.shape[0] == 16
 
 
-def test_an_exception_between_steps_leaves_the_memory_as_it_was():
+def test_an_exception_between_steps_leaves_the_cache_as_it_was():
     model = tiny_model("llama")
     ids, mask = ragged([6, 3])
     cache = latent_generate(model, ids, mask, latent_steps=0, max_cache_len=40, engine="native").past_key_values
@@ -523,7 +523,7 @@ def test_steps_are_reported_as_they_are_issued():
     assert seen == [0, 1, 2, 3]
 
 
-def _think_in_child(queue, ids):
+def _run_latent_in_child(queue, ids):
     out = latent_generate(HYPOTHESIS_MODEL, ids, latent_steps=3, engine="native", aligner="identity")
     queue.put(out.latents.tolist())
 
@@ -535,7 +535,7 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch):
     here = latent_generate(HYPOTHESIS_MODEL, ids, latent_steps=3, engine="native", aligner="identity").latents
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_think_in_child, args=(queue, ids))
+    child = context.Process(target=_run_latent_in_child, args=(queue, ids))
     child.start()
     assert torch.equal(torch.tensor(queue.get(timeout=60)), here)
     child.join(60)
@@ -607,7 +607,7 @@ def test_a_child_forked_in_the_middle_of_a_call_can_call(monkeypatch):
     ids, _ = ragged([9])
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_think_in_child, args=(queue, ids))
+    child = context.Process(target=_run_latent_in_child, args=(queue, ids))
     out = latent_generate(
         HYPOTHESIS_MODEL, ids, latent_steps=3, engine="native", aligner="identity",
         on_step=lambda step: child.start() if step == 1 else None,

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from numerics import DEVICE, DOT_DTYPES, TARGET, assert_as_good_as_torch, integers, normal, poisoned
 
 from latentmas_kernels.ops.decode_attention import decode_attention, decode_attention_reference
-from latentmas_kernels.ops.triton.decode_attention import Partials, num_kv_splits
+from latentmas_kernels.ops.triton.decode_attention import SplitWorkspace, num_kv_splits
 from latentmas_kernels.ops.triton.decode_attention import decode_attention as kernel
-from latentmas_kernels.ops.triton.kv_table import describe
-from latentmas_kernels.ops.triton.launch import INTERPRETER, Target
+from latentmas_kernels.ops.triton.kv_table import KVTable
+from latentmas_kernels.ops.triton.launch import INTERPRETER, LaunchTarget
 
 # query heads, KV heads, head_dim: every group size of the models, widths that are powers of two and not
 HEADS = [(2, 2, 16), (4, 2, 64), (4, 1, 96), (8, 1, 128), (3, 1, 6)]
@@ -86,45 +86,45 @@ def test_interpreter_windows_over_positions_with_gaps(window, dtype):
 
 @pytest.mark.parametrize("window", [None, 1, 40, 100, 1000])
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-def test_interpreter_reads_lent_slots_in_the_row_that_they_lie_in(dtype, window):
-    """Rows borrow from those before and behind them, all of what they hold or some; what lies under it is NaN."""
+def test_interpreter_reads_a_prefix_in_the_row_that_stores_it(dtype, window):
+    """Prefixes in rows before and behind, whole rows or a part; the slots that a row does not use are NaN."""
     lengths, slots = [64, 200, 130, 70, 131], 210
     queries, keys, values, rows = inputs((4, 2, 16), lengths, slots, dtype=dtype)
     prefix_row, prefix_len = [1, 1, 4, 1, 4], [64, 0, 128, 64, 0]
     positions, query_positions = gapped(lengths, slots)
     want = [t.clone() for t in (keys, values)]
-    for row, (lender, count) in enumerate(zip(prefix_row, prefix_len, strict=True)):
+    for row, (source, count) in enumerate(zip(prefix_row, prefix_len, strict=True)):
         for store, full in zip((keys, values), want, strict=True):
-            full[row, :, :count] = store[lender, :, :count]
+            full[row, :, :count] = store[source, :, :count]
     for row, count in enumerate(prefix_len):
         keys[row, :, :count] = values[row, :, :count] = float("nan")
     options = {"window": window, "positions": positions, "query_positions": query_positions}
-    lent = {"prefix_row": integers(*prefix_row), "prefix_len": integers(*prefix_len)}
-    out = decode_attention(queries, keys, values, rows, scale=0.25, **options, **lent)
+    prefix = {"prefix_row": integers(*prefix_row), "prefix_len": integers(*prefix_len)}
+    out = decode_attention(queries, keys, values, rows, scale=0.25, **options, **prefix)
     assert_right(out, queries, *want, rows, 0.25, **options)
-    # Where they lie makes no difference in any bit.
+    # Where a prefix is stored makes no difference in any bit.
     assert torch.equal(out, decode_attention(queries, *want, rows, scale=0.25, **options))
-    plain = decode_attention_reference(queries, keys, values, rows, 0.25, **options, **lent)
+    plain = decode_attention_reference(queries, keys, values, rows, 0.25, **options, **prefix)
     assert torch.equal(plain, decode_attention_reference(queries, *want, rows, 0.25, **options))
 
 
 @pytest.mark.parametrize("part", [slice(0, 2), slice(2, 4), slice(4, 5)])
-def test_interpreter_lenders_may_lie_outside_of_the_rows(part):
-    """They count from the first row that the table describes."""
+def test_interpreter_prefix_rows_may_be_outside_of_the_rows(part):
+    """They count from the first row of the table."""
     lengths = [70, 66, 66, 64, 130]
     queries, keys, values, rows = inputs((4, 2, 16), lengths, 140)
     prefix_row, prefix_len = integers(0, 0, 4, 4, 4), integers(0, 64, 64, 64, 0)
     want = decode_attention(queries, keys, values, rows, prefix_row=prefix_row, prefix_len=prefix_len)
-    memory = torch.tensor(describe(keys[None, part], values[None, part]), device=DEVICE)
-    partials, out = Partials(queries[part], 2), poisoned(len(queries[part]), 64)
+    kv_table = KVTable.of_layer(keys[part], values[part]).tensor(DEVICE)
+    splits, out = SplitWorkspace(queries[part], 2), poisoned(len(queries[part]), 64)
     kernel(
-        queries[part].contiguous(), memory, 0, 2, rows[part], rows[part], None, 0.25, partials, out,
+        queries[part].contiguous(), kv_table, 0, 2, rows[part], rows[part], None, 0.25, splits, out,
         target=TARGET, prefix_row=prefix_row[part] - part.start, prefix_len=prefix_len[part],
     )  # fmt: skip
     torch.testing.assert_close(out, want[part])
 
 
-def test_interpreter_what_a_window_has_left_is_never_used():
+def test_interpreter_slots_outside_the_window_are_never_used():
     """NaN in a slot that fell out of the window does not show; nothing is seen where all of them have."""
     queries, keys, values, lengths = inputs((4, 2, 16))
     positions, query_positions = gapped(LENGTHS, ahead=2)
@@ -140,17 +140,17 @@ def test_interpreter_what_a_window_has_left_is_never_used():
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("splits", [1, 4, 16])
-def test_interpreter_any_number_of_splits_in_poisoned_buffers(splits, window):
-    """Also more runs than there are blocks of slots; the second layer of a buffer, the first poisoned."""
+@pytest.mark.parametrize("n_splits", [1, 4, 16])
+def test_interpreter_any_number_of_splits_in_poisoned_buffers(n_splits, window):
+    """Also more splits than there are blocks of slots; the second layer of a buffer, the first poisoned."""
     queries, keys, values, lengths = inputs((4, 2, 16))
     positions, query_positions = gapped(LENGTHS)
-    partials, out = Partials(queries, splits), poisoned(len(queries), 64)
-    partials.sums.fill_(float("nan"))
-    partials.weights.fill_(float("nan"))
+    splits, out = SplitWorkspace(queries, n_splits), poisoned(len(queries), 64)
+    splits.out.fill_(float("nan"))
+    splits.lse.fill_(float("nan"))
     layers = [torch.stack([torch.full_like(t, float("nan")), t]) for t in (keys, values)]
-    memory = torch.tensor(describe(*layers, positions), device=DEVICE)
-    kernel(queries, memory, 1, 2, lengths, query_positions, window, 0.25, partials, out, target=TARGET)
+    kv_table = KVTable.of(*layers, positions).tensor(DEVICE)
+    kernel(queries, kv_table, 1, 2, lengths, query_positions, window, 0.25, splits, out, target=TARGET)
     assert_right(out, queries, keys, values, lengths, 0.25, window, positions, query_positions)
 
 
@@ -223,7 +223,7 @@ def test_interpreter_takes_strided_arguments():
 
 
 def test_splits_do_not_depend_on_the_batch_in_float32():
-    device = Target("some device", 132, overlap=True)
+    device = LaunchTarget("some device", 132, enable_pdl=True)
     assert {num_kv_splits(device, batch, 8, 4) for batch in (1, 3, 64)} == {16}
     assert [num_kv_splits(device, batch, 8, 2) for batch in (1, 3, 8, 64)] == [64, 16, 8, 1]
     assert num_kv_splits(INTERPRETER, 3, 2, 4) == 2
@@ -246,9 +246,9 @@ def test_opcheck_interpreter(window):
     queries, keys, values, lengths = inputs((2, 1, 16), [3, 5], 5)
     keys, values = keys.nan_to_num(), values.nan_to_num()
     extra = (None, None) if window is None else gapped([3, 5], 5)
-    lent = (None, None) if window is None else (integers(0, 0), integers(0, 0))
+    prefix = (None, None) if window is None else (integers(0, 0), integers(0, 0))
     torch.library.opcheck(
-        torch.ops.latentmas.decode_attention.default, (queries, keys, values, lengths, 0.25, window, *extra, *lent)
+        torch.ops.latentmas.decode_attention.default, (queries, keys, values, lengths, 0.25, window, *extra, *prefix)
     )
 
 

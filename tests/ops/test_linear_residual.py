@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from numerics import DEVICE, DOT_DTYPES, DTYPES, TARGET, TILE_NAMES, TILES, assert_as_good_as_torch, normal, poisoned
 
 from latentmas_kernels.ops.linear_residual import linear_residual, linear_residual_reference
-from latentmas_kernels.ops.triton.launch import INTERPRETER, Tile
-from latentmas_kernels.ops.triton.skinny_gemm import Scratch, product
+from latentmas_kernels.ops.triton.launch import INTERPRETER
+from latentmas_kernels.ops.triton.skinny_gemm import Workspace, skinny_gemm
+from latentmas_kernels.ops.triton.tiles import GemmConfig
 
 SIZES = [(1, 576, 96), (3, 100, 70), (19, 77, 65), (5, 1, 3), (2, 33, 1)]
 
@@ -41,14 +42,14 @@ def test_interpreter_equals_reference(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
-@pytest.mark.parametrize(("rows", "tile"), TILES, ids=TILE_NAMES)
-def test_interpreter_every_tile_in_place_on_strided_rows(rows, tile, dtype):
+@pytest.mark.parametrize(("rows", "config"), TILES, ids=TILE_NAMES)
+def test_interpreter_every_tile_in_place_on_strided_rows(rows, config, dtype):
     """The residual stream is read and written in one buffer, and nothing beside it."""
     x, weight, residual, bias = inputs(rows, 100, 70, dtype)
     board = poisoned(rows + 1, 75, dtype=dtype)
     stream = board[:rows, 2:72]
     stream.copy_(residual)
-    product(x, weight, stream, bias=bias, residual=stream, target=INTERPRETER, tile=tile)
+    skinny_gemm(x, weight, stream, bias=bias, residual=stream, target=INTERPRETER, config=config)
     assert_right(stream, x, weight, residual, bias)
     assert board[:, :2].isnan().all()
     assert board[:, 72:].isnan().all()
@@ -56,15 +57,17 @@ def test_interpreter_every_tile_in_place_on_strided_rows(rows, tile, dtype):
 
 
 def test_interpreter_scratch_serves_launch_after_launch():
-    rows, tile = TILES[1]
-    scratch = Scratch(normal(1))
-    scratch.reserve(tile, rows, 70, pair=False)
-    scratch.partials.fill_(float("nan"))
+    rows, config = TILES[1]
+    workspace = Workspace(normal(1))
+    workspace.reserve(config, rows, 70, gated=False)
+    workspace.split_k_partials.fill_(float("nan"))
     x, weight, residual, bias = inputs(rows, 100, 70, torch.float32)
     outs = [poisoned(rows, 70) for _ in range(2)]
     for out in outs:
-        product(x, weight, out, bias=bias, residual=residual, target=INTERPRETER, tile=tile, scratch=scratch)
-        assert not scratch.arrivals.any()
+        skinny_gemm(
+            x, weight, out, bias=bias, residual=residual, target=INTERPRETER, config=config, workspace=workspace
+        )
+        assert not workspace.tile_counters.any()
     assert_right(outs[0], x, weight, residual, bias)
     assert torch.equal(*outs)
 
@@ -76,9 +79,9 @@ def test_interpreter_scratch_serves_launch_after_launch():
 )  # fmt: skip
 def test_hypothesis_interpreter_any_tile(rows, width_in, width_out, dtype, block_m, block, split, seed):
     x, weight, residual, bias = inputs(rows, width_in, width_out, dtype, seed)
-    tile = Tile(block_m, block, 48 - block, split, dot=False, num_warps=4, num_stages=1)
+    config = GemmConfig(block_m, block, 48 - block, split, dot=False, num_warps=4, num_stages=1)
     out = poisoned(rows, width_out, dtype=dtype)
-    product(x, weight, out, bias=bias, residual=residual, target=INTERPRETER, tile=tile)
+    skinny_gemm(x, weight, out, bias=bias, residual=residual, target=INTERPRETER, config=config)
     assert_right(out, x, weight, residual, bias)
 
 
@@ -88,7 +91,7 @@ def test_interpreter_float32_rows_are_the_same_alone_and_in_a_batch(target):
 
     def run(rows):
         out = poisoned(*residual[rows].shape)
-        product(x[rows], weight, out, bias=bias, residual=residual[rows], target=target)
+        skinny_gemm(x[rows], weight, out, bias=bias, residual=residual[rows], target=target)
         return out
 
     together = run(slice(0, 11))

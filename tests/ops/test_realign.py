@@ -145,7 +145,7 @@ def test_triton_compiles_ahead_of_time_aot(capability):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [k["kernel"] for k in kernels] == ["product_kernel", "rescale_kernel", "rescale_kernel"]
+    assert [k["kernel"] for k in kernels] == ["realign_gemv_kernel", "rescale_kernel", "rescale_kernel"]
     for kernel in kernels:
         assert kernel["STACK"] == kernel["LOCAL"] == 0, kernel
         assert kernel["SHARED"] <= 48 * 1024, kernel
@@ -192,13 +192,38 @@ def test_arguments_that_do_not_fit_are_refused(hidden, weight, out, words):
 
 
 @needs_extension
-def test_the_border_checks_what_it_is_given():
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden": 1}, "realign: hidden must be a torch tensor; got int"),
+        ({"hidden": torch.zeros(1, 4).half()}, r"realign: hidden must be float32 or bfloat16; got float16 \[1, 4\]"),
+        (
+            {"hidden": torch.zeros(4)},
+            r"realign: hidden must be float32 \[any, any\] with contiguous rows; got float32 \[4\]",
+        ),
+        ({"hidden": torch.zeros(4, 2).T}, r"with contiguous rows; got float32 \[2, 4\] with strides \[1, 2\] on cpu"),
+        (
+            {"hidden": torch.zeros(7).as_strided((2, 4), (3, 1)), "out": torch.zeros(2, 4)},
+            "rows of hidden or out overlap",
+        ),
+        ({"hidden": torch.zeros(1, 4, device="meta")}, "realign: hidden must be on the CPU; got .* on meta"),
+        (
+            {"weight": torch.zeros(4, 4).bfloat16()},
+            r"realign: weight must be float32 \[any, 4\], contiguous; got bfloat16",
+        ),
+        ({"weight": torch.zeros(4, 3)}, r"realign: weight must be float32 \[any, 4\]"),
+        (
+            {"out": torch.zeros(1, 5)},
+            r"realign: out must be float32 \[1, 4\] with contiguous rows; got float32 \[1, 5\]",
+        ),
+        ({"out": None}, "realign: out must be a torch tensor; got NoneType"),
+        ({"hidden": torch.zeros(0, 0), "out": torch.zeros(0, 0)}, "realign: rows must not be empty"),
+    ],
+)
+def test_the_border_checks_its_arguments(change, words):
     from latentmas_kernels import _C
 
-    good = {
-        "hidden": 1, "hidden_dtype": "float32", "hidden_row_stride": 4, "weight": 0, "target_norm": 1.0,
-        "out": 1, "out_dtype": "float32", "out_row_stride": 4, "rows": 1, "cols_in": 4, "cols_out": 4,
-    }  # fmt: skip
-    for change in ({"hidden": 0}, {"hidden_dtype": "float16"}, {"hidden_row_stride": 3}, {"cols_out": 5}, {"rows": -1}):
-        with pytest.raises(ValueError, match="realign"):
-            _C.realign(**{**good, **change})
+    good = {"hidden": torch.zeros(1, 4), "weight": None, "target_norm": 1.0, "out": torch.zeros(1, 4)}
+    _C.realign(**good)
+    with pytest.raises(ValueError, match=words):
+        _C.realign(**{**good, **change})

@@ -6,7 +6,7 @@ from numerics import DEVICE, DTYPES, TARGET, assert_as_good_as_torch, integers, 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from latentmas_kernels.ops.rope_append import rope_append, rope_append_reference
-from latentmas_kernels.ops.triton.kv_table import describe
+from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.rope_append import rope_append as kernel
 
 # rows, query heads, KV heads, head_dim
@@ -20,22 +20,22 @@ def frequencies(width, base=10000.0):
 
 
 def inputs(rows, query_heads, kv_heads, width, dtype, seed=0):
-    """qkv, the gains of both norms, slots (every third stores nothing), positions (every other one far away)."""
+    """qkv, the norm_weights of both norms, slots (every third stores nothing), positions (every other one far away)."""
     qkv = normal(rows, (query_heads + 2 * kv_heads) * width, dtype=dtype, seed=seed)
-    gains = [1 + normal(width, dtype=dtype, seed=seed + i, scale=0.3) for i in (1, 2)]
+    norm_weights = [1 + normal(width, dtype=dtype, seed=seed + i, scale=0.3) for i in (1, 2)]
     slots = integers(*[-1 if row % 3 == 1 else (5 * row + 2) % SLOTS for row in range(rows)])
-    return qkv, *gains, slots, integers(*[130000 + row if row % 2 == 0 else row for row in range(rows)])
+    return qkv, *norm_weights, slots, integers(*[130000 + row if row % 2 == 0 else row for row in range(rows)])
 
 
-def exact(qkv, query_gain, key_gain, frequency, scaling, kv_heads, positions):
+def exact(qkv, query_norm, key_norm, frequency, scaling, kv_heads, positions):
     """Queries, keys and values in float64, from angles in float32 as transformers has them."""
     rows, width = len(qkv), 2 * len(frequency)
     heads = qkv.double().view(rows, -1, width)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    if query_gain is not None:
+    if query_norm is not None:
         q, k = (
-            gain.double() * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
-            for x, gain in ((q, query_gain), (k, key_gain))
+            norm_weight.double() * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+            for x, norm_weight in ((q, query_norm), (k, key_norm))
         )
     angle = (positions.float()[:, None] * frequency)[:, None].double()
     cosine, sine = (torch.cat([t, t], dim=-1) * scaling for t in (angle.cos(), angle.sin()))
@@ -48,19 +48,19 @@ def exact(qkv, query_gain, key_gain, frequency, scaling, kv_heads, positions):
 @pytest.mark.parametrize("size", SIZES)
 def test_interpreter_equals_reference_and_writes_its_slots_only(size, norm, dtype):
     rows, query_heads, kv_heads, width = size
-    qkv, query_gain, key_gain, slots, positions = inputs(*size, dtype)
-    gains = (query_gain, key_gain) if norm else (None, None)
+    qkv, query_norm, key_norm, slots, positions = inputs(*size, dtype)
+    norm_weights = (query_norm, key_norm) if norm else (None, None)
     frequency, scaling = frequencies(width), 1.25 if norm else 1.0
     buffers = [
         poisoned(2, rows, kv_heads, SLOTS, width, dtype=dtype) for _ in range(2)
     ]  # two layers, the second in use
     queries = poisoned(rows, query_heads, width, dtype=dtype)
-    memory = torch.tensor(describe(*buffers), device=DEVICE)
-    kernel(qkv, queries, *gains, EPS, frequency, scaling, memory, 1, slots, positions, target=TARGET)
+    kv_table = KVTable.of(*buffers).tensor(DEVICE)
+    kernel(qkv, queries, *norm_weights, EPS, frequency, scaling, kv_table, 1, slots, positions, target=TARGET)
 
     plain_buffers = [poisoned(rows, kv_heads, SLOTS, width, dtype=dtype) for _ in range(2)]
-    plain = rope_append_reference(qkv, *gains, EPS, frequency, scaling, *plain_buffers, slots, positions)
-    want_queries, *want = exact(qkv, *gains, frequency, scaling, kv_heads, positions)
+    plain = rope_append_reference(qkv, *norm_weights, EPS, frequency, scaling, *plain_buffers, slots, positions)
+    want_queries, *want = exact(qkv, *norm_weights, frequency, scaling, kv_heads, positions)
     assert_as_good_as_torch(queries, plain, want_queries)
     stored = (slots >= 0).nonzero()[:, 0]
     where = slots[stored].long()
@@ -105,13 +105,13 @@ def test_interpreter_position_0_rotates_nothing():
 
 
 def test_interpreter_rows_are_the_same_alone_and_in_a_batch():
-    qkv, query_gain, key_gain, _, positions = inputs(3, 4, 2, 16, torch.float32)
+    qkv, query_norm, key_norm, _, positions = inputs(3, 4, 2, 16, torch.float32)
     slots = integers(0, 6, 3)
 
     def run(rows):
         buffers = [torch.zeros(len(qkv[rows]), 2, SLOTS, 16, device=DEVICE) for _ in range(2)]
         queries = rope_append(
-            qkv[rows], query_gain, key_gain, EPS, frequencies(16), 1.0, *buffers, slots[rows], positions[rows]
+            qkv[rows], query_norm, key_norm, EPS, frequencies(16), 1.0, *buffers, slots[rows], positions[rows]
         )
         return queries, *buffers
 
@@ -122,15 +122,15 @@ def test_interpreter_rows_are_the_same_alone_and_in_a_batch():
 
 
 def test_interpreter_takes_strided_arguments():
-    """Columns of a table of slots and positions, every other frequency and gain: what is not contiguous is not misread."""
-    qkv, query_gain, key_gain, slots, positions = inputs(3, 4, 2, 16, torch.float32)
-    plain = [query_gain, key_gain, slots, positions, frequencies(16)]
+    """Columns of a table of slots and positions, every other frequency and norm weight: strided arguments are read right."""
+    qkv, query_norm, key_norm, slots, positions = inputs(3, 4, 2, 16, torch.float32)
+    plain = [query_norm, key_norm, slots, positions, frequencies(16)]
     strided = [torch.stack([t, torch.zeros_like(t)], dim=1)[:, 0] for t in plain]
     results = []
-    for query_gain, key_gain, slots, positions, frequency in (plain, strided):
+    for query_norm, key_norm, slots, positions, frequency in (plain, strided):
         keys, values = (torch.zeros(3, 2, SLOTS, 16, device=DEVICE) for _ in range(2))
         results.append((
-            rope_append(qkv, query_gain, key_gain, EPS, frequency, 1.0, keys, values, slots, positions), keys, values
+            rope_append(qkv, query_norm, key_norm, EPS, frequency, 1.0, keys, values, slots, positions), keys, values
         ))  # fmt: skip
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
@@ -146,12 +146,12 @@ def test_empty_batch_interpreter():
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on the device the kernel always runs")
 def test_without_the_interpreter_the_reference_runs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    qkv, query_gain, key_gain, slots, positions = inputs(3, 4, 2, 16, torch.float16)
+    qkv, query_norm, key_norm, slots, positions = inputs(3, 4, 2, 16, torch.float16)
     results = []
     for op in (rope_append, rope_append_reference):
         keys, values = (torch.zeros(3, 2, SLOTS, 16, dtype=qkv.dtype) for _ in range(2))
         results.append((
-            op(qkv, query_gain, key_gain, EPS, frequencies(16), 1.0, keys, values, slots, positions), keys, values
+            op(qkv, query_norm, key_norm, EPS, frequencies(16), 1.0, keys, values, slots, positions), keys, values
         ))  # fmt: skip
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
@@ -159,12 +159,12 @@ def test_without_the_interpreter_the_reference_runs(monkeypatch):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_opcheck_interpreter(norm):
-    qkv, query_gain, key_gain, slots, positions = inputs(2, 2, 1, 16, torch.float32)
-    gains = (query_gain, key_gain) if norm else (None, None)
+    qkv, query_norm, key_norm, slots, positions = inputs(2, 2, 1, 16, torch.float32)
+    norm_weights = (query_norm, key_norm) if norm else (None, None)
     keys, values = (torch.zeros(2, 1, SLOTS, 16, device=DEVICE) for _ in range(2))
     torch.library.opcheck(
         torch.ops.latentmas.rope_append.default,
-        (qkv, *gains, EPS, frequencies(16), 1.0, keys, values, slots, positions),
+        (qkv, *norm_weights, EPS, frequencies(16), 1.0, keys, values, slots, positions),
     )
 
 
@@ -185,9 +185,9 @@ INT = torch.zeros(2, dtype=torch.int32)
         ({"qkv": torch.zeros(2, 8)}, r"got \[2, 8\]"),
         ({"inv_freq": torch.zeros(3)}, r"inv_freq must be float32 \[2\]; got torch.float32 \[3\]"),
         ({"inv_freq": torch.zeros(2).double()}, "got torch.float64"),
-        ({"query_gain": torch.zeros(4)}, "weights of both norms per head, or of none"),
+        ({"query_norm": torch.zeros(4)}, "weights of both norms per head, or of none"),
         (
-            {"query_gain": torch.zeros(4), "key_gain": torch.zeros(3)},
+            {"query_norm": torch.zeros(4), "key_norm": torch.zeros(3)},
             r"norms per head must be \[4\]; got \[4\] and \[3\]",
         ),
         ({"slots": INT.long()}, r"slots must be int32 \[2\]; got torch.int64"),
@@ -201,7 +201,7 @@ INT = torch.zeros(2, dtype=torch.int32)
 )
 def test_arguments_that_do_not_fit_are_refused(change, words):
     good = {
-        "qkv": torch.zeros(2, 16), "query_gain": None, "key_gain": None, "eps": EPS, "inv_freq": torch.zeros(2),
+        "qkv": torch.zeros(2, 16), "query_norm": None, "key_norm": None, "eps": EPS, "inv_freq": torch.zeros(2),
         "attention_scaling": 1.0, "keys": CACHE, "values": CACHE.clone(), "slots": INT, "positions": INT,
     }  # fmt: skip
     with pytest.raises(ValueError, match=words):

@@ -4,28 +4,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.launch import Target
+from latentmas_kernels.ops.triton.launch import LaunchTarget
 from latentmas_kernels.ops.triton.row_state import advance
 from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 
 @triton.jit
 def embed_kernel(
-    tokens, embedding, out, rows, memory, stride, rows_stride, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
+    token_ids_ptr, embedding_ptr, out_ptr, row_state_ptr, kv_table_ptr, embedding_stride, state_stride, hidden_size,
+    BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
-    if OVERLAP:
+    mask = cols < hidden_size
+    if USE_PDL:
         pdl_wait()
-    advance(rows, rows_stride, row, memory)
-    e = tl.load(embedding + tl.load(tokens + row) * stride + cols, mask=cols < width, other=0.0)
-    tl.store(out + row * width + cols, e, mask=cols < width)
+    advance(row_state_ptr, state_stride, row, kv_table_ptr)
+    e = tl.load(embedding_ptr + tl.load(token_ids_ptr + row) * embedding_stride + cols, mask=mask, other=0.0)
+    tl.store(out_ptr + row * hidden_size + cols, e, mask=mask)
 
 
-def embed(tokens: Tensor, embedding: Tensor, out: Tensor, rows: Tensor, memory: Tensor, *, target: Target) -> None:
-    """out[b] = embedding[tokens[b]]; `out` [B, D], `rows` and the positions behind `memory` are written."""
-    batch, width = out.shape
+def embed(
+    token_ids: Tensor, embedding: Tensor, out: Tensor, row_state: Tensor, kv_table: Tensor, *, target: LaunchTarget
+) -> None:
+    """Store embedding[token_ids[b]] in out[b]. Modifies `out` [B, D], `row_state` and the positions behind `kv_table`."""
+    batch, hidden_size = out.shape
     embed_kernel[(batch,)](
-        tokens, embedding, out, rows, memory, embedding.stride(0), rows.stride(0), width,
-        BLOCK=triton.next_power_of_2(width), OVERLAP=target.overlap, **target.options,
+        token_ids, embedding, out, row_state, kv_table, embedding.stride(0), row_state.stride(0), hidden_size,
+        BLOCK=triton.next_power_of_2(hidden_size), USE_PDL=target.enable_pdl, **target.options,
     )  # fmt: skip

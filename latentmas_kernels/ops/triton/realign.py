@@ -3,7 +3,7 @@
 Two launches where there is a product, since the norm needs all of its elements: the first computes W_a^T h and one
 partial sum of squares per block, the second adds the partial sums and rescales. No atomics: the same input gives the
 same bits. With the identity the second launch does all the work; inside a step it also advances the row, writes the
-embedding down in the trace and decides whether the row takes part in the next step.
+embedding to the step log and decides whether the row takes part in the next step.
 """
 
 from typing import NamedTuple
@@ -13,50 +13,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latentmas_kernels.ops.triton.kv_table import trace_pointer
-from latentmas_kernels.ops.triton.launch import Target
-from latentmas_kernels.ops.triton.row_state import advance, end_latent_step, latent_step
+from latentmas_kernels.ops.triton.kv_table import step_log_pointer
+from latentmas_kernels.ops.triton.launch import LaunchTarget
+from latentmas_kernels.ops.triton.row_state import advance, end_latent_step, load_latent_state
 from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 BLOCK_OUT = 16  # weight rows per program: 128 programs from D_out = 2048 on, which is about what fills an H100
 BLOCK_IN = 256
 BLOCK_SCALE = 1024
+MIN_NORM: tl.constexpr = tl.constexpr(1e-12)
+"""Smallest divisor of the rescale; as in ops/realign.py and csrc/cpu/kernels.h (tests/ops/test_constants.py)."""
 
 
 @triton.jit
-def product_kernel(
-    hidden, weight, product, squares,
-    hidden_stride, weight_stride, width_in, width_out, blocks,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, OVERLAP: tl.constexpr,
+def realign_gemv_kernel(
+    hidden_ptr, weight_ptr, product_ptr, squares_ptr,
+    hidden_stride, weight_stride, n_cols_in, n_cols_out, n_blocks,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """product[b, o] = sum_i weight[o, i] hidden[b, i]; squares[b, block] = sum of product[b, o]^2 over the block."""
     block, row = tl.program_id(0), tl.program_id(1)
     outs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     partial = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
-    if OVERLAP:
+    if USE_PDL:
         pdl_wait()
-    for start in range(0, width_in, BLOCK_IN):
+    for start in range(0, n_cols_in, BLOCK_IN):
         ins = start + tl.arange(0, BLOCK_IN)
-        x = tl.load(hidden + row * hidden_stride + ins, mask=ins < width_in, other=0.0).to(tl.float32)
-        inside = (outs < width_out)[:, None] & (ins < width_in)[None, :]
-        w = tl.load(weight + outs[:, None].to(tl.int64) * weight_stride + ins[None, :], mask=inside, other=0.0)
+        x = tl.load(hidden_ptr + row * hidden_stride + ins, mask=ins < n_cols_in, other=0.0).to(tl.float32)
+        mask = (outs < n_cols_out)[:, None] & (ins < n_cols_in)[None, :]
+        w = tl.load(weight_ptr + outs[:, None].to(tl.int64) * weight_stride + ins[None, :], mask=mask, other=0.0)
         partial += w * x[None, :]
     y = tl.sum(partial, axis=1)
-    tl.store(product + row * width_out + outs, y, mask=outs < width_out)
-    tl.store(squares + row * blocks + block, tl.sum(y * y, axis=0))
+    tl.store(product_ptr + row * n_cols_out + outs, y, mask=outs < n_cols_out)
+    tl.store(squares_ptr + row * n_blocks + block, tl.sum(y * y, axis=0))
 
 
 @triton.jit
-def cosine_to_last(source, scale, last, width, BLOCK: tl.constexpr):
-    """The cosine of the embedding source * scale to that of the step before, both as they are fed, in float32."""
+def cosine_to_last(source_ptr, scale, last_ptr, n_cols, BLOCK: tl.constexpr):
+    """The cosine of the embedding source * scale to that of the step before, both in the dtype that is fed, in float32."""
     dot = tl.zeros([BLOCK], dtype=tl.float32)
     now = tl.zeros([BLOCK], dtype=tl.float32)
     before = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(source + cols, mask=cols < width, other=0.0).to(tl.float32)
-        e = (x * scale).to(last.dtype.element_ty).to(tl.float32)
-        f = tl.load(last + cols, mask=cols < width, other=0.0).to(tl.float32)
+        x = tl.load(source_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        e = (x * scale).to(last_ptr.dtype.element_ty).to(tl.float32)
+        f = tl.load(last_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
         dot += e * f
         now += e * e
         before += f * f
@@ -68,86 +70,99 @@ def cosine_to_last(source, scale, last, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def rescale_kernel(
-    source, squares, out, target_norm, rows, memory,
-    source_stride, out_stride, rows_stride, width, blocks,
-    HAS_SQUARES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    source_ptr, squares_ptr, out_ptr, target_norm, row_state_ptr, kv_table_ptr,
+    source_stride, out_stride, state_stride, n_cols, n_blocks,
+    HAS_SQUARES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """out[b] = source[b] * target_norm / max(|source[b]|, 1e-12), the norm from the partial sums where there are any."""
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    if OVERLAP:
+    if USE_PDL:
         pdl_wait()
     if STEP:
         # All threads read these and one of them writes below; the sum in between is a barrier.
-        active, step, limit, settle = latent_step(rows, rows_stride, row)
+        active, step, limit, stop_cosine = load_latent_state(row_state_ptr, state_stride, row)
     if HAS_SQUARES:
-        for start in range(0, blocks, BLOCK):
+        for start in range(0, n_blocks, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            total += tl.load(squares + row * blocks + cols, mask=cols < blocks, other=0.0)
+            total += tl.load(squares_ptr + row * n_blocks + cols, mask=cols < n_blocks, other=0.0)
     else:
-        for start in range(0, width, BLOCK):
+        for start in range(0, n_cols, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(source + row * source_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+            x = tl.load(source_ptr + row * source_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
             total += x * x
     norm = tl.sqrt(tl.sum(total, axis=0))
     # Not a maximum: that would turn a NaN norm into 1e-12 and hide it.
-    scale = target_norm / tl.where(norm < 1e-12, 1e-12, norm)
+    scale = target_norm / tl.where(norm < MIN_NORM, MIN_NORM, norm)
     if STEP:
-        trace = trace_pointer(memory, row, out.dtype.element_ty) + step.to(tl.int64) * width
-        traced = tl.where(active > 0, width, 0)
+        step_log = step_log_pointer(kv_table_ptr, row, out_ptr.dtype.element_ty) + step.to(tl.int64) * n_cols
+        n_logged = tl.where(active > 0, n_cols, 0)
         goes_on = (active > 0) & (step + 1 < limit)
-        if goes_on & (step > 0) & (settle <= 1.0):
-            cosine = cosine_to_last(source + row * source_stride, scale, trace - width, width, BLOCK)
-            goes_on = (cosine < settle) | (cosine != cosine)
-        advance(rows, rows_stride, row, memory)
-        end_latent_step(rows, rows_stride, row, step, goes_on)
-    for start in range(0, width, BLOCK):
+        if goes_on & (step > 0) & (stop_cosine <= 1.0):
+            cosine = cosine_to_last(source_ptr + row * source_stride, scale, step_log - n_cols, n_cols, BLOCK)
+            goes_on = (cosine < stop_cosine) | (cosine != cosine)
+        advance(row_state_ptr, state_stride, row, kv_table_ptr)
+        end_latent_step(row_state_ptr, state_stride, row, step, goes_on)
+    for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(source + row * source_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
-        e = (x * scale).to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + cols, e, mask=cols < width)
+        x = tl.load(source_ptr + row * source_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        e = (x * scale).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * out_stride + cols, e, mask=cols < n_cols)
         if STEP:
-            tl.store(trace + cols, e, mask=cols < traced)
+            tl.store(step_log + cols, e, mask=cols < n_logged)
 
 
-class Step(NamedTuple):
-    """What `realign` needs inside a step: the table of rows (rows.py), the KV buffer (memory.py), and room for a product."""
+class StepBuffers(NamedTuple):
+    """Buffers of `realign` inside a step.
 
-    rows: Tensor
-    memory: Tensor
+    Attributes:
+        row_state, kv_table: the tables of row_state.py and kv_table.py.
+        product: float32 [B, D].
+        squares: float32 [B, squares_per_row(D)].
+    """
+
+    row_state: Tensor
+    kv_table: Tensor
     product: Tensor
     squares: Tensor
 
 
-def squares_per_row(width: int) -> int:
-    """Partial sums that the product leaves for each row."""
-    return triton.cdiv(width, BLOCK_OUT)
+def squares_per_row(n_cols: int) -> int:
+    """Return the number of partial sums of squares that the product leaves for each row."""
+    return triton.cdiv(n_cols, BLOCK_OUT)
 
 
 def realign(
-    hidden: Tensor, weight: Tensor | None, target_norm: float, out: Tensor, *, target: Target, step: Step | None = None
+    hidden: Tensor,
+    weight: Tensor | None,
+    target_norm: float,
+    out: Tensor,
+    *,
+    target: LaunchTarget,
+    step: StepBuffers | None = None,
 ) -> None:
-    """Launch the kernels on checked arguments; `out` is written, with `step` also its rows and the trace."""
-    rows, width = out.shape
-    if rows == 0:
+    """Launch the kernels on checked arguments. Modifies `out`, with `step` also its row state and the step log."""
+    batch, n_cols = out.shape
+    if batch == 0:
         return
     if weight is None:
-        source, squares, blocks = hidden, hidden, 0
+        source, squares, n_blocks = hidden, hidden, 0
     else:
-        blocks = squares_per_row(width)
+        n_blocks = squares_per_row(n_cols)
         if step is None:
-            source = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
-            squares = torch.empty(rows, blocks, dtype=torch.float32, device=hidden.device)
+            source = torch.empty(batch, n_cols, dtype=torch.float32, device=hidden.device)
+            squares = torch.empty(batch, n_blocks, dtype=torch.float32, device=hidden.device)
         else:
             source, squares = step.product, step.squares
-        product_kernel[(blocks, rows)](
+        realign_gemv_kernel[(n_blocks, batch)](
             hidden, weight, source, squares,
-            hidden.stride(0), weight.stride(0), hidden.shape[1], width, blocks,
-            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, OVERLAP=target.overlap, **target.options,
+            hidden.stride(0), weight.stride(0), hidden.shape[1], n_cols, n_blocks,
+            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, USE_PDL=target.enable_pdl, **target.options,
         )  # fmt: skip
-    rescale_kernel[(rows,)](
-        source, squares, out, target_norm, None if step is None else step.rows, None if step is None else step.memory,
-        source.stride(0), out.stride(0), 0 if step is None else step.rows.stride(0), width, blocks,
-        HAS_SQUARES=weight is not None, STEP=step is not None, BLOCK=BLOCK_SCALE, OVERLAP=target.overlap,
+    rescale_kernel[(batch,)](
+        source, squares, out, target_norm, None if step is None else step.row_state,
+        None if step is None else step.kv_table, source.stride(0), out.stride(0),
+        0 if step is None else step.row_state.stride(0), n_cols, n_blocks,
+        HAS_SQUARES=weight is not None, STEP=step is not None, BLOCK=BLOCK_SCALE, USE_PDL=target.enable_pdl,
         **target.options,
     )  # fmt: skip

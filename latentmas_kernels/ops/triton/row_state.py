@@ -1,72 +1,116 @@
-"""What the device knows of the rows of a batch: int32 [9, B], one line per field.
+"""The device table of a batch's rows: int32 [9, B], one line per field of `RowField`."""
 
-0 active      1 while the row takes part; a row that has ended, or only fills up a batch, has 0 and stores nothing. Latent
-              steps decide early in a step about the next one, so of the present step only `slot` tells.
-1 length      slots in use, that of the present step included
-2 position    of the present step's input
-3 slot        of the present step's input, -1 for none: the row takes no part in this step
-4 step        steps written to the trace
-5 limit       latent steps that the row takes at most
-6 settle      the cosine to the step before that ends its latent steps, float32 by its bits; above 1 for none
-7 lender      the row that its first slots lie in, counted from the first row that the launches are about: it may be none of
-              theirs, and negative
-8 borrowed    how many slots those are, a multiple of what attention reads at once
-
-Token steps know nothing of 5 and 6; a table for `sample` alone may end with 4.
-"""
+from enum import IntEnum
 
 import triton
 import triton.language as tl
 
 from latentmas_kernels.ops.triton.kv_table import position_pointer
 
-ACTIVE, LENGTH, POSITION, SLOT, STEP, LIMIT, SETTLE, PREFIX_ROW, PREFIX_LEN = range(9)
-FIELDS = 9
-NEVER = 2.0
-"""A cosine that is never reached, for `settle`."""
+
+class RowField(IntEnum):
+    """Lines of the table. Token steps use neither LIMIT nor STOP_COSINE.
+
+    Attributes:
+        ACTIVE: 1 while the row takes part; a row that has ended, or only fills up a batch, has 0 and stores nothing. Latent
+            steps decide early in a step about the next one, so of the present step only SLOT tells.
+        LENGTH: slots in use, that of the present step included.
+        POSITION: of the present step's input.
+        SLOT: of the present step's input; -1 where the row takes no part in this step.
+        STEP: steps written to the step log.
+        LIMIT: latent steps that the row takes at most.
+        STOP_COSINE: the cosine to the step before that ends the row's latent steps, float32 by its bits; NEVER_COSINE for none.
+        PREFIX_ROW: the row that holds the row's first slots, counted from the first row that the launches are about: it may be
+            outside of them, and negative.
+        PREFIX_LEN: the number of these slots, a multiple of the block that attention reads at once.
+    """
+
+    ACTIVE = 0
+    LENGTH = 1
+    POSITION = 2
+    SLOT = 3
+    STEP = 4
+    LIMIT = 5
+    STOP_COSINE = 6
+    PREFIX_ROW = 7
+    PREFIX_LEN = 8
+
+
+NEVER_COSINE = 2.0
+"""A cosine that is never reached, for STOP_COSINE."""
+
+# Triton's kernels see globals only where they are constexpr.
+_ACTIVE: tl.constexpr = tl.constexpr(RowField.ACTIVE.value)
+_LENGTH: tl.constexpr = tl.constexpr(RowField.LENGTH.value)
+_POSITION: tl.constexpr = tl.constexpr(RowField.POSITION.value)
+_SLOT: tl.constexpr = tl.constexpr(RowField.SLOT.value)
+_STEP: tl.constexpr = tl.constexpr(RowField.STEP.value)
+_LIMIT: tl.constexpr = tl.constexpr(RowField.LIMIT.value)
+_STOP_COSINE: tl.constexpr = tl.constexpr(RowField.STOP_COSINE.value)
 
 
 @triton.jit
-def advance(rows, stride, row, memory):
-    """Give the next input of a row its slot and its position. For one program per row, before the layers run."""
-    active = tl.load(rows + row)
-    length = tl.load(rows + stride + row)
-    position = tl.load(rows + 2 * stride + row) + active
-    tl.store(rows + 3 * stride + row, tl.where(active > 0, length, -1))
-    tl.store(rows + stride + row, length + active)
-    tl.store(rows + 2 * stride + row, position)
-    if active > 0:
-        tl.store(position_pointer(memory, row) + length, position.to(tl.int64))
+def _field(row_state_ptr, state_stride, row, FIELD: tl.constexpr):
+    """The address of a field of a row."""
+    return row_state_ptr + state_stride * FIELD + row
 
 
 @triton.jit
-def next_step(rows, stride, row):
-    """The number of the step to trace; counts it."""
-    step = tl.load(rows + 4 * stride + row)
-    tl.store(rows + 4 * stride + row, step + 1)
+def load_active(row_state_ptr, state_stride, row):
+    return tl.load(_field(row_state_ptr, state_stride, row, _ACTIVE))
+
+
+@triton.jit
+def store_active(row_state_ptr, state_stride, row, active):
+    tl.store(_field(row_state_ptr, state_stride, row, _ACTIVE), active)
+
+
+@triton.jit
+def load_step(row_state_ptr, state_stride, row):
+    """The number of the step to log."""
+    return tl.load(_field(row_state_ptr, state_stride, row, _STEP))
+
+
+@triton.jit
+def next_step(row_state_ptr, state_stride, row):
+    """The number of the step to log; counts it."""
+    step = load_step(row_state_ptr, state_stride, row)
+    tl.store(_field(row_state_ptr, state_stride, row, _STEP), step + 1)
     return step
 
 
 @triton.jit
-def latent_step(rows, stride, row):
-    """Of the present latent step: whether the row takes part, the number of the step, and what ends the row (5 and 6)."""
-    active = tl.load(rows + row)
-    step = tl.load(rows + 4 * stride + row)
-    limit = tl.load(rows + 5 * stride + row)
-    settle = tl.load(rows + 6 * stride + row).to(tl.float32, bitcast=True)
-    return active, step, limit, settle
+def advance(row_state_ptr, state_stride, row, kv_table_ptr):
+    """Give the next input of a row its slot and its position. For one program per row, before the layers run."""
+    active = load_active(row_state_ptr, state_stride, row)
+    length = tl.load(_field(row_state_ptr, state_stride, row, _LENGTH))
+    position = tl.load(_field(row_state_ptr, state_stride, row, _POSITION)) + active
+    tl.store(_field(row_state_ptr, state_stride, row, _SLOT), tl.where(active > 0, length, -1))
+    tl.store(_field(row_state_ptr, state_stride, row, _LENGTH), length + active)
+    tl.store(_field(row_state_ptr, state_stride, row, _POSITION), position)
+    if active > 0:
+        tl.store(position_pointer(kv_table_ptr, row) + length, position.to(tl.int64))
 
 
 @triton.jit
-def finished_latent_step(rows, stride, row):
+def load_latent_state(row_state_ptr, state_stride, row):
+    """Of the present latent step: whether the row takes part, the number of the step, and what ends the row."""
+    active = load_active(row_state_ptr, state_stride, row)
+    step = load_step(row_state_ptr, state_stride, row)
+    limit = tl.load(_field(row_state_ptr, state_stride, row, _LIMIT))
+    stop_cosine = tl.load(_field(row_state_ptr, state_stride, row, _STOP_COSINE)).to(tl.float32, bitcast=True)
+    return active, step, limit, stop_cosine
+
+
+@triton.jit
+def finished_latent_step(row_state_ptr, state_stride, row):
     """Of the present latent step, once `end_latent_step` has counted it: whether the row takes part in it, and its number."""
-    slot = tl.load(rows + 3 * stride + row)
-    step = tl.load(rows + 4 * stride + row)
-    return slot >= 0, step - 1
+    slot = tl.load(_field(row_state_ptr, state_stride, row, _SLOT))
+    return slot >= 0, load_step(row_state_ptr, state_stride, row) - 1
 
 
 @triton.jit
-def end_latent_step(rows, stride, row, step, goes_on):
-    """Count the step, and say whether the row takes part in the next one. Behind `advance`, which reads that of this."""
-    tl.store(rows + 4 * stride + row, step + 1)
-    tl.store(rows + row, goes_on.to(tl.int32))
+def end_latent_step(row_state_ptr, state_stride, row, step, goes_on):
+    """Count the step, and store whether the row takes part in the next one. Behind `advance`, which reads that of this one."""
+    tl.store(_field(row_state_ptr, state_stride, row, _STEP), step + 1)
+    store_active(row_state_ptr, state_stride, row, goes_on.to(tl.int32))

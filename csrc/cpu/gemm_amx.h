@@ -1,14 +1,14 @@
-// product on tile registers (AMX), for product.cpp.
+// gemm on tile registers (AMX), for gemm.cpp.
 #pragma once
 
-#include "product.h"
+#include "gemm.h"
 #include "simd.h"
 
 namespace latentmas {
 namespace LATENTMAS_ISA {
 namespace {
 
-// A tile register holds 16 rows of 64 bytes. Weights are taken as they lie, 16 rows of 32 elements; operands in tiles of
+// A tile register holds 16 rows of 64 bytes. Weights are read in place, 16 rows of 32 elements; operands in tiles of
 // 32 elements x 16 rows. Each instruction adds 16 x 16 sums, so that up to 16 operand rows cost what one does.
 constexpr int kTile = 16, kTileDepth = 32;
 constexpr std::int64_t kTileBytes = 1024, kTileFloats = kTileBytes / 4;
@@ -53,15 +53,14 @@ inline void transpose(__m512 r[16]) {
   }
 }
 
-// Where a tile is to be loaded from, and the bytes between its rows.
+// The address of a tile, and the bytes between its rows.
 struct TileAt {
   const void* data;
   std::int64_t stride;
 };
 using TileCopy = bf16[kTile][kTileDepth];
 
-// 16 rows of 32 weights, where they lie; or a copy, in which what is not there (behind the last row, behind a row's end) is
-// zero.
+// 16 rows of 32 weights in place; or a copy with zeros behind the last row and behind a row's end.
 inline TileAt tile_at(const bf16* from, std::int64_t rows, std::int64_t cols, std::int64_t stride, TileCopy copy) {
   if (rows == kTile && cols == kTileDepth) return {from, stride * 2};
   std::memset(copy, 0, kTileBytes);
@@ -81,8 +80,8 @@ inline TileAt tile_at(const int8* from, std::int64_t rows, std::int64_t cols, st
 }
 
 // One stored tile of sums, weight rows x operand rows, becomes operand rows of kTile outputs.
-inline void take_sums(const float* tile, const Weight& weight, const Result& y, std::int64_t row, std::int64_t rows,
-                      __m512 out[16]) {
+inline void transpose_sums(const float* tile, const Weight& weight, const Result& y, std::int64_t row, std::int64_t rows,
+                           __m512 out[16]) {
   const __mmask16 there = static_cast<__mmask16>((1u << rows) - 1);
   for (int i = 0; i < kTile; ++i) out[i] = _mm512_load_ps(tile + i * kTile);
   transpose(out);
@@ -92,20 +91,20 @@ inline void take_sums(const float* tile, const Weight& weight, const Result& y, 
 }
 
 template <typename W>
-void product_tiles(const Weight& weight, const Operand& x, const Result& y, const Member& me) {
+void gemm_amx(const Weight& weight, const Operand& x, const Result& y, const Worker& worker) {
   const std::int64_t n = x.cols, depth = padded(n) / kTileDepth, groups = (x.rows + kTile - 1) / kTile;
-  const std::int64_t outputs = weight.rows / (y.pair ? 2 : 1), take = y.pair ? kTile : 2 * kTile;
+  const std::int64_t outputs = weight.rows / (y.gated ? 2 : 1), take = y.gated ? kTile : 2 * kTile;
   alignas(64) TileCopy copy_a, copy_b;
   const TileConfig config;
   _tile_loadconfig(&config);
-  Handout handout(me, outputs, take);
-  for (Range part; handout.next(&part);)
+  WorkQueue queue(worker, outputs, take);
+  for (Range part; queue.next(&part);)
     for (std::int64_t o = part.begin; o < part.end; o += take) {
       const std::int64_t left = part.end - o;
       // The two weight tiles: gate and up, or a tile of outputs and the one behind it.
-      const std::int64_t second = y.pair ? o + outputs : o + kTile;
+      const std::int64_t second = y.gated ? o + outputs : o + kTile;
       const std::int64_t rows_a = left < kTile ? left : kTile;
-      const std::int64_t rows_b = y.pair ? rows_a : left - rows_a < kTile ? left - rows_a : kTile;
+      const std::int64_t rows_b = y.gated ? rows_a : left - rows_a < kTile ? left - rows_a : kTile;
       const W* a = static_cast<const W*>(weight.data) + o * n;
       const W* b = static_cast<const W*>(weight.data) + (rows_b ? second : o) * n;
       for (std::int64_t g = 0; g < groups; g += 2) {
@@ -117,7 +116,7 @@ void product_tiles(const Weight& weight, const Operand& x, const Result& y, cons
         _tile_zero(3);
         for (std::int64_t k = 0; k < depth; ++k) {
           const std::int64_t left_cols = n - k * kTileDepth, cols = left_cols < kTileDepth ? left_cols : kTileDepth;
-          if (g == 0) {  // of the rows behind these, as much as is read of these
+          if (g == 0) {  // of the rows behind these, the part that is read of these
             const char* next[2] = {reinterpret_cast<const char*>(a + take * n), reinterpret_cast<const char*>(b + take * n)};
             for (int half = 0; half < 2; ++half)
               for (std::size_t line = 0; line < kTile * kTileDepth * sizeof(W); line += 64)
@@ -146,12 +145,12 @@ void product_tiles(const Weight& weight, const Operand& x, const Result& y, cons
         for (int j = 0; j <= (two ? 1 : 0); ++j) {
           const std::int64_t c = (g + j) * kTile, cols = x.rows - c < kTile ? x.rows - c : kTile;
           __m512 first[16], other[16];
-          take_sums(sums[2 * j], weight, y, o, rows_a, first);
-          if (rows_b) take_sums(sums[2 * j + 1], weight, y, second, rows_b, other);
-          if (y.pair)
+          transpose_sums(sums[2 * j], weight, y, o, rows_a, first);
+          if (rows_b) transpose_sums(sums[2 * j + 1], weight, y, second, rows_b, other);
+          if (y.gated)
             for (int i = 0; i < kTile; ++i)
               first[i] = mul(silu(first[i]), other[i]);
-          for (int half = 0; half <= (rows_b && !y.pair ? 1 : 0); ++half) {
+          for (int half = 0; half <= (rows_b && !y.gated ? 1 : 0); ++half) {
             const __mmask16 there = static_cast<__mmask16>((1u << (half ? rows_b : rows_a)) - 1);
             for (std::int64_t i = 0; i < cols; ++i) {
               float* to = y.data + (c + i) * y.stride + o + half * kTile;
@@ -166,10 +165,10 @@ void product_tiles(const Weight& weight, const Operand& x, const Result& y, cons
   _tile_release();
 }
 
-// Writes this member's part of an operand in tiles from rows of `stride` floats.
-inline void fill_tiles(const Operand& operand, const float* x, std::int64_t stride, const Member& me) {
+// Writes this worker's part of an operand in tiles from rows of `stride` floats.
+inline void fill_amx_tiles(const Operand& operand, const float* x, std::int64_t stride, const Worker& worker) {
   const std::int64_t depth = padded(operand.cols) / kTileDepth, groups = (operand.rows + kTile - 1) / kTile;
-  const Range mine = me.share(groups * depth);
+  const Range mine = worker.partition(groups * depth);
   for (std::int64_t tile = mine.begin; tile < mine.end; ++tile) {
     const std::int64_t r = tile / depth * kTile, k = tile % depth * kTileDepth, cols = operand.cols - k;
     __m512 rows[16];
