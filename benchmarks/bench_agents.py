@@ -18,7 +18,7 @@ import latentmas.chain.chain
 import torch
 from bandwidth import conditions, read_bandwidth
 from latentmas import Agent, Chain, load_model
-from latentmas.chain_files.methods import hierarchical_agents
+from latentmas.chain_files.reader import hierarchical_agents
 
 from latentmas_kernels import latent_generate
 

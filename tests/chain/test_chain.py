@@ -18,7 +18,7 @@ from latentmas.chain.agent import Agent
 from latentmas.chain.chain import RESPLIT, Chain
 from latentmas.chain.prompts import padded, turn_ids
 from latentmas.chain.results import AgentMetrics
-from latentmas.chain_files.methods import METHODS, latent_agents
+from latentmas.chain_files.reader import METHODS, latent_agents
 from latentmas.chain_files.reader import serial
 from tiny_models import VOCAB, PlainLoop, feed_back, tiny_model
 from tokenizers import models

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from latentmas import Agent, Chain, MemoryPolicy
 from latentmas.backends.base import Completion, Embeds, Steps, check_requests
-from latentmas.chain_files.methods import METHODS
+from latentmas.chain_files.reader import METHODS
 from latentmas.chain_files.reader import serial
 from tiny_models import VOCAB, tiny_model
 from tokenizers_offline import character_tokenizer, with_tokens

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from latentmas import Agent, Budget, Chain, MemoryPolicy
 from latentmas.chain.plan import SINK
 from latentmas.chain.prompts import turn_ids
-from latentmas.chain_files.methods import METHODS
+from latentmas.chain_files.reader import METHODS
 from tiny_models import VOCAB, tiny_model
 from tokenizers_offline import character_tokenizer
 

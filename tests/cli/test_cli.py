@@ -21,7 +21,7 @@ import pytest
 import torch
 from latentmas.chain.chain import Chain
 from latentmas.chain.memory_policy import MemoryPolicy
-from latentmas.chain_files.methods import METHODS, latent_agents
+from latentmas.chain_files.reader import METHODS, latent_agents
 from latentmas.chain_files.reader import read_chain, serial
 from latentmas.cli import app as cli
 from latentmas.cli.questions import SAMPLE, read_questions

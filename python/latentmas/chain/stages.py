@@ -169,7 +169,8 @@ def _check_group_names(stages: Sequence[Stage], members: Sequence[Agent]) -> Ite
 def _check_notes(starts: Sequence[int], stages: Sequence[Stage]) -> Iterator[ChainFault]:
     if stages and stages[0].reads_notes:
         name = stages[0].agents[0].name
-        yield ChainFault(0, "prompt", f"agent {name!r} reads {{notes}}, but nobody wrote any before it")
+        message = f"agent {name!r} reads {{notes}}, but nobody wrote any before it; put an agent that writes before it"
+        yield ChainFault(0, "prompt", message)
     for start, (before, stage) in zip(starts[1:], pairwise(stages), strict=True):
         thinker = next((agent for agent in before.agents if agent.thinks), None)
         if stage.reads_notes and thinker is not None:

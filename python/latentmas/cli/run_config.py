@@ -7,7 +7,7 @@ from typing import Any
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
-from latentmas.chain_files.methods import METHODS
+from latentmas.chain_files.reader import METHODS
 from latentmas.chain_files.reader import read_chain, serial
 from latentmas_kernels.errors import LatentMASError
 
