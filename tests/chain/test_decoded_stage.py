@@ -100,7 +100,7 @@ def counts(result):
 def read_again(chain, calls, counts):
     """Counts of the chain's own engine, and what embeddings have a decoder read again where it is last in a memory."""
     added = dict.fromkeys((row[0] for row in counts), 0)
-    stages = [(stage, stretch) for stretch in chain.stretches for stage in stretch if chain.decoder_of(stage)]
+    stages = [(stage, stretch) for stretch in chain.contexts for stage in stretch if chain.decoder_of(stage)]
     for (stage, stretch), (_, requests) in zip(stages, calls, strict=True):
         writers = [agent.name for agent in stage.agents if not agent.thinks]
         for number, request in enumerate(requests):

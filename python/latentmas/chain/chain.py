@@ -17,7 +17,7 @@ from latentmas.chain.prompts import has_thinking_switch, turn_ids
 from latentmas.chain.question_state import CUT, NOTHING, Note, common_beginning, cut_note, notes_of
 from latentmas.chain.results import ChainResult
 from latentmas.chain.run import Run
-from latentmas.chain.stages import Stage, Stretch, stretches_of
+from latentmas.chain.stages import Context, Stage, split_contexts
 from latentmas.characters import check_characters
 from latentmas_kernels import Aligner, LatentCache, build_aligner
 from latentmas_kernels.cache.latent_cache import check_free_memory
@@ -118,8 +118,8 @@ class Chain:
             raise LatentMASError(f"max_note_tokens must be 1 or more; got {max_note_tokens}")
         if not isinstance(budget, Budget | str | None):
             raise LatentMASError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
-        self.stretches = stretches_of(agents)
-        self.agents = [agent for stretch in self.stretches for stage in stretch for agent in stage.agents]
+        self.contexts = split_contexts(agents)
+        self.agents = [agent for stretch in self.contexts for stage in stretch for agent in stage.agents]
         self.model, self.tokenizer, self.engine, self.weights = model, tokenizer, engine, weights
         self.max_note_tokens = max_note_tokens
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget
@@ -152,12 +152,12 @@ class Chain:
         }
         self.decoder = decoder
         if decoder is not None:
-            check_decoder(decoder, self.seats[self.agents[-1].model], self.stretches, self.budget)
+            check_decoder(decoder, self.seats[self.agents[-1].model], self.contexts, self.budget)
         self.tracks = decoder is not None and decoder.kv_transfer == "embeds"
-        for stretch in self.stretches:
+        for stretch in self.contexts:
             self._open_ways(stretch)
 
-    def _open_ways(self, stretch: Stretch) -> None:
+    def _open_ways(self, stretch: Context) -> None:
         """Make sure that the memory of a stretch can go from stage to stage."""
         for number, stage in enumerate(stretch):
             seat = self.seats[stage.model]
@@ -165,7 +165,7 @@ class Chain:
                 if later.model != stage.model:
                     seat.open_way(self.seats[later.model])
                     self.tracks = True
-            cut = number > 0 and (stage.memory != KEEP_ALL or self.budget is not None)
+            cut = number > 0 and (stage.memory_policy != KEEP_ALL or self.budget is not None)
             if cut or (stage.parallel and number + 1 < len(stretch)):
                 RopeShift.of(seat.model)
 
@@ -271,7 +271,7 @@ class Chain:
             cut.append(note)
         return cut, said
 
-    def prompts(self, stretch: Stretch, question: str, notes: list[Note]) -> Prompts:
+    def prompts(self, stretch: Context, question: str, notes: list[Note]) -> Prompts:
         """Token ids of each agent's turn. The first one of a memory opens the conversation."""
         prompts = []
         for number, stage in enumerate(stretch):
@@ -287,7 +287,7 @@ class Chain:
             )  # fmt: skip
         return prompts
 
-    def lay_out(self, stretch: Stretch, prompts: Sequence[Prompts], more: int = 0) -> Plan:
+    def lay_out(self, stretch: Context, prompts: Sequence[Prompts], more: int = 0) -> Plan:
         """How large the memory of a stretch becomes.
 
         Args:
@@ -312,7 +312,7 @@ class Chain:
 
     def is_read(self, writer: Agent) -> bool:
         """Whether an agent behind it reads what it wrote."""
-        stages = [stage for stretch in self.stretches for stage in stretch]
+        stages = [stage for stretch in self.contexts for stage in stretch]
         at = next(number for number, stage in enumerate(stages) if writer in stage.agents)
         return any(stage.reads_notes for stage in stages[at + 1 :])
 
@@ -333,7 +333,7 @@ class Chain:
         """Of each stretch, notes being as long as they may become."""
         written: list[Agent] = []
         plans = []
-        for stretch in self.stretches:
+        for stretch in self.contexts:
             notes = [Note(agent.name, CUT, agent.model) for agent in written]
             times = max(agent.places.count("notes") for agent in stretch[0].agents)
             longest = times * sum(self._longest_note(agent, stretch[0].model) for agent in written)
@@ -349,7 +349,7 @@ class Chain:
         nothing, cut = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (NOTHING, CUT))
         return max(min(writer.steps, self.max_note_tokens) + RESPLIT, nothing - cut)
 
-    def _load(self, stretch: Stretch, number: int, prompts: Prompts, more: int) -> Load:
+    def _load(self, stretch: Context, number: int, prompts: Prompts, more: int) -> Load:
         """Of one stage; prompts per question and agent."""
         stage, last = stretch[number], number + 1 == len(stretch)
         extra = more if number == 0 else 0

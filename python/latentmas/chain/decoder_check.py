@@ -6,12 +6,12 @@ from latentmas.backends.base import Decoder
 from latentmas.backends.kv_file import check_transferable
 from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import Seat
-from latentmas.chain.stages import Stretch
+from latentmas.chain.stages import Context
 from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.errors import LatentMASError
 
 
-def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], budget: Budget | None) -> None:
+def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Context], budget: Budget | None) -> None:
     """Raise ValueError where the answers would not be those of the chain's own engine.
 
     Args:
@@ -29,7 +29,7 @@ def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], bu
         check_linear(stretches, budget)
 
 
-def check_linear(stretches: Sequence[Stretch], budget: Budget | None) -> None:
+def check_linear(stretches: Sequence[Context], budget: Budget | None) -> None:
     """Raise ValueError for chains whose memories cannot be handed over as embeddings; needs no model."""
     name = stretches[-1][-1].model
     for stretch in stretches:
@@ -38,7 +38,7 @@ def check_linear(stretches: Sequence[Stretch], budget: Budget | None) -> None:
                 _check_linear(stretch, number, budget)
 
 
-def _check_linear(stretch: Stretch, number: int, budget: Budget | None) -> None:
+def _check_linear(stretch: Context, number: int, budget: Budget | None) -> None:
     """Embeddings read in one go are the memory only where each of them was computed behind all those before it."""
     remedy = "hand keys and values over (kv), which takes any memory as it is"
     reader = stretch[number]
@@ -50,7 +50,7 @@ def _check_linear(stretch: Stretch, number: int, budget: Budget | None) -> None:
             f"embeddings, read again without that, are another memory; {remedy}, or leave the budget out"
         )
     for stage in stretch[begin + 1 : number + 1]:
-        if stage.memory != KEEP_ALL:
+        if stage.memory_policy != KEEP_ALL:
             raise LatentMASError(
                 f"the memory is cut before {stage.names}. What is left was computed in sight of what was cut, so its "
                 f"embeddings, read again without that, are another memory; {remedy}, or hand on all of it (memory: all)"

@@ -147,7 +147,7 @@ class Plan:
         self.sizes = []
         for number, load in enumerate(self.loads):
             for q in questions:
-                held[q] = held[q].handed_over(load.stage.memory, number - 1)
+                held[q] = held[q].handed_over(load.stage.memory_policy, number - 1)
                 if self.limit is not None:
                     held[q] = held[q].latest(self._left(load, q, bool(held[q].runs)))
             begin = [of.most for of in held]

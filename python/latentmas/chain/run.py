@@ -9,7 +9,7 @@ from latentmas.chain.progress import Laps, Progress
 from latentmas.chain.question_state import Row
 from latentmas.chain.results import AgentMetrics, AgentTrace, ChainResult
 from latentmas.chain.stage_run import StageRun
-from latentmas.chain.stages import Stretch
+from latentmas.chain.stages import Context
 from latentmas_kernels import LatentCache
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Run:
 
     def to_last(self) -> StageRun:
         """Run all stages but the last one."""
-        for stretch in self.chain.stretches:
+        for stretch in self.chain.contexts:
             for stage in self._stages_of(stretch):
                 if stage.is_final:
                     return stage
@@ -92,7 +92,7 @@ class Run:
                 )
             )
 
-    def _stages_of(self, stages: Stretch) -> Iterator[StageRun]:
+    def _stages_of(self, stages: Context) -> Iterator[StageRun]:
         """Stages that share a memory; each begins when the one before it has been taken down."""
         self.memory = None  # what the stretch before left is free before there is more
         for row in self.rows:

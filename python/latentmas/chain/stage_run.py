@@ -152,7 +152,7 @@ class StageRun:
 
     def _hand_over(self, memory: LatentCache) -> None:
         """Cut out what the agents do not get, and the oldest of what the budget has no room for."""
-        what, batch, width = self.stage.memory, len(self.rows), int(memory.lengths.max())
+        what, batch, width = self.stage.memory_policy, len(self.rows), int(memory.lengths.max())
         in_use = torch.arange(width) < memory.lengths[:, None]
         kept = in_use.clone()
         if what.agents == "last":
