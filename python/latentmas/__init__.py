@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from latentmas.chain.chain import Chain
     from latentmas.chain.memory_policy import Budget, MemoryPolicy
     from latentmas.chain.progress import Progress
-    from latentmas.chain.results import AgentMetrics, Answer, ChainResult, Turn
+    from latentmas.chain.results import AgentMetrics, AgentTurn, Answer, ChainResult
     from latentmas.chain_files.methods import METHODS, latent_agents, single_agent, text_agents
     from latentmas.loading import load_model
 
@@ -22,7 +22,7 @@ _HOME = {
     "MemoryPolicy": "chain.memory_policy",
     "METHODS": "chain_files.methods",
     "Progress": "chain.progress",
-    "Turn": "chain.results",
+    "AgentTurn": "chain.results",
     "latent_agents": "chain_files.methods",
     "load_model": "loading",
     "single_agent": "chain_files.methods",
@@ -33,13 +33,13 @@ __all__ = [
     "METHODS",
     "Agent",
     "AgentMetrics",
+    "AgentTurn",
     "Answer",
     "Budget",
     "Chain",
     "ChainResult",
     "MemoryPolicy",
     "Progress",
-    "Turn",
     "latent_agents",
     "load_model",
     "single_agent",

@@ -43,7 +43,7 @@ def test_all_places_are_filled_in_at_once_and_other_braces_stay(pieces, question
 def test_doubled_braces_write_a_place_as_it_is(prompt, text, places):
     agent = Agent("planner", prompt, latent_steps=1, fields={"domain": "algebra"})
     assert agent.text("Q", "N") == text
-    assert agent.places == places
+    assert agent.placeholders == places
     assert agent.reads_notes is ("notes" in places)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from latentmas.chain.agent import PLACES, Agent
+from latentmas.chain.agent import PLACEHOLDERS, Agent
 from latentmas.chain.memory_policy import KEEP_ALL, MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files import yaml_lines
 from latentmas.chain_files.rules import Member, Step, check_chain, check_places
@@ -139,7 +139,7 @@ def _fields(node: yaml.Node, what: str, faults: Faults) -> dict[str, str] | None
         return None
     fields: dict[str, str] = {}
     for key, value in keys.items():
-        if key in (*PLACES, ROUND):
+        if key in (*PLACEHOLDERS, ROUND):
             fault(faults, value, f"{what} with {key}, which the chain fills in; allowed are other names")
         elif not key.isidentifier():
             fault(
@@ -317,7 +317,7 @@ def _agent(node: yaml.Node, reading: _Reading, repeated: bool) -> Member | None:
     _check_agent(node, keys, values, owner, reading)
     if "prompt" in values:
         fields = {**reading.defaults.get("fields", {}), **values.get("fields", {})}
-        known = [*PLACES, *([ROUND] if repeated else []), *fields]
+        known = [*PLACEHOLDERS, *([ROUND] if repeated else []), *fields]
         check_places(keys["prompt"], values["prompt"], known, owner, reading.faults)
     if len(reading.faults) > before:
         return None

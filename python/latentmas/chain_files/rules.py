@@ -114,7 +114,7 @@ def _check_last(step: Step, faults: Faults) -> None:
 
 
 def _places(text: str) -> list[str]:
-    return Agent("-", text, latent_steps=0).places
+    return Agent("-", text, latent_steps=0).placeholders
 
 
 def _place_line(prompt: yaml.Node, place: str) -> int:
