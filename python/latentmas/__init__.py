@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from latentmas.chain.chain import Chain
     from latentmas.chain.memory_policy import Budget, MemoryPolicy
     from latentmas.chain.progress import Progress
-    from latentmas.chain.results import AgentMetrics, Answer, ChainResult, Turn
+    from latentmas.chain.results import AgentMetrics, AgentTurn, Answer, ChainResult
     from latentmas.chain_files.reader import (
         METHODS,
         hierarchical_agents,
@@ -25,7 +25,7 @@ _MODULES = {
     "chain.chain": "Chain",
     "chain.memory_policy": "Budget MemoryPolicy",
     "chain.progress": "Progress",
-    "chain.results": "AgentMetrics Answer ChainResult Turn",
+    "chain.results": "AgentMetrics AgentTurn Answer ChainResult",
     "chain_files.reader": "METHODS hierarchical_agents latent_agents read_chain single_agent text_agents",
     "cli.trace_view": "trace_table",
     "loading": "load_model",

@@ -7,7 +7,8 @@ from bisect import bisect_left
 from dataclasses import replace
 from types import SimpleNamespace
 
-import latentmas.chain.chain
+import latentmas.chain.planner
+import latentmas.chain.setup
 import psutil
 import pytest
 import torch
@@ -15,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentmas.chain import stage_run as chain_module
 from latentmas.chain.agent import Agent
-from latentmas.chain.chain import RESPLIT, Chain
+from latentmas.chain.chain import Chain
+from latentmas.chain.planner import RESPLIT
 from latentmas.chain.prompts import padded, turn_ids
 from latentmas.chain.results import AgentMetrics
-from latentmas.chain_files.reader import METHODS, latent_agents
-from latentmas.chain_files.reader import serial
+from latentmas.chain_files.reader import METHODS, latent_agents, serial
 from tiny_models import VOCAB, PlainLoop, feed_back, tiny_model
 from tokenizers import models
 from tokenizers_offline import CHARACTERS, SPECIAL, character_tokenizer, with_tokens
@@ -75,7 +76,7 @@ def tokenizer():
 def calls(monkeypatch):
     """What the chain called, in order: (ids without padding, keyword arguments, result). Nothing is read for several rows."""
     seen = []
-    monkeypatch.setattr(latentmas.chain.chain, "SHARE_FROM", 10**9)
+    monkeypatch.setattr(latentmas.chain.planner, "SHARE_FROM", 10**9)
 
     def listen(name, function):
         def call(model, ids, mask, **options):
@@ -268,7 +269,7 @@ def test_a_chain_of_one_only_answers(model, tokenizer):
 
 def test_without_a_thinker_there_is_no_aligner(model, tokenizer, monkeypatch):
     """It is not even built: that may mean a solve, or text that the model writes."""
-    monkeypatch.setattr("latentmas.chain.chain.build_aligner", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("latentmas.chain.setup.build_aligner", lambda *_: pytest.fail("built"))
     chain = Chain(model, tokenizer, READERS, aligner="soft")
     assert chain.aligner is None
     assert chain.run(QUESTIONS[:1]).aligner is None
@@ -452,7 +453,7 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
         f"<user>scout:\n{first}\n\ncritic:\n{second}|<assistant>"
         for first, second in [(cut, "abc"), ("abc", cut), (full, cut)]
     ]
-    handed = [[turn.handed_over for turn in answer.turns] for answer in result.answers]
+    handed = [[turn.truncated_to for turn in answer.turns] for answer in result.answers]
     assert handed == [[7, None, None], [None, 7, None], [None, 7, None]]
     assert result.answers[0].turns[0].text == long, "a turn keeps all of it"
     assert texts_of(result) == [long] * 3
@@ -465,7 +466,7 @@ def test_what_nobody_reads_as_notes_is_not_cut(model, tokenizer, script):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = Chain(model, tokenizer, agents, max_note_tokens=3).run(["Why?"])
-    assert [turn.handed_over for turn in result.answers[0].turns] == [None, None]
+    assert [turn.truncated_to for turn in result.answers[0].turns] == [None, None]
 
 
 def test_only_what_is_handed_on_counts_against_the_limit(model, tokenizer, calls, script):
@@ -561,7 +562,7 @@ def test_texts_end_where_the_template_ends_a_turn(model, tokenizer, calls, scrip
     agents = [Agent("writer", "Say {question}", max_new_tokens=6), Agent("judger", "Answer.", max_new_tokens=5)]
     chain = Chain(model, tokenizer, agents)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert chain.seats[None].end_ids == ((tokenizer.eos_token_id,) if named else ()) + (end,)
+    assert chain.setup.model_contexts[None].end_ids == ((tokenizer.eos_token_id,) if named else ()) + (end,)
     result = chain.run(["Why?", "x", "y"])
     turns = [answer.turns for answer in result.answers]
     beyond = "" if named else "xxx"  # <eos> is special, and is not shown
@@ -587,7 +588,7 @@ def test_notes_do_not_hold_the_end_of_a_text(model, tokenizer, calls, script):
 @pytest.mark.parametrize("edit", ["layer", "window"])
 def test_a_model_that_was_edited_between_two_runs_runs_as_it_is(monkeypatch, tokenizer, edit):
     """Also where the beginning that two questions have in common is read once."""
-    monkeypatch.setattr(latentmas.chain.chain, "SHARE_FROM", 1)
+    monkeypatch.setattr(latentmas.chain.planner, "SHARE_FROM", 1)
     questions = ["How many are there in all, and why?", "How many are there in all, and who?"]
 
     def texts(chain):
@@ -679,7 +680,7 @@ def test_every_second_is_counted_once_and_where_it_belongs(model, tokenizer, mon
 
     chain = Chain(model, tokenizer, agents, aligner="ridge", engine="eager")
     takes(EagerEngine, "extend", forward)
-    takes(latentmas.chain.chain, "turn_ids", 1.0)
+    takes(latentmas.chain.setup, "turn_ids", 1.0)
     takes(tokenizer, "decode", 1.0)
     takes(generation, "check_finite_weights", 1.0)
     takes(LatentCache, "name_segments", 1.0)

@@ -4,14 +4,14 @@ import itertools
 import time
 from contextlib import suppress
 
-import latentmas.chain.chain
+import latentmas.chain.planner
 import pytest
 import torch
 from buffers import count_buffers
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from latentmas import Agent, Budget, Chain, MemoryPolicy
-from latentmas.chain.plan import SINK
+from latentmas.chain.plan import SINK_SLOTS
 from latentmas.chain.prompts import turn_ids
 from latentmas.chain_files.reader import METHODS
 from tiny_models import VOCAB, tiny_model
@@ -222,7 +222,7 @@ def test_what_all_questions_have_in_common_is_read_once(model, tokenizer, monkey
     chain = Chain(model, tokenizer, agents, aligner="ridge", engine=engine)
     shared, count = chain.run(questions), sum(read)
     read.clear()
-    monkeypatch.setattr(latentmas.chain.chain, "SHARE_FROM", 10**9)
+    monkeypatch.setattr(latentmas.chain.planner, "SHARE_FROM", 10**9)
     unshared, whole = chain.run(questions), sum(read)
     beginning = len("<user>") + len(long) + len("Q: ")
     assert whole - count == 7 * beginning
@@ -267,7 +267,7 @@ def test_memory_is_cut_as_asked_for_and_moves_to_the_first_positions(model, toke
                 for slot in range(s.start[row], s.stop[row])
             )]  # fmt: skip
         else:
-            slots = [0, *range(max(1, end - what + SINK), end)]
+            slots = [0, *range(max(1, end - what + SINK_SLOTS), end)]
         moved = torch.arange(len(slots)) - torch.tensor(slots)
         keys = double_moved(before.keys[:, row][:, :, slots], moved, model.model.rotary_emb.inv_freq).float()
         torch.testing.assert_close(result.memory.keys[:, row, :, : len(slots)], keys, rtol=2e-5, atol=2e-5)
@@ -301,7 +301,7 @@ def test_twenty_agents_stay_within_a_budget(model, tokenizer, buffers, budget):
     free = Chain(model, tokenizer, agents, aligner="ridge")
     assert free.kv_bytes(QUESTIONS) > 4 * most
     assert result.memory.segments[0].name == "agent 0:prompt", "the first slot stays"
-    assert result.memory.segments[0].stop == (SINK,) * 4
+    assert result.memory.segments[0].stop == (SINK_SLOTS,) * 4
 
 
 def test_without_a_budget_the_need_is_told_before(model, tokenizer, buffers):
@@ -389,7 +389,7 @@ def test_any_chain_takes_what_it_said_and_answers_each_question_as_alone(data):
     questions = data.draw(st.sampled_from([QUESTIONS, NESTED]))[: data.draw(st.integers(1, 4))]
     slots = data.draw(st.none() | st.integers(250, 600))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latentmas.chain.chain, "SHARE_FROM", data.draw(st.sampled_from([1, 10**9])))
+        patch.setattr(latentmas.chain.planner, "SHARE_FROM", data.draw(st.sampled_from([1, 10**9])))
         held = count_buffers(patch)
         budget = None if slots is None else Budget(slots=slots)
         chain = Chain(model, tokenizer, agents, aligner="ridge", budget=budget)

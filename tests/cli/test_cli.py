@@ -21,8 +21,7 @@ import pytest
 import torch
 from latentmas.chain.chain import Chain
 from latentmas.chain.memory_policy import MemoryPolicy
-from latentmas.chain_files.reader import METHODS, latent_agents
-from latentmas.chain_files.reader import read_chain, serial
+from latentmas.chain_files.reader import METHODS, latent_agents, read_chain, serial
 from latentmas.cli import app as cli
 from latentmas.cli.questions import SAMPLE, read_questions
 from tiny_models import tiny_config, tiny_model

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from latentmas.chain.agent import PLACES, Agent
+from latentmas.chain.agent import PLACEHOLDERS, Agent
 from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain.stages import check_chain
 from latentmas.chain_files.schema import ROUND, TEXT, AgentEntry, ChainEntry, GroupEntry, Memory, RepeatEntry
@@ -242,7 +242,7 @@ class _Parser:
                 self.fault(entry.keys[key], message)
         if "prompt" in entry.data:
             own = pairs(entry.keys.get("fields"))
-            known = [*PLACES, *([ROUND] if repeated else []), *self.fields, *own]
+            known = [*PLACEHOLDERS, *([ROUND] if repeated else []), *self.fields, *own]
             for place in dict.fromkeys(_places(entry.data["prompt"])):
                 if place not in known:
                     allowed = ", ".join(f"{{{word}}}" for word in known)
@@ -289,7 +289,7 @@ def _in_round(member: _Member, number: int) -> _Member:
 
 
 def _places(text: str) -> list[str]:
-    return replace(STAND_IN, prompt=text).places
+    return replace(STAND_IN, prompt=text).placeholders
 
 
 def _line_of_place(prompt: yaml.Node, place: str) -> int:

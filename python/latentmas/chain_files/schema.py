@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from latentmas.chain.agent import PLACES
+from latentmas.chain.agent import PLACEHOLDERS
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget
 from latentmas.chain_files.yaml_nodes import DIGITS
 
@@ -34,7 +34,7 @@ def _agent_name(name: str) -> str:
 
 
 def _field_name(name: str) -> str:
-    if name in (*PLACES, ROUND):
+    if name in (*PLACEHOLDERS, ROUND):
         raise ValueError("a name that the chain does not fill in itself")
     if not name.isidentifier():
         raise ValueError("a name of letters, digits and _, no digit first")

@@ -55,7 +55,10 @@ class _Loader(yaml.SafeLoader):
         event, around = self.peek_event(), self.anchors_around
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in around:
-                self._refuse(self.anchors[event.anchor], "what begins here holds itself by an alias; allowed are aliases of other parts")
+                self._refuse(
+                    self.anchors[event.anchor],
+                    "what begins here holds itself by an alias; allowed are aliases of other parts",
+                )
             return super().compose_node(parent, index)
         if isinstance(event, yaml.CollectionStartEvent) and len(around) == DEPTH:  # the composer recurses
             self._refuse(event, f"more than {DEPTH} lists and mappings inside each other; allowed are {DEPTH}")

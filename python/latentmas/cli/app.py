@@ -116,7 +116,7 @@ def run(
 
     from latentmas.backends.base import EngineError
     from latentmas.chain.chain import Chain, check_request
-    from latentmas.chain.decoder_check import check_linear
+    from latentmas.chain.decoder_check import check_recomputable
     from latentmas.chain.stages import split_contexts
     from latentmas.chain_files.reader import serial
     from latentmas.cli.batches import most_kv_bytes, questions_that_fit, run_batches
@@ -146,7 +146,7 @@ def run(
         think=think, model=model, memory=memory, budget=budget,
     )  # fmt: skip
     if vllm_settings is not None and kv_transfer == "embeds":
-        check_linear(split_contexts(arranged.agents), arranged.budget)
+        check_recomputable(split_contexts(arranged.agents), arranged.budget)
     if trace is not None:
         if resume:
             raise LatentMASError(

@@ -1,7 +1,6 @@
 """Questions in batches through a chain: shown while they run, kept as soon as they are answered."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def run_batches(
         ValueError: where a batch does not fit the memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
-    speakers = {name: (seat.tokenizer, seat.end_ids) for name, seat in chain.seats.items()}
+    speakers = {name: (context.tokenizer, context.end_ids) for name, context in chain.setup.model_contexts.items()}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         # By the question, so that a run that goes on draws what it would have drawn.
@@ -93,7 +92,7 @@ def records(batch: Sequence[Question], result: ChainResult) -> list[dict[str, An
 
 
 def _record(answer: Answer) -> dict[str, Any]:
-    record = asdict(answer)
+    record = answer.to_dict()
     record["answer"] = record.pop("text")
     return record
 

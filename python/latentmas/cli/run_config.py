@@ -7,8 +7,7 @@ from typing import Any
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
-from latentmas.chain_files.reader import METHODS
-from latentmas.chain_files.reader import read_chain, serial
+from latentmas.chain_files.reader import METHODS, read_chain, serial
 from latentmas_kernels.errors import LatentMASError
 
 LATENT_STEPS, MAX_NEW_TOKENS = 10, 256
