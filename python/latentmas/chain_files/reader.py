@@ -62,7 +62,7 @@ def read_chain(
     options = {"latent_steps": latent_steps, "max_new_tokens": max_new_tokens}
     if path.exists() and not path.is_dir():
         return _read(path.read_bytes(), name, options, enable_thinking)
-    if name in (*known, *ALIASES):
+    if name in method_names():
         return read_builtin(name, **options, enable_thinking=enable_thinking)
     close = difflib.get_close_matches(path.stem, known, n=1)
     raise LatentMASError(
@@ -84,6 +84,11 @@ def read_builtin(
 def builtin_chains() -> list[str]:
     """Return the names of the chains that come with the package."""
     return sorted(entry.name.removesuffix(".yaml") for entry in FOLDER.iterdir() if entry.name.endswith(".yaml"))
+
+
+def method_names() -> list[str]:
+    """Return the names that `read_builtin` takes."""
+    return [*builtin_chains(), *ALIASES]
 
 
 def serial(agents: Iterable[Agent | list[Agent]]) -> list[Agent]:
@@ -138,5 +143,5 @@ def _method(name: str) -> Callable[[int, int], Sequence[Agent | list[Agent]]]:
     )
 
 
-METHODS = {name: _method(name) for name in (*builtin_chains(), *ALIASES)}
+METHODS = {name: _method(name) for name in method_names()}
 """By name of a shipped chain: a function of (latent_steps, max_new_tokens) that returns its agents; a list is a group."""

@@ -1,15 +1,19 @@
 """Where the command line prints: text as it is, but for what would steer the terminal, and pipes that may close."""
 
 import functools
+import io
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from latentmas.characters import visible
 
@@ -45,6 +49,34 @@ class Terminal(Console):
         os.close(nowhere)
         if self.needed:
             raise SystemExit(0)
+
+
+out, err = Terminal(), Terminal(stderr=True)
+
+
+def warn(message: str) -> None:
+    err.print(Text("warning: ", "yellow").append(visible(message), "none"), soft_wrap=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and end with exit code 2."""
+    err.print(Text("error: ", "bold red").append(visible(message), "not bold default"), soft_wrap=True)
+    sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Print only our own words, as far as the terminal has their letters: libraries are silent, warnings one line each."""
+    # transformers takes long to import; --help answers before that.
+    import huggingface_hub
+    import transformers
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.showwarning = lambda message, *rest, **more: warn(str(message))
 
 
 def print_whole(console: Console, table: Table) -> None:
