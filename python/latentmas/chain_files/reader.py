@@ -4,8 +4,9 @@ Reading either needs pydantic; chains that are built of `Agent`s in Python do no
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from latentmas.chain.memory_policy import Budget
 from latentmas_kernels.errors import LatentMASError
 
 FOLDER = resources.files("latentmas.chain_files")
-"""Where the chains lie that come with the package, NAME.yaml each."""
+"""Folder of the chains that come with the package, NAME.yaml each."""
 
 ALIASES = {"latent": "sequential"}
 """Second names of shipped chains. Results of earlier runs, and the default of `latentmas run`, name this one latent."""
@@ -103,7 +104,7 @@ def _read(data: bytes, source: str, options: dict[str, int | None], enable_think
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise LatentMASError(f"{name} must be an integer of {least} or more; got {value!r}")
     try:
-        # Here, since nothing else needs pydantic (a machine may lack it), and it takes 0.1 s to import.
+        # Not at the top: nothing else of the Python API needs pydantic, which a machine may lack.
         from latentmas.chain_files.parser import parse
     except ModuleNotFoundError as error:
         raise LatentMASError(
@@ -119,29 +120,27 @@ def _read(data: bytes, source: str, options: dict[str, int | None], enable_think
 
 def single_agent(max_new_tokens: int = 256) -> list[Agent]:
     """Return one agent that answers at once: the baseline of the other chains."""
-    return serial(read_builtin("single", max_new_tokens=max_new_tokens).agents)
+    return serial(_agents("single", 0, max_new_tokens))
 
 
 def text_agents(max_new_tokens: int = 256) -> list[Agent]:
     """Return planner, critic, refiner and judger, who hand on text: the baseline TextMAS of LatentMAS, section 5."""
-    return serial(read_builtin("text", max_new_tokens=max_new_tokens).agents)
+    return serial(_agents("text", 0, max_new_tokens))
 
 
 def latent_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent]:
     """Return three agents that think in one cache and a judger: the sequential chain of LatentMAS, section 4."""
-    return serial(read_builtin("sequential", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents)
+    return serial(_agents("sequential", latent_steps, max_new_tokens))
 
 
 def hierarchical_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent | list[Agent]]:
     """Return a group of specialists that think in parallel, and a judger; `serial` puts them in a row, as published."""
-    return read_builtin("hierarchical", latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
+    return _agents("hierarchical", latent_steps, max_new_tokens)
 
 
-def _method(name: str) -> Callable[[int, int], Sequence[Agent | list[Agent]]]:
-    return lambda latent_steps, max_new_tokens: (
-        read_builtin(name, latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
-    )
+def _agents(name: str, latent_steps: int, max_new_tokens: int) -> list[Agent | list[Agent]]:
+    return read_builtin(name, latent_steps=latent_steps, max_new_tokens=max_new_tokens).agents
 
 
-METHODS = {name: _method(name) for name in method_names()}
+METHODS = {name: partial(_agents, name) for name in method_names()}
 """By name of a shipped chain: a function of (latent_steps, max_new_tokens) that returns its agents; a list is a group."""

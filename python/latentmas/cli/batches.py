@@ -1,4 +1,4 @@
-"""Questions in batches through a chain: shown while they run, kept as soon as they are answered."""
+"""Run questions in batches: progress is shown, and results are written as soon as a batch is answered."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,12 +48,12 @@ def run_batches(
         LatentMASError: where a batch does not fit the memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
-    speakers = {name: (context.tokenizer, context.end_ids) for name, context in chain.setup.model_contexts.items()}
+    tokenizers = {name: (context.tokenizer, context.end_ids) for name, context in chain.setup.model_contexts.items()}
     for start in range(0, len(questions), config.batch_size):
         batch = questions[start : start + config.batch_size]
         # By the question, so that a run that goes on draws what it would have drawn.
         torch.manual_seed(config.seed + batch[0].number)
-        with Display(err, *speakers[None], _title(batch, start, len(questions)), speakers) as display:
+        with Display(err, tokenizers, _title(batch, start, len(questions))) as display:
             try:
                 result = chain.run(
                     [question.text for question in batch],

@@ -1,4 +1,4 @@
-"""Where the command line prints: text as it is, but for what would steer the terminal, and pipes that may close."""
+"""Consoles of the command line: text as it is, control characters made visible, pipes that may close."""
 
 import functools
 import io
@@ -92,14 +92,14 @@ def print_json(console: Console, document: Any) -> None:
 
 @contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
-    """Show that something goes on, and silence the progress bars of libraries, which would be drawn over it."""
+    """Show a text while the block runs, and silence the progress bars of libraries, which would be drawn over it."""
     with console.status(visible(text)), without_bars():
         yield
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Inside the block tqdm draws nothing, whoever calls it: not all libraries ask whether they may."""
+    """Silence tqdm inside the block, whoever calls it: not all libraries have an option for it."""
     from tqdm.std import tqdm
 
     before = tqdm.__init__

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import typer
 
 from latentmas.backends.base import EngineError
 from latentmas.chain.chain import Chain, check_request
@@ -33,14 +34,15 @@ SHOWN_FAULTS = 5
 
 
 def execute(config: RunConfig) -> int:
-    """Run; return the exit code: 0, 2 where questions were left out, 130 where it was interrupted.
+    """Run; return the exit code: 0, or 2 where questions were left out.
 
     Raises:
+        typer.Exit: with 130, where the run is interrupted.
         LatentMASError: for what the user can mend.
         OSError: where a file cannot be read or written.
     """
     out.needed = config.output is None and config.trace is None  # else the file is what the run is for
-    # What is known to be wrong is said before a model is loaded.
+    # What is known to be wrong is an error before a model is loaded.
     check_placement(config.dtype, config.device)
     arranged, vllm = config.read_chain(), config.read_vllm_settings()
     if vllm is not None and config.kv_transfer == "embeds":
@@ -88,7 +90,7 @@ def execute(config: RunConfig) -> int:
                 report.add(batch, result)
         except KeyboardInterrupt:
             err.print(f"stopped: {_state(report.finished, len(asked), config.output)}", soft_wrap=True)
-            return 130
+            raise typer.Exit(130) from None  # so that a trace knows that it ends early
         # Our own consoles deal with pipes that their readers close; another broken pipe is a fault.
         except (LatentMASError, EngineError, BrokenPipeError) as error:
             raise LatentMASError(f"{error}. {_state(report.finished, len(asked), config.output)}") from error

@@ -1,4 +1,4 @@
-"""Questions from a file, standard input or the sample that comes with the package."""
+"""Read questions from a file, standard input or the sample that comes with the package."""
 
 import csv
 import io

@@ -12,7 +12,7 @@ from latentmas_kernels.errors import LatentMASError
 
 
 class ResultsFile:
-    """Appends results to a file. A context manager: a file that it made and wrote nothing to is removed.
+    """A file that results are appended to. A context manager: a file that it made and wrote nothing to is removed.
 
     Attributes:
         done: the results that were there, by number of the question.

@@ -29,7 +29,7 @@ TOP_K = 5
 def trace_table(
     console: Console | None, traces: Sequence[AgentTrace], questions: Sequence[Question | str], tokenizer: Any
 ) -> None:
-    """Print the thoughts of a batch, for each question one table per agent with a row for every step that it took.
+    """Print what the agents of a batch think: for each question one table per agent, with a row for every step.
 
     A row says which tokens the state behind the step would have become, with their probabilities; the norm of that state;
     the cosine of the embedding that was fed to that of the step before; and the token whose embedding is nearest to it,
@@ -61,7 +61,7 @@ def trace_table(
 def trace_document(
     traces: Sequence[AgentTrace], questions: Sequence[Question | str], tokenizer: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """The thoughts of a batch for `json.dumps`. No number in it is NaN or Inf: what cannot be told is None.
+    """Return what the agents of a batch think, for `json.dumps`. No number is NaN or Inf: what is not known is None.
 
     Args:
         traces, questions, tokenizer: as in `trace_table`.
@@ -92,7 +92,7 @@ def trace_document(
 
 
 def write_trace(path: str | Path, document: dict[str, Any]) -> None:
-    """Write a document of `trace_document` as JSON, whole or not at all; a file that is there is replaced.
+    """Write a document of `trace_document` as JSON, complete or not at all; an existing file is replaced.
 
     Raises:
         OSError: where it cannot be written; what was there stays as it was.
@@ -120,7 +120,7 @@ def _umask() -> int:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step as plain numbers; None where there is nothing to tell."""
+    """One latent step as plain numbers; None where there is none."""
 
     number: int
     says: list[tuple[int, float]]
@@ -142,7 +142,7 @@ def _rows(traces: Sequence[AgentTrace], questions: Sequence[Question | str]) -> 
 
 
 def _steps(trace: LatentTrace, row: int) -> Iterator[_Step]:
-    """The steps that a row took, and no more."""
+    """Yield the steps that a row took, and no more."""
     names = ("tokens", "probabilities", "norms", "cosines", "nearest", "distances", "finite")
     columns = [getattr(trace, name)[row, : trace.steps[row]].tolist() for name in names]
     for step, values in enumerate(zip(*columns, strict=True), start=1):
@@ -174,7 +174,7 @@ def _entry(step: _Step, spelling: Spelling) -> dict[str, Any]:
 
 
 def _table(trace: LatentTrace, row: int, spelling: Spelling) -> Table:
-    """Cells are folded where the console is narrow: nothing is left out."""
+    """Return a table of a row's steps. Cells are folded where the console is narrow: nothing is left out."""
     table = Table(box=None, pad_edge=False)
     for name in ("step", "says", "norm", "cosine", "nearest"):
         table.add_column(name, justify="left" if name in ("says", "nearest") else "right", overflow="fold")
@@ -210,7 +210,7 @@ def _spellings(traces: Sequence[AgentTrace], tokenizer: Any) -> list[Spelling]:
 
 
 class TraceFile:
-    """Collects the traces of batches and writes them at the end of its block, whatever ends that. A context manager."""
+    """The file of --trace: the traces of batches, written at the end of its block, whatever ends that. A context manager."""
 
     def __init__(self, path: str | Path, tokenizer: Any, console: Console | None) -> None:
         """
