@@ -270,7 +270,7 @@ def test_a_chain_of_one_only_answers(model, tokenizer):
 
 def test_without_a_thinker_there_is_no_aligner(model, tokenizer, monkeypatch):
     """It is not even built: that may mean a solve, or text that the model writes."""
-    monkeypatch.setattr("latentmas.chain.setup.build_aligner", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("latentmas.chain.chain.build_aligner", lambda *_: pytest.fail("built"))
     chain = Chain(model, tokenizer, READERS, aligner="soft")
     assert chain.aligner is None
     assert chain.run(QUESTIONS[:1]).aligner is None

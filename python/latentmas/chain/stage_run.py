@@ -12,11 +12,11 @@ from latentmas.chain.progress import Progress, ProgressReporter
 from latentmas.chain.prompts import padded
 from latentmas.chain.question_state import Note, truncate_note
 from latentmas.chain.results import AgentMetrics, AgentTrace, AgentTurn
-from latentmas.chain.setup import ChainSetup, RunOptions
+from latentmas.chain.setup import ChainSetup, RunOptions, StagePrompts
 from latentmas.chain.stage_result import AgentOutput, ContextState, StageResult
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.cache.segments import Kind, slots_of
-from latentmas_kernels.generation import LatentOutput, Metrics
+from latentmas_kernels.generation import Metrics
 from latentmas_kernels.hf.chat import without_end
 from latentmas_kernels.trace import trace_of
 
@@ -45,17 +45,17 @@ class StageRun:
         options: RunOptions,
         plan: Plan,
         number: int,
-        prompts: list[list[list[int]]],
+        prompts: StagePrompts,
         state: ContextState,
     ) -> None:
-        self.setup, self.options, self.plan, self.number, self.prompts = setup, options, plan, number, prompts
-        self.state = state
+        self.setup, self.options, self.plan, self.number = setup, options, plan, number
+        self.prompts, self.state = prompts, state
         self.tokens = plan.stages[number]
         self.stage, self.agents = self.tokens.stage, self.tokens.stage.agents
         self.context = setup.model_contexts[self.stage.model]
         self.end_ids = self.context.end_ids  # once: the template is rendered for it
         self.last = number + 1 == len(plan.stages)
-        self.ids: list[list[list[int]]] = []
+        self.ids: StagePrompts = []
         self.cached_len = [0] * len(prompts)
         self.outputs: list[dict[int, AgentOutput]] = [{} for _ in prompts]
         self.metrics = [AgentMetrics(agent.name) for agent in self.agents]
@@ -121,7 +121,7 @@ class StageRun:
         del cache  # the buffer of one model is freed before that of the other is allocated
         recomputed, seconds = recompute_cache(self.context, self.state.slot_inputs, capacity)
         recomputed.segments = segments
-        self._add_prefill_seconds(seconds)
+        self.add_seconds(prefill=seconds)
         self.metrics[0].prompt_tokens += slots
         return recomputed
 
@@ -231,13 +231,20 @@ class StageRun:
             engine=context.engine, weights=context.weights, on_step=report.on_latent_step,
             output_states=top_k is not None, cross=list(targets.values()),
         )  # fmt: skip
-        self._add_seconds(numbers, output.metrics)
+        self._add_metrics(numbers, output.metrics)
         for place, number in enumerate(numbers):
             rows = slice(place, None, len(numbers))
             self.metrics[number].latent_steps += sum(output.latent_steps[rows])
             self.metrics[number].steps += max(output.latent_steps[rows])
             if top_k is not None and steps[place]:
-                trace = trace_of(context.model, _rows_of(output, rows), top_k=top_k)
+                assert output.states is not None
+                own = replace(
+                    output,
+                    latents=output.latents[rows],
+                    states=output.states[rows],
+                    latent_steps=output.latent_steps[rows],
+                )
+                trace = trace_of(context.model, own, top_k=top_k)
                 self._traces[number] = AgentTrace(self.agents[number].name, trace, context.tokenizer)
         for r, taken in enumerate(output.latent_steps):
             q, number = question_and_agent(r, numbers)
@@ -259,7 +266,7 @@ class StageRun:
             do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=self.options.top_p,
             eos_token_id=self.end_ids, streamer=report, engine=self.context.engine, weights=self.context.weights,
         )  # fmt: skip
-        self._add_seconds(numbers, output.metrics)
+        self._add_metrics(numbers, output.metrics)
         missing = []
         for r, (new, reason) in enumerate(zip(output.new_tokens, output.finish_reasons, strict=True)):
             text = output.sequences[r, tokens.shape[1] : tokens.shape[1] + new].tolist()
@@ -279,44 +286,35 @@ class StageRun:
             The tokens of the text that belong into the cache: all where another agent's part comes behind them; all but the
             last otherwise, which the next prompt brings where no end token closed the text.
         """
-        agent, metrics = self.agents[number], self.metrics[number]
+        agent, metrics, limit = self.agents[number], self.metrics[number], self.setup.max_note_tokens
         metrics.new_tokens += len(text.ids)
         metrics.steps = max(metrics.steps, len(text.ids))
+        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
+        note, count = spoken.rpartition("</think>")[2].strip(), None
+        # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
+        if self.setup.has_reader(agent) and len(text.ids) > limit:
+            note, count = truncate_note(note, self.context.tokenizer, limit)
+        if count is not None:
+            warning = (
+                f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
+                "max_note_tokens to hand on more"
+            )
+            self.warnings.append((q, warning))
+        turn = AgentTurn(
+            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=spoken, finish_reason=text.finish_reason,
+            truncated_to=None if count is None else limit,
+        )  # fmt: skip
+        output = self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model))
         final = number + 1 == len(self.agents)
         if final:
             self.state.carried_token[q] = text.ids[-1:] if text.finish_reason == "length" else []
-        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
-        note, truncated_to = spoken.rpartition("</think>")[2].strip(), None
-        # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
-        limit = self.setup.max_note_tokens
-        if self.setup.has_reader(agent) and len(text.ids) > limit:
-            note, count = truncate_note(note, self.context.tokenizer, limit)
-            if count is not None:
-                truncated_to = limit
-                self.warnings.append(
-                    (
-                        q,
-                        f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
-                        "max_note_tokens to hand on more",
-                    )
-                )
-        turn = AgentTurn(
-            agent.name,
-            len(self.ids[q][number]),
-            new_tokens=len(text.ids),
-            text=spoken,
-            finish_reason=text.finish_reason,
-            truncated_to=truncated_to,
-        )
-        self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model))
         kept = text.ids if self.stage.parallel and not self.last and not final else text.ids[:-1]
-        self._record_inputs(self.outputs[q][number].slot_inputs, [*prompt, *kept])
+        self._record_inputs(output.slot_inputs, [*prompt, *kept])
         return kept
 
     def extend(self, cache: LatentCache, ids: list[list[int]], kind: Kind) -> None:
-        """Feed tokens into a cache that this stage reads for all its agents. This modifies the cache."""
-        seconds = self.context.extend(cache, ids, kind)
-        self._add_prefill_seconds(seconds)
+        """Feed tokens into a cache, per row, on behalf of all agents. This modifies the cache."""
+        self.add_seconds(prefill=self.context.extend(cache, ids, kind))
 
     def report_begin(self, numbers: list[int]) -> ProgressReporter:
         """Report that agents begin, and return the reporter of their steps."""
@@ -339,27 +337,20 @@ class StageRun:
         self.metrics[number].prompt_tokens += tokens
         self.metrics[number].shared_tokens -= tokens
 
-    def _add_prefill_seconds(self, seconds: float) -> None:
-        """Add the seconds of what is read for all agents."""
-        for metrics in self.metrics:
-            metrics.prefill_seconds += seconds / len(self.metrics)
+    def _add_metrics(self, numbers: list[int], spent: Metrics) -> None:
+        self.add_seconds(numbers, spent.prefill_seconds, spent.latent_seconds, spent.decode_seconds)
 
-    def _add_seconds(self, numbers: list[int], spent: Metrics) -> None:
-        """Add the seconds of a call to its agents, evenly."""
-        for number in numbers:
-            metrics = self.metrics[number]
-            metrics.prefill_seconds += spent.prefill_seconds / len(numbers)
-            metrics.latent_seconds += spent.latent_seconds / len(numbers)
-            metrics.decode_seconds += spent.decode_seconds / len(numbers)
+    def add_seconds(
+        self, numbers: list[int] | None = None, prefill: float = 0.0, latent: float = 0.0, decode: float = 0.0
+    ) -> None:
+        """Add seconds to agents by index, or to all, evenly."""
+        agents = self.metrics if numbers is None else [self.metrics[number] for number in numbers]
+        for metrics in agents:
+            metrics.prefill_seconds += prefill / len(agents)
+            metrics.latent_seconds += latent / len(agents)
+            metrics.decode_seconds += decode / len(agents)
 
 
 def question_and_agent(row: int, numbers: list[int]) -> tuple[int, int]:
     """Return the indices of a row's question and agent, in a cache with a row for each question and each of these agents."""
     return row // len(numbers), numbers[row % len(numbers)]
-
-
-def _rows_of(output: LatentOutput, rows: slice) -> LatentOutput:
-    assert output.states is not None
-    return replace(
-        output, latents=output.latents[rows], states=output.states[rows], latent_steps=output.latent_steps[rows]
-    )
