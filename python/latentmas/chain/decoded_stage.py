@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from latentmas.backends.base import Completion, Decoder, GenerationRequest
-from latentmas.chain.model_context import SlotInput
 from latentmas.chain.progress import Stopwatch
 from latentmas.chain.stage_result import StageResult
 from latentmas.chain.stage_run import StageRun, question_and_agent
@@ -42,7 +41,7 @@ class DecodedStage:
     def begin(self) -> None:
         # The decoder reads all of a first stage itself; the cache is for later stages.
         self.stage.begin(needs_cache=self.stage.number > 0 or not self.stage.last)
-        self._slot_inputs = [self._decoder_inputs(inputs) for inputs in self.stage.state.slot_inputs]
+        self._slot_inputs = [self._decoder_inputs(q) for q in range(len(self.stage.prompts))]
 
     @property
     def cache(self) -> LatentCache | None:
@@ -72,21 +71,21 @@ class DecodedStage:
             metrics = self.stage.metrics[number]
             metrics.shared_tokens += len(self._slot_inputs[q]) - completion.computed_tokens
             metrics.prompt_tokens += completion.computed_tokens
-            self.stage.record_text(q, number, [], completion)
+            self.stage.record_text(q, number, completion)
         return self.stage.result()
 
-    def _decoder_inputs(self, slot_inputs: list[SlotInput]) -> list[int | torch.Tensor]:
+    def _decoder_inputs(self, q: int) -> list[int | torch.Tensor]:
         """Return the inputs of a question's slots as the decoder takes them: latent steps as embeddings of its model."""
         if self.cache is None or self.decoder.kv_transfer != "embeds":
             return []
-        return [slot if isinstance(slot, int) else slot[self.stage.context.name] for slot in slot_inputs]
+        return [slot if isinstance(slot, int) else slot[self.stage.context.name] for slot in self.stage.slot_inputs(q)]
 
     def _read_texts(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
         """Read the agents' prompts and texts into the cache."""
         texts = []
-        for r, prompt in enumerate(ids):
+        for r in range(len(ids)):
             q, number = question_and_agent(r, numbers)
-            texts.append(self.stage.record_text(q, number, prompt, self._completions[q, number]))
+            texts.append(self.stage.record_text(q, number, self._completions[q, number]))
         self.stage.extend(cache, ids, "prompt")
         if any(texts):
             self.stage.extend(cache, texts, "text")

@@ -16,7 +16,6 @@ from latentmas.chain.setup import ChainSetup, RunOptions, StagePrompts
 from latentmas.chain.stage_result import AgentOutput, ContextState, StageResult
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.cache.segments import Kind, slots_of
-from latentmas_kernels.generation import Metrics
 from latentmas_kernels.hf.chat import without_end
 from latentmas_kernels.trace import trace_of
 
@@ -95,15 +94,22 @@ class StageRun:
     def result(self) -> StageResult:
         """Return the result, once the agents are done."""
         outputs = [[of[number] for number in range(len(self.agents))] for of in self.outputs]
-        for inputs, of in zip(self.state.slot_inputs, outputs, strict=True):
-            for output in of:
-                inputs += output.slot_inputs
+        if self.setup.records_inputs:
+            for q, of in enumerate(outputs):
+                inputs = self.slot_inputs(q)
+                for ids, output in zip(self.ids[q], of, strict=True):
+                    inputs += [*ids[self.cached_len[q] :], *output.slot_inputs]
+                self.state.slot_inputs[q] = inputs
         if self.state.cache is not None:
             self._kv_bytes = self.state.cache.kv_bytes
         for metrics in self.metrics:
             metrics.kv_bytes = self._kv_bytes
         traces = [trace for _, trace in sorted(self._traces.items())]
         return StageResult(self.state, outputs, self.metrics, traces, self.warnings)
+
+    def slot_inputs(self, q: int) -> list[SlotInput]:
+        """Return the inputs of a question's slots that are in the cache before the agents' own parts."""
+        return [*self.state.slot_inputs[q], *self.ids[q][0][: self.cached_len[q]]]
 
     # ---- the cache as the stage begins -----------------------------------------------------------------------------
 
@@ -135,8 +141,6 @@ class StageRun:
         self.extend(first, [ids], "prompt")
         self._count_computed(0, shared)
         self.cached_len = [shared] * len(self.prompts)
-        for inputs in self.state.slot_inputs:
-            self._record_inputs(inputs, ids)
         return first.fork_rows(len(self.prompts), capacity)
 
     def _cut(self, cache: LatentCache) -> None:
@@ -202,8 +206,6 @@ class StageRun:
             return
         self.extend(cache, common, "prompt")
         self._count_computed(0, sum(map(len, common)))
-        for q, ids in enumerate(common):
-            self._record_inputs(self.state.slot_inputs[q], ids)
         self.cached_len = [start + len(ids) for start, ids in zip(self.cached_len, common, strict=True)]
 
     # ---- latent steps and texts ------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class StageRun:
             engine=context.engine, weights=context.weights, on_step=report.on_latent_step,
             output_states=top_k is not None, cross=list(targets.values()),
         )  # fmt: skip
-        self._add_metrics(numbers, output.metrics)
+        self.add_seconds(numbers, output.metrics.prefill_seconds, latent=output.metrics.latent_seconds)
         for place, number in enumerate(numbers):
             rows = slice(place, None, len(numbers))
             self.metrics[number].latent_steps += sum(output.latent_steps[rows])
@@ -253,7 +255,7 @@ class StageRun:
             if self.setup.records_inputs:
                 embeds = {context.name: output.latents, **dict(zip(targets, output.crossed, strict=True))}
                 latents = [{name: rows[r, step] for name, rows in embeds.items()} for step in range(taken)]
-                self.outputs[q][number].slot_inputs = [*ids[r], *latents]
+                self.outputs[q][number].slot_inputs += latents
 
     def _write(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
         """Write texts on the chain's own engine."""
@@ -266,21 +268,18 @@ class StageRun:
             do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=self.options.top_p,
             eos_token_id=self.end_ids, streamer=report, engine=self.context.engine, weights=self.context.weights,
         )  # fmt: skip
-        self._add_metrics(numbers, output.metrics)
+        self.add_seconds(numbers, output.metrics.prefill_seconds, decode=output.metrics.decode_seconds)
         missing = []
         for r, (new, reason) in enumerate(zip(output.new_tokens, output.finish_reasons, strict=True)):
             text = output.sequences[r, tokens.shape[1] : tokens.shape[1] + new].tolist()
             q, number = question_and_agent(r, numbers)
-            kept = self.record_text(q, number, ids[r], Completion(text, reason, len(ids[r])))
+            kept = self.record_text(q, number, Completion(text, reason, len(ids[r])))
             missing.append(kept[max(new - 1, 0) :])  # generate() does not feed the last token in
         if any(missing):
             self.extend(cache, missing, "text")
 
-    def record_text(self, q: int, number: int, prompt: list[int], text: Completion) -> list[int]:
+    def record_text(self, q: int, number: int, text: Completion) -> list[int]:
         """Record what an agent wrote for a question.
-
-        Args:
-            prompt: the part of the agent's ids that its slots begin with.
 
         Returns:
             The tokens of the text that belong into the cache: all where another agent's part comes behind them; all but the
@@ -304,12 +303,11 @@ class StageRun:
             agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=spoken, finish_reason=text.finish_reason,
             truncated_to=None if count is None else limit,
         )  # fmt: skip
-        output = self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model))
         final = number + 1 == len(self.agents)
         if final:
             self.state.carried_token[q] = text.ids[-1:] if text.finish_reason == "length" else []
         kept = text.ids if self.stage.parallel and not self.last and not final else text.ids[:-1]
-        self._record_inputs(output.slot_inputs, [*prompt, *kept])
+        self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model), [*kept])
         return kept
 
     def extend(self, cache: LatentCache, ids: list[list[int]], kind: Kind) -> None:
@@ -328,17 +326,10 @@ class StageRun:
 
     # ---- counting --------------------------------------------------------------------------------------------------
 
-    def _record_inputs(self, slot_inputs: list[SlotInput], added: list[SlotInput] | list[int]) -> None:
-        if self.setup.records_inputs:
-            slot_inputs += added
-
     def _count_computed(self, number: int, tokens: int) -> None:
         """Count tokens of an agent's prompts as computed for it; `begin` counted all of them as shared."""
         self.metrics[number].prompt_tokens += tokens
         self.metrics[number].shared_tokens -= tokens
-
-    def _add_metrics(self, numbers: list[int], spent: Metrics) -> None:
-        self.add_seconds(numbers, spent.prefill_seconds, spent.latent_seconds, spent.decode_seconds)
 
     def add_seconds(
         self, numbers: list[int] | None = None, prefill: float = 0.0, latent: float = 0.0, decode: float = 0.0
