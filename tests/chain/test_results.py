@@ -25,7 +25,7 @@ from example_chains import (
 )
 from latentmas.chain import stage_run
 from latentmas.chain.chain import Chain
-from latentmas.chain.results import AgentMetrics
+from latentmas.chain.results import AgentMetrics, AgentTurn, Answer
 from latentmas.chain_files.methods import METHODS
 from latentmas.chain_files.reader import serial
 
@@ -177,3 +177,12 @@ def test_traces_are_those_of_each_agent_and_only_where_asked_for(model, tokenize
         alone = Chain(model, tokenizer, [CODE, JUDGER], aligner="ridge").run([question], trace=3).traces[0].trace
         assert torch.equal(alone.tokens[0], result.traces[1].trace.tokens[row, :2])
         torch.testing.assert_close(alone.norms[0], result.traces[1].trace.norms[row, :2], rtol=1e-5, atol=1e-5)
+
+
+def test_answers_keep_the_keys_that_files_of_results_have():
+    turn = AgentTurn("scout", 5, new_tokens=9, text="abc", finish_reason="length", truncated_to=7)
+    (record,) = Answer("Why?", "abc", "length", [turn]).to_dict()["turns"]
+    assert record == {
+        "agent": "scout", "prompt_tokens": 5, "latent_steps": 0, "new_tokens": 9, "text": "abc", "finish_reason": "length",
+        "handed_over": 7,
+    }  # fmt: skip
