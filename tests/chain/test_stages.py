@@ -4,9 +4,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from example_chains import AGENTS, READERS, endless
 from latentmas.chain.agent import Agent
+from latentmas.chain.chain import Chain
 from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain.stages import check_chain, split_contexts
+from tokenizers_offline import character_tokenizer
 
 THINKER = Agent("thinker", "Plan: {question}", latent_steps=4)
 WRITER = Agent("writer", "Draft: {question}", max_new_tokens=6)
@@ -50,3 +53,52 @@ def test_a_stage_that_reads_notes_starts_a_context():
     assert [[stage.names for stage in context] for context in contexts] == [
         ["thinker", "writer"], ["reader + other", "judger"], ["last"],
     ]  # fmt: skip
+
+
+BAD_CHAINS = {
+    "none": ([], r"ends with an agent that writes \(max_new_tokens\); got no agents"),
+    "no writer": (AGENTS[:2], "ends with an agent that writes .*; got 'critic', which thinks"),
+    "one name twice": ([*AGENTS, AGENTS[2]], "a name of its own.*more than one 'judger'"),
+    "thinker last": (
+        [*AGENTS, replace(AGENTS[0], name="late")],
+        "ends with an agent that writes .*; got 'late', which thinks",
+    ),
+    "notes first": (READERS[1:], r"agent 'critic' reads \{notes\}, but nobody wrote any before it"),
+    "notes alone": (READERS[2:], r"agent 'judger' reads \{notes\}, but nobody wrote any before it"),
+    "notes behind a thinker": (
+        [AGENTS[0], READERS[2]],
+        r"'judger' reads \{notes\} .* the thoughts of 'planner' .* lost; take \{notes\} out of its prompt",
+    ),
+    "notes behind a writer and a thinker": (
+        [READERS[0], AGENTS[1], READERS[2]],
+        r"'judger' reads \{notes\} .* the thoughts of 'critic' .* let an agent that writes come between",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CHAINS)
+def test_agents_that_make_no_chain_are_refused(model, tokenizer, what):
+    agents, words = BAD_CHAINS[what]
+    with pytest.raises(ValueError, match=words):
+        Chain(model, tokenizer, agents, aligner="ridge")
+
+
+@pytest.mark.parametrize("name", ["a + b"])
+def test_no_agent_is_called_like_a_group(model, tokenizer, name):
+    agents = [
+        Agent(name, "x", latent_steps=1),
+        [Agent("a", "x", latent_steps=1), Agent("b", "y", latent_steps=1)],
+        JUDGER,
+    ]
+    with pytest.raises(ValueError, match=r"no agent may be called 'a \+ b'"):
+        Chain(model, tokenizer, agents, aligner="ridge")
+
+
+@pytest.mark.parametrize("prompts", [["Answer."], ["{{question}}"], ["Plan.", "{notes}"]])
+def test_a_chain_in_which_nobody_gets_the_question_is_refused(prompts):
+    agents = [Agent(f"agent{number}", prompt, max_new_tokens=2) for number, prompt in enumerate(prompts)]
+    with pytest.raises(
+        ValueError, match=r"nobody gets the question: no agent of 'agent0'.* has \{question\} in its prompt"
+    ):
+        Chain(endless(), character_tokenizer(None), agents)
+    Chain(endless(), character_tokenizer(None), [Agent("first", "{question}", max_new_tokens=2), *agents])

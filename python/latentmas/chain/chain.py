@@ -2,21 +2,27 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 from latentmas.backends.base import Decoder
 from latentmas.chain.agent import Agent
 from latentmas.chain.decoded_stage import DecodedStage
-from latentmas.chain.memory_policy import Budget
+from latentmas.chain.decoder_check import check_decoder
+from latentmas.chain.memory_policy import KEEP_ALL, Budget
+from latentmas.chain.model_context import ModelContext, vocab_mismatch
 from latentmas.chain.planner import plan_chain
 from latentmas.chain.progress import Progress
+from latentmas.chain.prompts import has_thinking_switch
 from latentmas.chain.results import ChainResult
 from latentmas.chain.run import PendingAnswer, Run
 from latentmas.chain.setup import ChainSetup, RunOptions
+from latentmas.chain.stages import Context, split_contexts
 from latentmas.characters import check_characters
-from latentmas_kernels import Aligner
+from latentmas_kernels import Aligner, build_aligner
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.generation import check_sampling
+from latentmas_kernels.models.rope import RopeShift
 
 
 def check_request(questions: Sequence[str], temperature: float, top_p: float) -> None:
@@ -70,13 +76,33 @@ class Chain:
             LatentMASError: where a model cannot run, the agents make no chain, or a cache cannot be cut, or go on to another
                 model, as they ask for.
         """
+        if max_note_tokens < 1:
+            raise LatentMASError(f"max_note_tokens must be 1 or more; got {max_note_tokens}")
+        if not isinstance(budget, Budget | str | None):
+            raise LatentMASError(f"budget must be a Budget, text like '64 MB', or None; got {type(budget).__name__}")
+        contexts = split_contexts(agents)
+        budget = Budget.parse(budget) if isinstance(budget, str) else budget
         self.model, self.tokenizer = model, tokenizer
-        self.setup = ChainSetup.build(
-            model, tokenizer, agents, aligner=aligner, engine=engine, weights=weights, max_note_tokens=max_note_tokens,
-            budget=budget, models=models or {}, decoder=decoder,
-        )  # fmt: skip
-        self.agents = self.setup.agents
-        self.aligner = self.setup.model_contexts[None].aligner
+        self.agents = [agent for context in contexts for stage in context for agent in stage.agents]
+        given: dict[str | None, tuple[Any, Any]] = {None: (model, tokenizer)}
+        given.update(models or {})
+        names = list(dict.fromkeys([None, *(agent.model for agent in self.agents)]))
+        unknown = [name for name in names if name not in given]
+        if unknown:
+            raise LatentMASError(
+                f"agents run on model {unknown[0]!r}, which the chain was not given; given are {sorted(models or {})}"
+            )
+        model_contexts = {name: ModelContext(name, *given[name], engine, weights) for name in names}
+        for name, model_context in model_contexts.items():
+            _add_aligner(model_context, [agent for agent in self.agents if agent.model == name], aligner)
+        self.aligner = model_contexts[None].aligner
+        mismatches = {(a.name, b.name) for a, b in permutations(model_contexts.values(), 2) if vocab_mismatch(a, b)}
+        if decoder is not None:
+            check_decoder(decoder, model_contexts[self.agents[-1].model], contexts, budget)
+        records_inputs = decoder is not None and decoder.kv_transfer == "embeds"
+        for context in contexts:
+            records_inputs |= _connect(context, model_contexts, budget)
+        self.setup = ChainSetup(contexts, model_contexts, budget, max_note_tokens, decoder, records_inputs, mismatches)
 
     def check(self, question: str) -> None:
         """Raise LatentMASError where a question could not be run: empty, longer than the model's positions allow, or more than
@@ -154,3 +180,29 @@ class Chain:
     def _begin(self, questions: Sequence[str], options: RunOptions) -> Run:
         check_request(questions, options.temperature, options.top_p)
         return Run(self.setup, questions, options)
+
+
+def _add_aligner(model_context: ModelContext, agents: list[Agent], aligner: str | Aligner) -> None:
+    """Build the aligner of a model, where an agent on it thinks."""
+    if any(agent.enable_thinking for agent in agents) and not has_thinking_switch(model_context.tokenizer):
+        warnings.warn(
+            "the tokenizer's chat template has no thinking switch, so enable_thinking changes nothing", stacklevel=3
+        )
+    if any(agent.thinks for agent in agents):
+        kind = aligner if isinstance(aligner, str) or model_context.name is None else aligner.kind
+        model_context.aligner = build_aligner(model_context.model, kind) if isinstance(kind, str) else kind
+
+
+def _connect(context: Context, model_contexts: Mapping[str | None, ModelContext], budget: Budget | None) -> bool:
+    """Make sure that a cache can go from stage to stage; return whether it goes from one model to another."""
+    crosses = False
+    for number, stage in enumerate(context):
+        model_context, later = model_contexts[stage.model], context[number + 1 :]
+        for target in later:
+            if target.model != stage.model:
+                model_context.connect(model_contexts[target.model])
+                crosses = True
+        cut = number > 0 and (stage.memory_policy != KEEP_ALL or budget is not None)
+        if cut or (stage.parallel and later):
+            RopeShift.of(model_context.model)
+    return crosses

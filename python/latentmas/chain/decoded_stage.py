@@ -5,11 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from latentmas.backends.base import Completion, Decoder, GenerationRequest
-from latentmas.chain.model_context import SlotInput
-from latentmas.chain.plan import Plan
 from latentmas.chain.progress import Stopwatch
-from latentmas.chain.setup import ChainSetup, RunOptions
-from latentmas.chain.stage_result import ContextState, StageResult
+from latentmas.chain.stage_result import StageResult
 from latentmas.chain.stage_run import StageRun, question_and_agent
 from latentmas_kernels import LatentCache
 
@@ -23,24 +20,14 @@ class DecodedStage:
                             reads the texts instead of writing them
 
     Attributes:
-        stage: the `StageRun`.
+        stage: the `StageRun`, which has not begun.
         writers: indices of the agents that write.
     """
 
-    def __init__(
-        self,
-        setup: ChainSetup,
-        options: RunOptions,
-        plan: Plan,
-        number: int,
-        prompts: list[list[list[int]]],
-        state: ContextState,
-        decoder: Decoder,
-    ) -> None:
-        self.stage = StageRun(setup, options, plan, number, prompts, state)
-        self.options, self.decoder = options, decoder
-        self.writers = [number for number, agent in enumerate(self.stage.agents) if not agent.thinks]
-        self._rows = [(q, number) for q in range(len(prompts)) for number in self.writers]
+    def __init__(self, stage: StageRun, decoder: Decoder) -> None:
+        self.stage, self.decoder = stage, decoder
+        self.writers = [number for number, agent in enumerate(stage.agents) if not agent.thinks]
+        self._rows = [(q, number) for q in range(len(stage.prompts)) for number in self.writers]
         self._slot_inputs: list[list[int | torch.Tensor]] = []  # per question, read by the decoder in place of a cache
         self._completions: dict[tuple[int, int], Completion] = {}
 
@@ -48,15 +35,13 @@ class DecodedStage:
         self.begin()
         report, stopwatch = self.stage.report_begin(self.writers), Stopwatch()
         completions = self.decoder.write(self.cache, self.requests(), report)
-        seconds = stopwatch.lap() / len(self.writers)
-        for number in self.writers:
-            self.stage.metrics[number].decode_seconds += seconds
+        self.stage.add_seconds(self.writers, decode=stopwatch.lap())
         return self.finish(completions)
 
     def begin(self) -> None:
         # The decoder reads all of a first stage itself; the cache is for later stages.
         self.stage.begin(needs_cache=self.stage.number > 0 or not self.stage.last)
-        self._slot_inputs = [self._decoder_inputs(inputs) for inputs in self.stage.state.slot_inputs]
+        self._slot_inputs = [self._decoder_inputs(q) for q in range(len(self.stage.prompts))]
 
     @property
     def cache(self) -> LatentCache | None:
@@ -66,20 +51,15 @@ class DecodedStage:
 
     def requests(self) -> list[GenerationRequest]:
         """Return a request for each question and writer, behind the cache as `begin` left it."""
-        has_cache, temperature = self.cache is not None, self.options.temperature
+        stage, has_cache, options = self.stage, self.cache is not None, self.stage.options
         return [
             GenerationRequest(
-                self.stage.ids[q][number][self.stage.cached_len[q] :],
-                self.stage.agents[number].max_new_tokens or 0,
-                self.stage.end_ids,
-                row=q if has_cache else None,
-                slot_inputs=self._slot_inputs[q],
-                temperature=temperature,
-                top_p=self.options.top_p,
-                seed=int(torch.randint(2**31, ())) if temperature else 0,
+                stage.ids[q][number][stage.cached_len[q] :], stage.agents[number].max_new_tokens or 0, stage.end_ids,
+                row=q if has_cache else None, slot_inputs=self._slot_inputs[q], temperature=options.temperature,
+                top_p=options.top_p, seed=int(torch.randint(2**31, ())) if options.temperature else 0,
             )
             for q, number in self._rows
-        ]
+        ]  # fmt: skip
 
     def finish(self, completions: Sequence[Completion]) -> StageResult:
         """Record the texts, in the order of the requests, and end the stage."""
@@ -91,21 +71,21 @@ class DecodedStage:
             metrics = self.stage.metrics[number]
             metrics.shared_tokens += len(self._slot_inputs[q]) - completion.computed_tokens
             metrics.prompt_tokens += completion.computed_tokens
-            self.stage.record_text(q, number, [], completion)
+            self.stage.record_text(q, number, completion)
         return self.stage.result()
 
-    def _decoder_inputs(self, slot_inputs: list[SlotInput]) -> list[int | torch.Tensor]:
+    def _decoder_inputs(self, q: int) -> list[int | torch.Tensor]:
         """Return the inputs of a question's slots as the decoder takes them: latent steps as embeddings of its model."""
         if self.cache is None or self.decoder.kv_transfer != "embeds":
             return []
-        return [slot if isinstance(slot, int) else slot[self.stage.context.name] for slot in slot_inputs]
+        return [slot if isinstance(slot, int) else slot[self.stage.context.name] for slot in self.stage.slot_inputs(q)]
 
     def _read_texts(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
         """Read the agents' prompts and texts into the cache."""
         texts = []
-        for r, prompt in enumerate(ids):
+        for r in range(len(ids)):
             q, number = question_and_agent(r, numbers)
-            texts.append(self.stage.record_text(q, number, prompt, self._completions[q, number]))
+            texts.append(self.stage.record_text(q, number, self._completions[q, number]))
         self.stage.extend(cache, ids, "prompt")
         if any(texts):
             self.stage.extend(cache, texts, "text")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from latentmas.chain.progress import Stopwatch
 from latentmas.chain.prompts import padded
@@ -128,19 +129,17 @@ def recompute_cache(
         The cache, and the seconds of the forward.
     """
     a, embedding = context.architecture, context.model.get_input_embeddings()
-    width = max(map(len, slot_inputs))
-    embeds = torch.zeros(len(slot_inputs), width, a.hidden_size, dtype=a.dtype, device=a.device)
-    mask = torch.zeros(len(slot_inputs), width, dtype=torch.int64)
-    for row, inputs in enumerate(slot_inputs):
-        start = width - len(inputs)
-        mask[row, start:] = 1
-        tokens = [(column, slot) for column, slot in enumerate(inputs, start) if isinstance(slot, int)]
-        if tokens:
-            columns, ids = zip(*tokens, strict=True)
-            embeds[row, list(columns)] = embedding(torch.tensor(ids, device=a.device)).to(a.dtype)
-        for column, slot in enumerate(inputs, start):
+    rows = []
+    for inputs in slot_inputs:
+        ids = torch.tensor([slot if isinstance(slot, int) else 0 for slot in inputs], device=a.device)
+        row = embedding(ids).to(a.dtype)
+        for at, slot in enumerate(inputs):
             if not isinstance(slot, int):
-                embeds[row, column] = slot[context.name]
+                row[at] = slot[context.name]
+        rows.append(row)
+    embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+    ones = [torch.ones(len(row), dtype=torch.int64) for row in rows]
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
     read = latent_generate(
         context.model, inputs_embeds=embeds, attention_mask=mask, latent_steps=0, aligner="identity",
         engine=context.engine, weights=context.weights, max_cache_len=capacity,

@@ -1,11 +1,12 @@
 """Plans: how long prompts, latent steps and texts become, and whether they fit the models, the budget and free memory."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.plan import SINK_SLOTS, Plan, StageTokens
 from latentmas.chain.question_state import EMPTY_NOTE, TRUNCATED, Note, common_prefix_len
-from latentmas.chain.setup import ChainSetup, Prompts
+from latentmas.chain.setup import ChainSetup, Prompts, StagePrompts
 from latentmas.chain.stages import Context
 from latentmas_kernels.cache.latent_cache import check_free_memory
 from latentmas_kernels.errors import LatentMASError
@@ -69,10 +70,7 @@ def check_plan_memory(setup: ChainSetup, plan: Plan) -> None:
     check_free_memory(plan.kv_bytes, device, f"a memory of {plan.questions} rows of {plan.most_slots} slots")
 
 
-def _stage_tokens(
-    setup: ChainSetup, context: Context, number: int, prompts: list[list[list[int]]], extra: int
-) -> StageTokens:
-    """Return what one stage adds; `prompts` has the token ids per question and agent."""
+def _stage_tokens(setup: ChainSetup, context: Context, number: int, prompts: StagePrompts, extra: int) -> StageTokens:
     stage, last = context[number], number + 1 == len(context)
     # Where notes are still to be written, nobody knows how far prompts begin alike: counted as if they did not at all, and
     # as if the shortest were common to all.
@@ -118,13 +116,8 @@ def _fit_budget(plan: Plan, most: int) -> Plan:
             f"it for {largest}), and the budget is {most / 2**20:,.1f} MB; raise it, take fewer questions at a time, or "
             "lower latent_steps and max_new_tokens"
         )
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if Plan(plan.stages, plan.shared, middle).kv_bytes <= most:
-            low = middle
-        else:
-            high = middle
-    return Plan(plan.stages, plan.shared, low)
+    more = bisect_right(range(low + 1, high), most, key=lambda slots: Plan(plan.stages, plan.shared, slots).kv_bytes)
+    return Plan(plan.stages, plan.shared, low + more)
 
 
 def _check_decoder_limit(setup: ChainSetup, plan: Plan) -> None:

@@ -43,7 +43,7 @@ class Run:
             self.state = ContextState.empty(len(self.questions))  # frees the cache before this context
             plan, prompts = self._plan(context)
             for number, stage in enumerate(context):
-                if stage is self.setup.contexts[-1][-1]:
+                if stage is self.setup.stages[-1]:
                     return self._stage_run(plan, number, prompts)
                 self.record(self._stage_run(plan, number, prompts).run())
         raise AssertionError("a chain has a last stage")
@@ -90,11 +90,9 @@ class Run:
         return plan, prompts
 
     def _stage_run(self, plan: Plan, number: int, prompts: list[Prompts]) -> StageRun | DecodedStage:
-        of_stage = [of[number] for of in prompts]
-        decoder = self.setup.decoder_of(plan.stages[number].stage)
-        if decoder is None:
-            return StageRun(self.setup, self.options, plan, number, of_stage, self.state)
-        return DecodedStage(self.setup, self.options, plan, number, of_stage, self.state, decoder)
+        stage = StageRun(self.setup, self.options, plan, number, [of[number] for of in prompts], self.state)
+        decoder = self.setup.decoder_of(stage.stage)
+        return stage if decoder is None else DecodedStage(stage, decoder)
 
     def _warn(self, q: int, text: str) -> None:
         self.warnings.append(f"{text} (question: {self.questions[q].question[:60]!r})")

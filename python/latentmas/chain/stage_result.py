@@ -30,7 +30,7 @@ class ContextState:
 
 @dataclass
 class AgentOutput:
-    """What one agent leaves for one question: its turn, its text as a note, and the inputs of the slots that it added."""
+    """Output of one agent for one question: its turn, its text as a note, and the inputs of the slots behind its prompt."""
 
     turn: AgentTurn
     note: Note | None = None

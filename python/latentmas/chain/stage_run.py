@@ -12,11 +12,10 @@ from latentmas.chain.progress import Progress, ProgressReporter
 from latentmas.chain.prompts import padded
 from latentmas.chain.question_state import Note, truncate_note
 from latentmas.chain.results import AgentMetrics, AgentTrace, AgentTurn
-from latentmas.chain.setup import ChainSetup, RunOptions
+from latentmas.chain.setup import ChainSetup, RunOptions, StagePrompts
 from latentmas.chain.stage_result import AgentOutput, ContextState, StageResult
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.cache.segments import Kind, slots_of
-from latentmas_kernels.generation import LatentOutput, Metrics
 from latentmas_kernels.hf.chat import without_end
 from latentmas_kernels.trace import trace_of
 
@@ -45,17 +44,17 @@ class StageRun:
         options: RunOptions,
         plan: Plan,
         number: int,
-        prompts: list[list[list[int]]],
+        prompts: StagePrompts,
         state: ContextState,
     ) -> None:
-        self.setup, self.options, self.plan, self.number, self.prompts = setup, options, plan, number, prompts
-        self.state = state
+        self.setup, self.options, self.plan, self.number = setup, options, plan, number
+        self.prompts, self.state = prompts, state
         self.tokens = plan.stages[number]
         self.stage, self.agents = self.tokens.stage, self.tokens.stage.agents
         self.context = setup.model_contexts[self.stage.model]
         self.end_ids = self.context.end_ids  # once: the template is rendered for it
         self.last = number + 1 == len(plan.stages)
-        self.ids: list[list[list[int]]] = []
+        self.ids: StagePrompts = []
         self.cached_len = [0] * len(prompts)
         self.outputs: list[dict[int, AgentOutput]] = [{} for _ in prompts]
         self.metrics = [AgentMetrics(agent.name) for agent in self.agents]
@@ -95,15 +94,22 @@ class StageRun:
     def result(self) -> StageResult:
         """Return the result, once the agents are done."""
         outputs = [[of[number] for number in range(len(self.agents))] for of in self.outputs]
-        for inputs, of in zip(self.state.slot_inputs, outputs, strict=True):
-            for output in of:
-                inputs += output.slot_inputs
+        if self.setup.records_inputs:
+            for q, of in enumerate(outputs):
+                inputs = self.slot_inputs(q)
+                for ids, output in zip(self.ids[q], of, strict=True):
+                    inputs += [*ids[self.cached_len[q] :], *output.slot_inputs]
+                self.state.slot_inputs[q] = inputs
         if self.state.cache is not None:
             self._kv_bytes = self.state.cache.kv_bytes
         for metrics in self.metrics:
             metrics.kv_bytes = self._kv_bytes
         traces = [trace for _, trace in sorted(self._traces.items())]
         return StageResult(self.state, outputs, self.metrics, traces, self.warnings)
+
+    def slot_inputs(self, q: int) -> list[SlotInput]:
+        """Return the inputs of a question's slots that are in the cache before the agents' own parts."""
+        return [*self.state.slot_inputs[q], *self.ids[q][0][: self.cached_len[q]]]
 
     # ---- the cache as the stage begins -----------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ class StageRun:
         del cache  # the buffer of one model is freed before that of the other is allocated
         recomputed, seconds = recompute_cache(self.context, self.state.slot_inputs, capacity)
         recomputed.segments = segments
-        self._add_prefill_seconds(seconds)
+        self.add_seconds(prefill=seconds)
         self.metrics[0].prompt_tokens += slots
         return recomputed
 
@@ -135,8 +141,6 @@ class StageRun:
         self.extend(first, [ids], "prompt")
         self._count_computed(0, shared)
         self.cached_len = [shared] * len(self.prompts)
-        for inputs in self.state.slot_inputs:
-            self._record_inputs(inputs, ids)
         return first.fork_rows(len(self.prompts), capacity)
 
     def _cut(self, cache: LatentCache) -> None:
@@ -202,8 +206,6 @@ class StageRun:
             return
         self.extend(cache, common, "prompt")
         self._count_computed(0, sum(map(len, common)))
-        for q, ids in enumerate(common):
-            self._record_inputs(self.state.slot_inputs[q], ids)
         self.cached_len = [start + len(ids) for start, ids in zip(self.cached_len, common, strict=True)]
 
     # ---- latent steps and texts ------------------------------------------------------------------------------------
@@ -231,13 +233,20 @@ class StageRun:
             engine=context.engine, weights=context.weights, on_step=report.on_latent_step,
             output_states=top_k is not None, cross=list(targets.values()),
         )  # fmt: skip
-        self._add_seconds(numbers, output.metrics)
+        self.add_seconds(numbers, output.metrics.prefill_seconds, latent=output.metrics.latent_seconds)
         for place, number in enumerate(numbers):
             rows = slice(place, None, len(numbers))
             self.metrics[number].latent_steps += sum(output.latent_steps[rows])
             self.metrics[number].steps += max(output.latent_steps[rows])
             if top_k is not None and steps[place]:
-                trace = trace_of(context.model, _rows_of(output, rows), top_k=top_k)
+                assert output.states is not None
+                own = replace(
+                    output,
+                    latents=output.latents[rows],
+                    states=output.states[rows],
+                    latent_steps=output.latent_steps[rows],
+                )
+                trace = trace_of(context.model, own, top_k=top_k)
                 self._traces[number] = AgentTrace(self.agents[number].name, trace, context.tokenizer)
         for r, taken in enumerate(output.latent_steps):
             q, number = question_and_agent(r, numbers)
@@ -246,7 +255,7 @@ class StageRun:
             if self.setup.records_inputs:
                 embeds = {context.name: output.latents, **dict(zip(targets, output.crossed, strict=True))}
                 latents = [{name: rows[r, step] for name, rows in embeds.items()} for step in range(taken)]
-                self.outputs[q][number].slot_inputs = [*ids[r], *latents]
+                self.outputs[q][number].slot_inputs += latents
 
     def _write(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
         """Write texts on the chain's own engine."""
@@ -259,64 +268,51 @@ class StageRun:
             do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=self.options.top_p,
             eos_token_id=self.end_ids, streamer=report, engine=self.context.engine, weights=self.context.weights,
         )  # fmt: skip
-        self._add_seconds(numbers, output.metrics)
+        self.add_seconds(numbers, output.metrics.prefill_seconds, decode=output.metrics.decode_seconds)
         missing = []
         for r, (new, reason) in enumerate(zip(output.new_tokens, output.finish_reasons, strict=True)):
             text = output.sequences[r, tokens.shape[1] : tokens.shape[1] + new].tolist()
             q, number = question_and_agent(r, numbers)
-            kept = self.record_text(q, number, ids[r], Completion(text, reason, len(ids[r])))
+            kept = self.record_text(q, number, Completion(text, reason, len(ids[r])))
             missing.append(kept[max(new - 1, 0) :])  # generate() does not feed the last token in
         if any(missing):
             self.extend(cache, missing, "text")
 
-    def record_text(self, q: int, number: int, prompt: list[int], text: Completion) -> list[int]:
+    def record_text(self, q: int, number: int, text: Completion) -> list[int]:
         """Record what an agent wrote for a question.
-
-        Args:
-            prompt: the part of the agent's ids that its slots begin with.
 
         Returns:
             The tokens of the text that belong into the cache: all where another agent's part comes behind them; all but the
             last otherwise, which the next prompt brings where no end token closed the text.
         """
-        agent, metrics = self.agents[number], self.metrics[number]
+        agent, metrics, limit = self.agents[number], self.metrics[number], self.setup.max_note_tokens
         metrics.new_tokens += len(text.ids)
         metrics.steps = max(metrics.steps, len(text.ids))
+        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
+        note, count = spoken.rpartition("</think>")[2].strip(), None
+        # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
+        if self.setup.has_reader(agent) and len(text.ids) > limit:
+            note, count = truncate_note(note, self.context.tokenizer, limit)
+        if count is not None:
+            warning = (
+                f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
+                "max_note_tokens to hand on more"
+            )
+            self.warnings.append((q, warning))
+        turn = AgentTurn(
+            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=spoken, finish_reason=text.finish_reason,
+            truncated_to=None if count is None else limit,
+        )  # fmt: skip
         final = number + 1 == len(self.agents)
         if final:
             self.state.carried_token[q] = text.ids[-1:] if text.finish_reason == "length" else []
-        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
-        note, truncated_to = spoken.rpartition("</think>")[2].strip(), None
-        # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
-        limit = self.setup.max_note_tokens
-        if self.setup.has_reader(agent) and len(text.ids) > limit:
-            note, count = truncate_note(note, self.context.tokenizer, limit)
-            if count is not None:
-                truncated_to = limit
-                self.warnings.append(
-                    (
-                        q,
-                        f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
-                        "max_note_tokens to hand on more",
-                    )
-                )
-        turn = AgentTurn(
-            agent.name,
-            len(self.ids[q][number]),
-            new_tokens=len(text.ids),
-            text=spoken,
-            finish_reason=text.finish_reason,
-            truncated_to=truncated_to,
-        )
-        self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model))
         kept = text.ids if self.stage.parallel and not self.last and not final else text.ids[:-1]
-        self._record_inputs(self.outputs[q][number].slot_inputs, [*prompt, *kept])
+        self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model), [*kept])
         return kept
 
     def extend(self, cache: LatentCache, ids: list[list[int]], kind: Kind) -> None:
-        """Feed tokens into a cache that this stage reads for all its agents. This modifies the cache."""
-        seconds = self.context.extend(cache, ids, kind)
-        self._add_prefill_seconds(seconds)
+        """Feed tokens into a cache, per row, on behalf of all agents. This modifies the cache."""
+        self.add_seconds(prefill=self.context.extend(cache, ids, kind))
 
     def report_begin(self, numbers: list[int]) -> ProgressReporter:
         """Report that agents begin, and return the reporter of their steps."""
@@ -330,36 +326,22 @@ class StageRun:
 
     # ---- counting --------------------------------------------------------------------------------------------------
 
-    def _record_inputs(self, slot_inputs: list[SlotInput], added: list[SlotInput] | list[int]) -> None:
-        if self.setup.records_inputs:
-            slot_inputs += added
-
     def _count_computed(self, number: int, tokens: int) -> None:
         """Count tokens of an agent's prompts as computed for it; `begin` counted all of them as shared."""
         self.metrics[number].prompt_tokens += tokens
         self.metrics[number].shared_tokens -= tokens
 
-    def _add_prefill_seconds(self, seconds: float) -> None:
-        """Add the seconds of what is read for all agents."""
-        for metrics in self.metrics:
-            metrics.prefill_seconds += seconds / len(self.metrics)
-
-    def _add_seconds(self, numbers: list[int], spent: Metrics) -> None:
-        """Add the seconds of a call to its agents, evenly."""
-        for number in numbers:
-            metrics = self.metrics[number]
-            metrics.prefill_seconds += spent.prefill_seconds / len(numbers)
-            metrics.latent_seconds += spent.latent_seconds / len(numbers)
-            metrics.decode_seconds += spent.decode_seconds / len(numbers)
+    def add_seconds(
+        self, numbers: list[int] | None = None, prefill: float = 0.0, latent: float = 0.0, decode: float = 0.0
+    ) -> None:
+        """Add seconds to agents by index, or to all, evenly."""
+        agents = self.metrics if numbers is None else [self.metrics[number] for number in numbers]
+        for metrics in agents:
+            metrics.prefill_seconds += prefill / len(agents)
+            metrics.latent_seconds += latent / len(agents)
+            metrics.decode_seconds += decode / len(agents)
 
 
 def question_and_agent(row: int, numbers: list[int]) -> tuple[int, int]:
     """Return the indices of a row's question and agent, in a cache with a row for each question and each of these agents."""
     return row // len(numbers), numbers[row % len(numbers)]
-
-
-def _rows_of(output: LatentOutput, rows: slice) -> LatentOutput:
-    assert output.states is not None
-    return replace(
-        output, latents=output.latents[rows], states=output.states[rows], latent_steps=output.latent_steps[rows]
-    )

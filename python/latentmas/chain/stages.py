@@ -49,11 +49,6 @@ Context = list[Stage]
 """Stages that share a KV cache: the first of them starts it, and it is freed after the last."""
 
 
-def flatten(contexts: Sequence[Context]) -> list[Agent]:
-    """Return all agents, in the order in which they extend caches."""
-    return [agent for context in contexts for stage in context for agent in stage.agents]
-
-
 @dataclass(frozen=True)
 class ChainFault:
     """A rule that a chain breaks.
