@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import latentmas.chain.chain
+import latentmas.chain.planner
 import torch
 from bandwidth import conditions, read_bandwidth
 from latentmas import Agent, Chain, load_model
-from latentmas.chain_files.methods import hierarchical_agents
+from latentmas.chain_files.reader import hierarchical_agents
 
 from latentmas_kernels import latent_generate
 
@@ -72,11 +72,11 @@ def texts(chain: Chain, questions: list[str]) -> list[str]:
 
 
 def without_sharing(call: Callable[[], Any]) -> Any:
-    before, latentmas.chain.chain.SHARE_FROM = latentmas.chain.chain.SHARE_FROM, 10**9
+    before, latentmas.chain.planner.SHARE_FROM = latentmas.chain.planner.SHARE_FROM, 10**9
     try:
         return call()
     finally:
-        latentmas.chain.chain.SHARE_FROM = before
+        latentmas.chain.planner.SHARE_FROM = before
 
 
 def check(questions: list[str]) -> None:

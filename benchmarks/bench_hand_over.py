@@ -57,7 +57,7 @@ def main() -> None:
             for turn in range(-1, options.rounds):
                 memory, fed = memory_of(model, aligner, length, 1000 * length + turn)
                 prompt = torch.randint(5, 40_000, (PROMPT,)).tolist()
-                request = GenerationRequest(prompt, 1, (), row=0, fed=fed)
+                request = GenerationRequest(prompt, 1, (), row=0, slot_inputs=fed)
                 own = generate(model, torch.tensor([prompt]), past_key_values=memory, max_new_tokens=1).sequences[0, -1]
                 took, wrote = {}, {}
                 for way in ("kv", "embeds")[:: 1 if turn % 2 else -1]:

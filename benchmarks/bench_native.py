@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from bandwidth import conditions, median_ms, merge_json, read_bandwidth
 from bench_steps import weight_bytes
-from latentmas.chain_files.methods import latent_agents, single_agent
+from latentmas.chain_files.reader import latent_agents, single_agent
 from latentmas.default_model import default_model_folder
 from peers import Published
 from rich.console import Console

@@ -7,6 +7,7 @@ from tiny_models import tiny_config, tiny_model
 from tokenizers_offline import character_tokenizer
 from transformers import BertConfig, BertLMHeadModel
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import UnsupportedModelError
 
 no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
@@ -80,3 +81,14 @@ def test_a_skeleton_needs_no_weights(tmp_path):
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert not model.training
+
+
+def test_a_model_whose_package_is_not_installed_is_one_line(folder, monkeypatch):
+    """Quantised checkpoints and some tokenizers need one; transformers raises ImportError."""
+
+    def load(*arguments, **options):
+        raise ImportError("this needs the package frob:\npip install frob")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(LatentMASError, match="cannot load .*: the folder gave: this needs the package frob"):
+        load_model(folder)

@@ -20,7 +20,7 @@ from latentmas_kernels.engines.native import NativeEngine
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.models.architecture import Architecture, in_short
-from latentmas_kernels.models.packable import FAMILIES
+from latentmas_kernels.models.families import FAMILIES
 from latentmas_kernels.warn_once import warn_once
 
 

@@ -8,47 +8,34 @@ if TYPE_CHECKING:
     from latentmas.chain.chain import Chain
     from latentmas.chain.memory_policy import Budget, MemoryPolicy
     from latentmas.chain.progress import Progress
-    from latentmas.chain.results import AgentMetrics, Answer, ChainResult, Turn
-    from latentmas.chain_files.methods import METHODS, latent_agents, single_agent, text_agents
+    from latentmas.chain.results import AgentMetrics, AgentTurn, Answer, ChainResult
+    from latentmas.chain_files.reader import (
+        METHODS,
+        hierarchical_agents,
+        latent_agents,
+        read_chain,
+        single_agent,
+        text_agents,
+    )
+    from latentmas.cli.trace_view import trace_table
     from latentmas.loading import load_model
 
-_HOME = {
-    "Agent": "chain.agent",
-    "AgentMetrics": "chain.results",
-    "Answer": "chain.results",
-    "Budget": "chain.memory_policy",
-    "Chain": "chain.chain",
-    "ChainResult": "chain.results",
-    "MemoryPolicy": "chain.memory_policy",
-    "METHODS": "chain_files.methods",
-    "Progress": "chain.progress",
-    "Turn": "chain.results",
-    "latent_agents": "chain_files.methods",
-    "load_model": "loading",
-    "single_agent": "chain_files.methods",
-    "text_agents": "chain_files.methods",
+_MODULES = {
+    "chain.agent": "Agent",
+    "chain.chain": "Chain",
+    "chain.memory_policy": "Budget MemoryPolicy",
+    "chain.progress": "Progress",
+    "chain.results": "AgentMetrics AgentTurn Answer ChainResult",
+    "chain_files.reader": "METHODS hierarchical_agents latent_agents read_chain single_agent text_agents",
+    "cli.trace_view": "trace_table",
+    "loading": "load_model",
 }
-
-__all__ = [
-    "METHODS",
-    "Agent",
-    "AgentMetrics",
-    "Answer",
-    "Budget",
-    "Chain",
-    "ChainResult",
-    "MemoryPolicy",
-    "Progress",
-    "Turn",
-    "latent_agents",
-    "load_model",
-    "single_agent",
-    "text_agents",
-]
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; the command line must answer --help and Ctrl-C before that.
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'latentmas' has no attribute {name!r}")
-    return getattr(import_module(f"latentmas.{_HOME[name]}"), name)
+    return getattr(import_module(f"latentmas.{_MODULE_OF[name]}"), name)

@@ -10,7 +10,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def check_characters(text: str, owner: str) -> None:
-    """Raise ValueError, which begins with `owner`, where text holds what no tokenizer takes."""
+    """Raise LatentMASError, which begins with `owner`, where text holds what no tokenizer takes."""
     found = SURROGATE.search(text)
     if found:
         raise LatentMASError(
@@ -20,19 +20,19 @@ def check_characters(text: str, owner: str) -> None:
 
 
 def visible(text: str) -> str:
-    """Text as it can be printed: control characters as in Python's repr, so that none of them reaches a terminal."""
+    """Return text as it can be printed: control characters as in Python's repr, so that none of them reaches a terminal."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def without_mark(data: bytes, owner: str) -> bytes:
-    """UTF-8 without its byte-order mark; ValueError, which begins with `owner`, for UTF-16 and UTF-32."""
+    """Return UTF-8 without its byte-order mark; raise LatentMASError, which begins with `owner`, for UTF-16 and UTF-32."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:2].count(0) == 1:
         raise LatentMASError(f"{owner} is UTF-16 or UTF-32; save it as UTF-8")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def decoded(data: bytes, owner: str) -> str:
-    """UTF-8 as text; ValueError, which begins with `owner`, for other bytes."""
+    """Return UTF-8 as text; raise LatentMASError, which begins with `owner`, for other bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -22,10 +22,10 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def default_model_folder() -> Path:
-    """The folder with the default model; fetched (93 MB) and converted (270 MB, half a minute) the first time.
+    """Return the folder with the default model; fetched (93 MB) and converted (270 MB, half a minute) the first time.
 
     Raises:
-        ValueError: where it is not there and cannot be fetched, or the file that came is not the expected one.
+        LatentMASError: where it is not there and cannot be fetched, or the file that came is not the expected one.
     """
     folder = cache_folder() / "models" / NAME
     if folder.exists():  # it appears in one move, so it is whole

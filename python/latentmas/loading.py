@@ -1,4 +1,4 @@
-"""A model and its tokenizer by name: a local folder, a name on the Hugging Face hub, or the default model."""
+"""Load a model and its tokenizer by name: a local folder, a name on the Hugging Face hub, or the default model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_placement(dtype: str, device: str | None) -> torch.device:
-    """The device to load to; ValueError for a dtype or device that is not there. Needs no model.
+    """Return the device to load to; raise LatentMASError for a dtype or device that is not there. Needs no model.
 
     Args:
         dtype: one of DTYPES.
@@ -53,7 +53,7 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
         (model, tokenizer).
 
     Raises:
-        ValueError: where it cannot be found or loaded, or cannot run here.
+        LatentMASError: where it cannot be found or loaded, or cannot run here.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,10 +70,10 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
 
 
 def load_skeleton(name: str) -> Any:
-    """A causal LM without its weights, on the meta device: enough to see how it would run.
+    """Build a causal LM without its weights, on the meta device: enough to see how it would run.
 
     Raises:
-        ValueError: as load_model.
+        LatentMASError: as load_model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -92,12 +92,12 @@ def _config(source: str) -> Any:
 
 @contextmanager
 def _one_line(source: str) -> Iterator[None]:
-    """What transformers raises, as a ValueError of one line."""
+    """Turn what transformers raises for a folder or a name that is no model into a LatentMASError of one line."""
     try:
         yield
     except UnsupportedModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = "the folder" if Path(source).is_dir() else "it is no local folder, and the hub model"
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise LatentMASError(

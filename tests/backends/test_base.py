@@ -18,8 +18,8 @@ def thought(number, width=WIDTH, dtype=torch.float32):
     return torch.full((width,), float(number), dtype=dtype)
 
 
-def request(prompt=(5, 6), *, fed=(), row=None, most=4):
-    return GenerationRequest(list(prompt), most, (2,), row=row, fed=fed)
+def request(prompt=(5, 6), *, slot_inputs=(), row=None, most=4):
+    return GenerationRequest(list(prompt), most, (2,), row=row, slot_inputs=slot_inputs)
 
 
 # ---- embeddings and tokens -----------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def request(prompt=(5, 6), *, fed=(), row=None, most=4):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 96), st.floats(-9, 9, width=32).map(thought)), max_size=12))
 def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots):
-    got = Embeds.of(request([8, 9], fed=slots), WIDTH, torch.float32)
+    got = Embeds.of(request([8, 9], slot_inputs=slots), WIDTH, torch.float32)
     if all(isinstance(slot, int) for slot in slots):
         assert got is None
         return
@@ -43,19 +43,19 @@ def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_have_the_dtype_of_the_model_that_reads_them(dtype):
     fed = [torch.full((WIDTH,), 1 / 3)]
-    got = Embeds.of(request(fed=fed), WIDTH, dtype)
+    got = Embeds.of(request(slot_inputs=fed), WIDTH, dtype)
     assert got.embeds.dtype == dtype
     assert torch.equal(got.embeds[0], torch.full((WIDTH,), 1 / 3).to(dtype))
 
 
 @pytest.mark.parametrize("fed", [[], [1, 2, 3]])
 def test_tokens_alone_need_no_embeddings(fed):
-    assert Embeds.of(request(fed=fed), WIDTH, torch.float32) is None
+    assert Embeds.of(request(slot_inputs=fed), WIDTH, torch.float32) is None
 
 
 def test_embedded_is_what_the_model_makes_of_the_tokens():
     embedding = MODEL.get_input_embeddings()
-    got = Embeds.of(request([3, 9], fed=[7, thought(2), 5]), WIDTH, torch.float32)
+    got = Embeds.of(request([3, 9], slot_inputs=[7, thought(2), 5]), WIDTH, torch.float32)
     whole = got.embedded(embedding)
     assert torch.equal(whole[[0, 2, 3, 4]], embedding(torch.tensor([7, 5, 3, 9])))
     assert torch.equal(whole[1], thought(2))
@@ -66,7 +66,7 @@ def test_embedded_is_what_the_model_makes_of_the_tokens():
 def test_thoughts_of_another_width_are_refused():
     """vLLM's engine would end."""
     with pytest.raises(ValueError, match=r"position 1 has the shape \[5\]; this model reads \[48\].*target_model"):
-        Embeds.of(request(fed=[3, thought(1, 5)]), WIDTH, torch.float32)
+        Embeds.of(request(slot_inputs=[3, thought(1, 5)]), WIDTH, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
@@ -76,7 +76,7 @@ def test_thoughts_that_are_not_finite_are_refused(value):
     spoilt[7] = value
     fed = [thought(1), spoilt]
     with pytest.raises(ValueError, match="what the agents thought holds NaN or Inf"):
-        Embeds.of(request(fed=fed), WIDTH, torch.float16)
+        Embeds.of(request(slot_inputs=fed), WIDTH, torch.float16)
 
 
 # ---- what is checked before it is sent -----------------------------------------------------------------------------
@@ -121,10 +121,10 @@ def test_a_row_that_there_is_not_is_refused(row, lengths, rows):
 def test_embeddings_of_a_memory_are_given_for_every_slot(fed):
     """What is not given would be left out of the memory in silence."""
     cache = memory([5, 3])
-    check_requests([request(row=1, fed=[1, 2, 3]), request(row=None)], cache, 100, "embeds")
-    check_requests([request(row=1, fed=fed)], cache, 100, "kv")
+    check_requests([request(row=1, slot_inputs=[1, 2, 3]), request(row=None)], cache, 100, "embeds")
+    check_requests([request(row=1, slot_inputs=fed)], cache, 100, "kv")
     with pytest.raises(ValueError, match=f"request 0 says what {len(fed)} slots were fed, and its memory has 3; .*kv"):
-        check_requests([request(row=1, fed=fed)], cache, 100, "embeds")
+        check_requests([request(row=1, slot_inputs=fed)], cache, 100, "embeds")
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------

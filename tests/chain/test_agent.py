@@ -5,9 +5,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latentmas import METHODS, hierarchical_agents, latent_agents, single_agent, text_agents
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy
-from latentmas.chain_files.methods import METHODS, hierarchical_agents, latent_agents, single_agent, text_agents
 from latentmas.chain_files.reader import read_builtin, serial
 
 PLACES = ["{question}", "{notes}", "{domain}"]
@@ -43,7 +43,7 @@ def test_all_places_are_filled_in_at_once_and_other_braces_stay(pieces, question
 def test_doubled_braces_write_a_place_as_it_is(prompt, text, places):
     agent = Agent("planner", prompt, latent_steps=1, fields={"domain": "algebra"})
     assert agent.text("Q", "N") == text
-    assert agent.places == places
+    assert agent.placeholders == places
     assert agent.reads_notes is ("notes" in places)
 
 
@@ -169,10 +169,10 @@ def test_what_the_agents_of_the_first_methods_are_told():
 
 
 def test_methods_are_found_by_name():
-    assert list(METHODS) == ["single", "text", "latent", "hierarchical", "debate", "mix"]
+    assert list(METHODS) == ["debate", "hierarchical", "mix", "sequential", "single", "text", "latent"]
     assert METHODS["single"](3, 7) == single_agent(7)
     assert METHODS["text"](3, 7) == text_agents(7)
-    assert METHODS["latent"](3, 7) == latent_agents(3, 7)
+    assert METHODS["latent"](3, 7) == METHODS["sequential"](3, 7) == latent_agents(3, 7)
     assert METHODS["hierarchical"](3, 7) == hierarchical_agents(3, 7)
     for name in ("debate", "mix"):
         assert METHODS[name](3, 7) == read_builtin(name, latent_steps=3, max_new_tokens=7).agents

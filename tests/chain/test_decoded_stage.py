@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from latentmas import Agent, Chain, MemoryPolicy
 from latentmas.backends.base import Completion, Embeds, Steps, check_requests
-from latentmas.chain_files.methods import METHODS
-from latentmas.chain_files.reader import serial
+from latentmas.chain_files.reader import METHODS, serial
 from tiny_models import VOCAB, tiny_model
 from tokenizers_offline import character_tokenizer, with_tokens
 
@@ -75,13 +74,13 @@ class Fake:
         assert set(request.end_ids) == set(ends)
         ids, past, read = list(request.prompt), None, len(request.prompt)
         if self.kv_transfer == "kv":
-            assert not request.fed
+            assert not request.slot_inputs
             past = None if request.row is None else memory.select([request.row])
         else:
-            assert len(request.fed) == (0 if request.row is None else int(memory.lengths[request.row]))
+            assert len(request.slot_inputs) == (0 if request.row is None else int(memory.lengths[request.row]))
             a = Architecture.of(self.model)
             mixed = Embeds.of(request, a.hidden_size, a.dtype)
-            ids, read = [*request.fed, *ids], read + len(request.fed)
+            ids, read = [*request.slot_inputs, *ids], read + len(request.slot_inputs)
             if mixed is not None:
                 whole = mixed.embedded(self.model.get_input_embeddings())[None]
                 past = latent_generate(
@@ -100,12 +99,14 @@ def counts(result):
 def read_again(chain, calls, counts):
     """Counts of the chain's own engine, and what embeddings have a decoder read again where it is last in a memory."""
     added = dict.fromkeys((row[0] for row in counts), 0)
-    stages = [(stage, stretch) for stretch in chain.stretches for stage in stretch if chain.decoder_of(stage)]
+    stages = [
+        (stage, stretch) for stretch in chain.setup.contexts for stage in stretch if chain.setup.decoder_of(stage)
+    ]
     for (stage, stretch), (_, requests) in zip(stages, calls, strict=True):
         writers = [agent.name for agent in stage.agents if not agent.thinks]
         for number, request in enumerate(requests):
             if stage is stretch[-1]:
-                added[writers[number % len(writers)]] += len(request.fed)
+                added[writers[number % len(writers)]] += len(request.slot_inputs)
     return [(*row[:-1], row[-1] + added[row[0]]) for row in counts]
 
 

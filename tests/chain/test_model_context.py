@@ -111,8 +111,8 @@ def test_there_and_back(narrow, wide, tokenizer):
     torch.testing.assert_close(
         result.memory.keys[:, 0, :, :stop], alone.memory.keys[:, 0, :, :stop], rtol=1e-5, atol=1e-5
     )
-    assert set(chain.seats[None].across) == {"wide"}
-    assert set(chain.seats["wide"].across) == {None}
+    assert set(chain.setup.model_contexts[None].target_aligners) == {"wide"}
+    assert set(chain.setup.model_contexts["wide"].target_aligners) == {None}
 
 
 def test_a_batch_crosses_as_each_question_alone(narrow, wide, tokenizer):
@@ -136,7 +136,7 @@ def test_texts_cross_as_tokens(narrow, wide, tokenizer):
     turn = turn_ids(tokenizer, judger.text(QUESTIONS[0]), first=False)
     want = PlainLoop(wide, lambda h, z: h).decode(torch.tensor([[*ids, *said, *turn]]), 6)
     assert result.answers[0].text == tokenizer.decode(want, skip_special_tokens=True).strip()
-    assert chain.seats[None].across == {}
+    assert chain.setup.model_contexts[None].target_aligners == {}
 
 
 def test_cut_memory_crosses_as_it_was_cut(narrow, wide, tokenizer):

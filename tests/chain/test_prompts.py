@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from latentmas.chain.prompts import THOUGHT, has_thinking_switch, padded, turn_ids
+from latentmas.chain.prompts import LATENT_TURN, has_thinking_switch, padded, turn_ids
 from tokenizers_offline import character_tokenizer
 
 
@@ -117,7 +117,7 @@ def test_later_turn_closes_the_one_before_and_opens_its_own(shape):
     assert text.count(ANSWER) == 1
     assert shape.once not in text
     assert tokenizer.bos_token not in text
-    assert THOUGHT not in text
+    assert LATENT_TURN not in text
 
 
 def test_turns_and_texts_in_a_row_are_the_conversation(shape):
@@ -175,9 +175,9 @@ def test_template_that_changes_the_assistant_is_refused(shown):
 def test_question_may_hold_the_mark(shape):
     """A question about the words that stand in for a thought is a question like any other."""
     tokenizer = character_tokenizer(shape.template)
-    text = tokenizer.decode(turn_ids(tokenizer, f"What does {THOUGHT} mean?", first=False))
+    text = tokenizer.decode(turn_ids(tokenizer, f"What does {LATENT_TURN} mean?", first=False))
     assert text.startswith(shape.closes)
-    assert text.count(f"What does {THOUGHT} mean?") == 1
+    assert text.count(f"What does {LATENT_TURN} mean?") == 1
 
 
 def test_without_template_turns_are_paragraphs():

@@ -1,11 +1,17 @@
 """Where chains are read from: files, names of chains that come with the package, and what is written about them."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from latentmas.chain.agent import Agent
+from latentmas.chain.stages import check_chain
 from latentmas.chain_files.reader import builtin_chains, read_builtin, read_chain, serial
 from test_chain_file import JUDGER
+
+from latentmas_kernels.errors import LatentMASError
 
 CHAINS = Path(__file__).parents[2] / "python" / "latentmas" / "chain_files"
 
@@ -50,6 +56,25 @@ def test_a_source_that_is_not_there(monkeypatch, tmp_path, source, message):
     assert str(error.value).endswith(
         "or a chain that comes with the package: debate, hierarchical, mix, sequential, single, text"
     )
+
+
+def test_without_pydantic_a_chain_says_what_to_install(monkeypatch):
+    """Shipped ones, too; agents in Python need none."""
+    for module in ("parser", "schema"):
+        monkeypatch.delitem(sys.modules, f"latentmas.chain_files.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(LatentMASError, match=r"needs pydantic, .* pip install 'pydantic>=2.9,<3', .* latentmas.Agent"):
+        read_chain("single")
+    assert check_chain([Agent("solver", "{question}", max_new_tokens=1)]) == []
+
+
+def test_reading_a_chain_leaves_torch_alone():
+    code = (
+        "import sys; from latentmas import read_chain; read_chain('debate'); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # ---- the shipped files -----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def log():
 
 
 def showing(console, title="How many?"):
-    return Display(console, character_tokenizer(), [END], title)
+    return Display(console, {None: (character_tokenizer(), [END])}, title)
 
 
 def written(console):
@@ -150,7 +150,7 @@ def test_narrow_terminals(clock, width):
 
 
 def test_an_end_that_is_no_special_token_is_not_shown(terminal, clock):
-    with Display(terminal, character_tokenizer(), [B], "How many?") as view:
+    with Display(terminal, {None: (character_tokenizer(), [B])}, "How many?") as view:
         play(view, WRITER, 1, [[A], [A], [B], [A]], clock)
         assert text(view, terminal)[-1] == "aa"
 
@@ -162,7 +162,7 @@ def test_nothing_of_a_question_or_a_text_steers_the_terminal(terminal, log, cloc
         play(view, agent, 1, [[A]], clock)
     assert written(log).splitlines() == [shown, "  jud\\x1b[3Jger writes up to 5 tokens (1 of 2)"]
     with showing(terminal, hostile) as view:
-        view.speakers[None][0].decode = lambda ids, **_: "ab\x1b]0;title\x07"
+        view.tokenizers[None][0].decode = lambda ids, **_: "ab\x1b]0;title\x07"
         play(view, agent, 1, [[A], [B]], clock)
         assert text(view, terminal) == [shown, "  jud\\x1b[3Jger writes 2/5  1.0 tokens/s", "ab\\x1b]0;title\\x07"]
     assert "\x1b[2J" not in written(terminal)

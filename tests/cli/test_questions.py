@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latentmas.cli.questions import SAMPLE, SUPPORTED, Question, read_questions
 
+from latentmas_kernels.errors import LatentMASError
+
 
 def read(tmp_path, data, name="questions.jsonl"):
     """What read_questions makes of a file with these bytes."""
@@ -419,6 +421,15 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pyarrow.* is not installed: pip install 'latentmas-kernels\[data\]'"):
         read(tmp_path, b"PAR1 and more")
+
+
+def test_a_date_beyond_those_of_python_is_one_line(tmp_path):
+    """pyarrow raises a plain ValueError."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    dates = pyarrow.array([10**15], pyarrow.timestamp("s"))
+    parquet.write_table(pyarrow.table({"question": ["When?"], "answer": dates}), tmp_path / "q.parquet")
+    with pytest.raises(LatentMASError, match="is not a Parquet file that can be read"):
+        read_questions(str(tmp_path / "q.parquet"))
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path):

@@ -127,7 +127,17 @@ def test_other_questions_are_refused(two, questions):
 
 
 @pytest.mark.parametrize(
-    "line", [b"thesis", b"[1]", b"{}", b'{"number": 1, "question": "question 1"}', b"\xff", b"[" * 100_000]
+    "line",
+    [
+        b"thesis",
+        b"[1]",
+        b"{}",
+        b'{"number": 1, "question": "question 1"}',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"number": 1, "question": "question 1", "settings": 3}',
+        b'{"number": [1], "question": "x", "settings": {}}',
+    ],
 )
 def test_resume_takes_no_other_file(two, line):
     with two.open("ab") as file:

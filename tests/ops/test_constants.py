@@ -8,7 +8,7 @@ import torch
 from latentmas_kernels import extension as native
 from latentmas_kernels import ops
 from latentmas_kernels.alignment import TOP_K
-from latentmas_kernels.cache.latent_cache import PREFIX_BLOCK
+from latentmas_kernels.cache.buffer import PREFIX_BLOCK
 from latentmas_kernels.ops import realign as realign_op
 from latentmas_kernels.ops.triton import decode_attention as triton_attention
 from latentmas_kernels.ops.triton import kv_table, row_state
@@ -24,7 +24,7 @@ def test_a_shared_prefix_is_whole_kv_splits():
 
 
 def test_a_shared_prefix_is_whole_blocks_of_the_attention_kernel():
-    assert [PREFIX_BLOCK % block for block in triton_attention.BLOCK_SLOTS.values()] == [0, 0]
+    assert [PREFIX_BLOCK % block for block in triton_attention.BLOCK_SLOTS.values()] == [0, 0, 0]
 
 
 def test_the_smallest_norm_is_that_of_the_triton_kernel():

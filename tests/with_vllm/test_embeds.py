@@ -28,7 +28,7 @@ def test_tokens_and_logprobs_are_those_of_our_own_engine(vllm: Vllm, float32: tu
     ready = Chain(*float32, agents_of("latent", None), decoder=vllm).prepare([QUESTIONS[0]])
     assert ready.memory is not None
     request = replace(ready.requests[0], max_new_tokens=48, end_ids=())
-    thoughts = [slot for slot in request.fed if not isinstance(slot, int)]
+    thoughts = [slot for slot in request.slot_inputs if not isinstance(slot, int)]
     assert len(thoughts) == 18  # three agents of six steps, among the tokens of their prompts
     (written,) = vllm.write(ready.memory, [request])
     expected = here(float32[0], ready.memory, request.prompt, 48)
@@ -78,9 +78,9 @@ def test_thoughts_that_are_wrong_are_refused_before_they_are_sent(vllm: Vllm, fl
         (torch.zeros(577), r"has the shape \[577\]; this model reads \[576\]"),
         (torch.zeros(2, 576), r"has the shape \[2, 576\]"),
     ):
-        fed = [slot if isinstance(slot, int) else wrong for slot in request.fed]
+        fed = [slot if isinstance(slot, int) else wrong for slot in request.slot_inputs]
         with pytest.raises(ValueError, match=why):
-            vllm.write(ready.memory, [replace(request, fed=fed)])
+            vllm.write(ready.memory, [replace(request, slot_inputs=fed)])
     with pytest.raises(ValueError, match="vLLM was started for 2048 together"):
         vllm.write(ready.memory, [replace(request, max_new_tokens=2000)])
     assert chain.run(QUESTIONS[:1]).answers == expected

@@ -12,7 +12,7 @@ from latentmas import METHODS, Chain, MemoryPolicy
 from latentmas.backends.base import EngineError, GenerationRequest, Steps
 from latentmas.backends.kv_file import SUFFIX, KVFile, KVFileRow
 from latentmas.backends.vllm.engine import Vllm
-from latentmas.chain.chain import Prepared
+from latentmas.chain.run import PendingAnswer
 from latentmas.default_model import default_model_folder
 from logprobs import logprobs_of, rows_of
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -60,7 +60,7 @@ def agents_of(method: str, memory: MemoryPolicy | None, steps: int = 6, tokens: 
 
 def prepared(
     vllm: Vllm, float32: tuple[Any, Any], memory: MemoryPolicy | None, question: str, method: str = "latent"
-) -> Prepared:
+) -> PendingAnswer:
     return Chain(*float32, agents_of(method, memory), decoder=vllm).prepare([question])
 
 
@@ -155,11 +155,11 @@ def test_memory_that_ends_at_a_block(vllm: Vllm, float32: tuple[Any, Any]) -> No
 
 
 @pytest.fixture
-def ready(vllm: Vllm, float32: tuple[Any, Any]) -> Prepared:
+def ready(vllm: Vllm, float32: tuple[Any, Any]) -> PendingAnswer:
     return prepared(vllm, float32, None, QUESTIONS[0])
 
 
-def check_lives(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def check_lives(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
     """The engine answers the next request as if nothing had been."""
     assert ready.memory is not None
     (written,) = vllm.write(ready.memory, [GenerationRequest(ready.requests[0].prompt, 12, (), row=0)])
@@ -172,7 +172,7 @@ def send(vllm: Vllm, prompt: dict[str, Any], handed: Any) -> Any:
     return vllm._run([request], [(prompt, handed)], Steps(1, None))
 
 
-def test_nan_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def test_nan_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
     assert ready.memory is not None
     spoiled = ready.memory.fork()
     spoiled.buffer[1, 7, 0, 2, 11, 3] = float("nan")
@@ -182,7 +182,7 @@ def test_nan_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], 
 
 
 def test_nan_in_a_file_ends_that_request_only(
-    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared, folder: Path, monkeypatch: pytest.MonkeyPatch
+    vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ready.memory is not None
     spoiled = ready.memory.fork()
@@ -198,7 +198,7 @@ def test_nan_in_a_file_ends_that_request_only(
     check_lives(vllm, float32, ready)
 
 
-def test_a_missing_file_ends_that_request_only(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def test_a_missing_file_ends_that_request_only(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
     handed = KVFileRow(f"nobody{SUFFIX}", 0, 40)
     prompt = {"prompt_token_ids": [0] * 40 + [5], "cache_salt": handed.salt}
     with pytest.raises(EngineError, match="ended request 0 with 'error'"):
@@ -208,7 +208,7 @@ def test_a_missing_file_ends_that_request_only(vllm: Vllm, float32: tuple[Any, A
 
 @pytest.mark.parametrize("salt", [None, "mine"])
 def test_another_salt_ends_that_request_only(
-    salt: str | None, vllm: Vllm, float32: tuple[Any, Any], ready: Prepared
+    salt: str | None, vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer
 ) -> None:
     assert ready.memory is not None
     with KVFile(ready.memory, vllm.stamp, vllm.folder) as parcel:
@@ -220,7 +220,7 @@ def test_another_salt_ends_that_request_only(
 
 
 def test_parameters_from_a_stranger_end_that_request_only(
-    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared
+    vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer
 ) -> None:
     for params in (
         {"latentmas_file": "../../etc/passwd", "latentmas_row": 0, "latentmas_slots": 3},
@@ -234,7 +234,7 @@ def test_parameters_from_a_stranger_end_that_request_only(
     check_lives(vllm, float32, ready)
 
 
-def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
     """The same shapes and other weights: by the chain, and by the engine for a file that came another way."""
     assert ready.memory is not None
     other = replace(vllm.stamp, fingerprint="0" * 64)
@@ -255,7 +255,9 @@ def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: 
     check_lives(vllm, float32, ready)
 
 
-def test_too_long_a_prompt_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def test_too_long_a_prompt_is_refused_before_it_is_sent(
+    vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer
+) -> None:
     assert ready.memory is not None
     room = vllm.max_model_len - int(ready.memory.lengths) - 4
     with pytest.raises(
@@ -268,7 +270,7 @@ def test_too_long_a_prompt_is_refused_before_it_is_sent(vllm: Vllm, float32: tup
 
 
 def test_a_memory_that_vllm_did_not_take_is_an_error(
-    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared, monkeypatch: pytest.MonkeyPatch
+    vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests that skip the prefix cache skip connectors as well, in silence."""
     assert ready.memory is not None
@@ -287,7 +289,7 @@ def test_a_memory_that_vllm_did_not_take_is_an_error(
 
 
 def test_what_fails_while_it_is_loaded_ends_that_request_only(
-    vllm: Vllm, float32: tuple[Any, Any], ready: Prepared, monkeypatch: pytest.MonkeyPatch
+    vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device without memory, say."""
     assert ready.memory is not None
@@ -321,7 +323,7 @@ def test_a_second_engine_in_one_process_is_refused(vllm: Vllm, float32: tuple[An
         Vllm(str(default_folder), float32[0], settings={"max_model_len": 512})
 
 
-def test_an_interrupt_ends_the_requests(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def test_an_interrupt_ends_the_requests(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
     assert ready.memory is not None
 
     def interrupt(step: int, tokens: Any) -> None:
@@ -334,7 +336,7 @@ def test_an_interrupt_ends_the_requests(vllm: Vllm, float32: tuple[Any, Any], re
     check_lives(vllm, float32, ready)
 
 
-def test_seeds_and_temperatures(vllm: Vllm, ready: Prepared) -> None:
+def test_seeds_and_temperatures(vllm: Vllm, ready: PendingAnswer) -> None:
     assert ready.memory is not None
 
     def texts(*seeds: int) -> list[list[int]]:
@@ -346,7 +348,7 @@ def test_seeds_and_temperatures(vllm: Vllm, ready: Prepared) -> None:
     assert first[0] != first[1]
 
 
-def test_ends_are_those_of_the_request(vllm: Vllm, float32: tuple[Any, Any], ready: Prepared) -> None:
+def test_ends_are_those_of_the_request(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
     assert ready.memory is not None
     prompt = ready.requests[0].prompt
     expected = here(float32[0], ready.memory, prompt, 12)

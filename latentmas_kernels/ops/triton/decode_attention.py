@@ -22,7 +22,7 @@ from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 EXACT_SPLITS = 16
 """KV splits in float32, whatever the batch, so that a row's bits do not depend on it."""
-BLOCK_SLOTS = {2: 64, 4: 32}
+BLOCK_SLOTS = {2: 64, 4: 32, 8: 32}
 """Slots that a program reads at once, by the size of an element. A shared prefix ends between two reads (`PREFIX_BLOCK`)."""
 
 

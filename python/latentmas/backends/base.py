@@ -28,7 +28,7 @@ class GenerationRequest:
         max_new_tokens: limit of the text.
         end_ids: tokens that end it.
         row: of the memory; None for a request that begins one.
-        fed: what that row was fed, slot by slot: a token, or the embedding [D] of a thought; for embeds only.
+        slot_inputs: what that row was fed, slot by slot: a token, or the embedding [D] of a thought; for embeds only.
         temperature, top_p: as in Chain.run; seed: of the sampling.
     """
 
@@ -36,7 +36,7 @@ class GenerationRequest:
     max_new_tokens: int
     end_ids: tuple[int, ...]
     row: int | None = None
-    fed: Sequence[int | Tensor] = ()
+    slot_inputs: Sequence[int | Tensor] = ()
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -111,7 +111,7 @@ class Embeds:
         Raises:
             ValueError: for thoughts that are not of that width, or hold NaN or Inf.
         """
-        slots = [*request.fed, *request.prompt]
+        slots = [*request.slot_inputs, *request.prompt]
         thoughts = [(at, slot) for at, slot in enumerate(slots) if not isinstance(slot, int)]
         if not thoughts:
             return None
@@ -151,10 +151,10 @@ def check_requests(
             rows = 0 if memory is None else memory.batch_size
             raise LatentMASError(f"request {number} goes on from row {request.row} of a memory of {rows} rows")
         slots = 0 if request.row is None or memory is None else int(memory.lengths[request.row])
-        if kv_transfer == "embeds" and len(request.fed) != slots:
+        if kv_transfer == "embeds" and len(request.slot_inputs) != slots:
             raise LatentMASError(
-                f"request {number} says what {len(request.fed)} slots were fed, and its memory has {slots}; embeddings are all "
-                'that is sent of it: give `fed` for every slot, or start the engine with kv_transfer="kv"'
+                f"request {number} says what {len(request.slot_inputs)} slots were fed, and its memory has {slots}; embeddings "
+                'are all that is sent of it: give `slot_inputs` for every slot, or start the engine with kv_transfer="kv"'
             )
         tokens = slots + len(request.prompt)
         if tokens + request.max_new_tokens > max_model_len:

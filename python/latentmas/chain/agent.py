@@ -1,4 +1,4 @@
-"""An agent as data: what it is told, and whether it thinks in hidden states or writes text."""
+"""An agent as data: its prompt, and whether it thinks in latent steps or writes text."""
 
 import re
 from collections.abc import Mapping
@@ -8,8 +8,10 @@ from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy
 from latentmas.characters import check_characters
 from latentmas_kernels.errors import LatentMASError
 
-PLACES = ("question", "notes")
+PLACEHOLDERS = ("question", "notes")
 """Names that a chain fills in; an agent's own fields have others."""
+
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -17,20 +19,20 @@ class Agent:
     """One member of a chain.
 
     Attributes:
-        name: shown in reports, kept in the memory's segments and put above what it writes.
-        prompt: what the agent is told. "{question}" stands for the question, "{notes}" for what the agents before it
-            wrote, and "{name}" for the field of that name; "{{name}}" is the text "{name}". An agent that is given notes
-            reads them in a memory of its own; one that is not goes on from the memory of the agent before it.
-        latent_steps: steps it thinks in hidden states; None for an agent that writes.
-        max_new_tokens: limit of its text; None for an agent that thinks.
-        system: system message, where the agent begins a memory and the chat template takes one; put in front of the
+        name: shown in reports, kept in the cache's segments and put above the agent's text in notes.
+        prompt: instructions of the agent. "{question}" stands for the question, "{notes}" for what the agents before it
+            wrote, and "{name}" for the field of that name; "{{name}}" is the text "{name}". An agent that reads notes
+            starts an empty cache; any other one goes on from the cache of the agent before it.
+        latent_steps: latent steps that the agent takes, at most; None for an agent that writes.
+        max_new_tokens: limit of the agent's text; None for an agent that thinks.
+        system: system message, where the agent starts a cache and the chat template takes one; put in front of the
             prompt otherwise.
         enable_thinking: turn a chat template's thinking switch on.
         settle: an agent that thinks ends before its latent_steps, for each question by itself, once an embedding has at least
             this cosine to that of the step before; None is off.
-        memory: what it gets of the memory before it.
-        model: name of the model that it runs on, of those that the chain is given; None is the chain's own.
-        fields: what stands for further places in the prompt.
+        memory: what the agent gets of the cache before it.
+        model: name of the model that the agent runs on, of those that the chain is given; None is the chain's own.
+        fields: texts of further placeholders in the prompt, by name.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Agent:
                 f"agent {self.name!r}: settle is a cosine, from -1 to 1, for agents that think; got {self.settle} and "
                 f"latent_steps={self.latent_steps}"
             )
-        taken = [name for name in self.fields if name in PLACES]
+        taken = [name for name in self.fields if name in PLACEHOLDERS]
         if taken:
             raise LatentMASError(f"agent {self.name!r}: {taken[0]!r} is filled in by the chain and cannot be a field")
         for what, text in (("name", self.name), ("prompt", self.prompt), ("system", self.system), *self.fields.items()):
@@ -72,35 +74,33 @@ class Agent:
 
     @property
     def thinks(self) -> bool:
+        """Whether the agent takes latent steps; otherwise it writes."""
         return self.latent_steps is not None
 
     @property
     def reads_question(self) -> bool:
-        return "question" in self.places
+        return "question" in self.placeholders
 
     @property
     def reads_notes(self) -> bool:
-        return "notes" in self.places
+        return "notes" in self.placeholders
 
     @property
-    def places(self) -> list[str]:
+    def placeholders(self) -> list[str]:
         """Names in braces in the prompt, in order."""
-        return [place[2] for place in _PLACE.finditer(self.prompt) if place[2]]
+        return [found[2] for found in _PLACEHOLDER.finditer(self.prompt) if found[2]]
 
     @property
     def steps(self) -> int:
-        """Positions that it adds behind its prompt, at most."""
+        """Positions that the agent adds behind its prompt, at most."""
         return self.latent_steps if self.latent_steps is not None else self.max_new_tokens or 0
 
     def text(self, question: str, notes: str = "") -> str:
-        """The prompt with its places filled in, all at once: what is filled in is not looked through again.
+        """Return the prompt with all placeholders filled in at once: braces in the question or the notes are none.
 
-        Braces that are no place stay as they are.
+        Braces with a name that is not known stay as they are.
         """
         filled = {**self.fields, "question": question, "notes": notes}
-        return _PLACE.sub(
+        return _PLACEHOLDER.sub(
             lambda found: "{" + found[1] + "}" if found[1] else filled.get(found[2], found[0]), self.prompt
         )
-
-
-_PLACE = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")

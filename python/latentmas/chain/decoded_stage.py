@@ -1,100 +1,91 @@
 """A stage whose texts the chain's decoder writes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from latentmas.backends.base import Completion, Decoder, GenerationRequest
-from latentmas.chain.plan import Plan
-from latentmas.chain.progress import Laps
-from latentmas.chain.stage_run import StageRun
+from latentmas.chain.progress import Stopwatch
+from latentmas.chain.stage_result import StageResult
+from latentmas.chain.stage_run import StageRun, question_and_agent
 from latentmas_kernels import LatentCache
 
-if TYPE_CHECKING:
-    from latentmas.chain.run import Run
 
+class DecodedStage:
+    """A run of one stage in which the decoder writes all texts at the same time, in three parts:
 
-class DecodedStage(StageRun):
-    """Texts come from the decoder, all at the same time; where the memory goes on, it is then brought up to date here.
+        begin()             the cache before the agents is made ready, by a `StageRun`
+        requests()          go to the decoder, with that cache
+        finish(completions) records the texts; where later stages go on from the cache, the `StageRun` runs the agents, and
+                            reads the texts instead of writing them
 
     Attributes:
-        memory: as of any stage; None where the decoder keeps all of it to itself.
-        writers: those of the agents that write, by number.
+        stage: the `StageRun`, which has not begun.
+        writers: indices of the agents that write.
     """
 
-    def __init__(self, run: "Run", plan: Plan, number: int, prompts: list[list[list[int]]], decoder: Decoder) -> None:
-        super().__init__(run, plan, number, prompts)
-        self.decoder = decoder
-        self.writers = [number for number, agent in enumerate(self.agents) if not agent.thinks]
-        self._texts: dict[tuple[int, int], Completion] = {}
-        self._read_again: list[int] = []  # of each question, slots that the decoder is fed again
+    def __init__(self, stage: StageRun, decoder: Decoder) -> None:
+        self.stage, self.decoder = stage, decoder
+        self.writers = [number for number, agent in enumerate(stage.agents) if not agent.thinks]
+        self._rows = [(q, number) for q in range(len(stage.prompts)) for number in self.writers]
+        self._slot_inputs: list[list[int | torch.Tensor]] = []  # per question, read by the decoder in place of a cache
+        self._completions: dict[tuple[int, int], Completion] = {}
 
-    def run(self) -> None:
+    def run(self) -> StageResult:
         self.begin()
-        tell, lap = self._teller(self.writers), Laps()
-        written = self.decoder.write(self.given, self.requests(), tell)
-        seconds = lap() / len(self.writers)
-        for number in self.writers:
-            self.tallies[number].seconds[2] += seconds
-        self.take(written)
+        report, stopwatch = self.stage.report_begin(self.writers), Stopwatch()
+        completions = self.decoder.write(self.cache, self.requests(), report)
+        self.stage.add_seconds(self.writers, decode=stopwatch.lap())
+        return self.finish(completions)
+
+    def begin(self) -> None:
+        # The decoder reads all of a first stage itself; the cache is for later stages.
+        self.stage.begin(needs_cache=self.stage.number > 0 or not self.stage.last)
+        self._slot_inputs = [self._decoder_inputs(q) for q in range(len(self.stage.prompts))]
 
     @property
-    def given(self) -> LatentCache | None:
-        """The memory that the agents go on from, where there is anything in it."""
-        return self.memory if self.memory is not None and bool(self.memory.lengths.any()) else None
+    def cache(self) -> LatentCache | None:
+        """The cache that the agents go on from, a row for each question; None where there is nothing in it."""
+        cache = self.stage.state.cache
+        return cache if cache is not None and bool(cache.lengths.any()) else None
 
     def requests(self) -> list[GenerationRequest]:
-        """Of each question the writers' texts, behind the memory as `begin` left it."""
-        given, temperature = self.given, self.whole.temperature
-        shared = self.plan.shared if given is not None and self.number == 0 else 0
-        fed = [self._fed_again(q) for q in range(len(self.rows))]
-        self._read_again = [len(slots) for slots in fed]
+        """Return a request for each question and writer, behind the cache as `begin` left it."""
+        stage, has_cache, options = self.stage, self.cache is not None, self.stage.options
         return [
             GenerationRequest(
-                self.ids[q][number][shared:], self.agents[number].max_new_tokens or 0, self.ends,
-                row=None if given is None else q, fed=fed[q], temperature=temperature, top_p=self.whole.top_p,
-                seed=int(torch.randint(2**31, ())) if temperature else 0,
+                stage.ids[q][number][stage.cached_len[q] :], stage.agents[number].max_new_tokens or 0, stage.end_ids,
+                row=q if has_cache else None, slot_inputs=self._slot_inputs[q], temperature=options.temperature,
+                top_p=options.top_p, seed=int(torch.randint(2**31, ())) if options.temperature else 0,
             )
-            for q in range(len(self.rows))
-            for number in self.writers
+            for q, number in self._rows
         ]  # fmt: skip
 
-    def take(self, written: Sequence[Completion]) -> None:
-        """Take down the texts, in the order of the requests, and end the stage."""
-        places = [(q, number) for q in range(len(self.rows)) for number in self.writers]
-        self._texts = dict(zip(places, written, strict=True))
-        self.end()
+    def finish(self, completions: Sequence[Completion]) -> StageResult:
+        """Record the texts, in the order of the requests, and end the stage."""
+        self._completions = dict(zip(self._rows, completions, strict=True))
+        if not self.stage.last:
+            self.stage.execute(self._read_texts)
+            return self.stage.result()
+        for (q, number), completion in self._completions.items():
+            metrics = self.stage.metrics[number]
+            metrics.shared_tokens += len(self._slot_inputs[q]) - completion.computed_tokens
+            metrics.prompt_tokens += completion.computed_tokens
+            self.stage.record_text(q, number, completion)
+        return self.stage.result()
 
-    def _fed_again(self, q: int) -> list[int | torch.Tensor]:
-        """What the decoder reads in place of a memory: of thoughts, the embeddings of its own model."""
-        if self.given is None or self.decoder.kv_transfer != "embeds":
+    def _decoder_inputs(self, q: int) -> list[int | torch.Tensor]:
+        """Return the inputs of a question's slots as the decoder takes them: latent steps as embeddings of its model."""
+        if self.cache is None or self.decoder.kv_transfer != "embeds":
             return []
-        return [slot if isinstance(slot, int) else slot[self.seat.name] for slot in self.rows[q].fed]
+        return [slot if isinstance(slot, int) else slot[self.stage.context.name] for slot in self.stage.slot_inputs(q)]
 
-    def _begin(self) -> LatentCache | None:
-        # A first stage that nothing goes on from: nobody here needs what it reads.
-        return None if self.last and self.number == 0 else super()._begin()
-
-    def _go_on(self) -> None:
-        if not self.last:
-            super()._go_on()
-            return
-        for (q, number), text in self._texts.items():
-            self.tallies[number].read += self._read_again[q]
-            self.tallies[number].computed += text.computed_tokens
-            self._take_text(q, number, text.ids, text.finish_reason)
-        self.caches = [] if self.memory is None else [self.memory]
-
-    def _write(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
-        """Bring the texts into the memory that goes on from them."""
+    def _read_texts(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
+        """Read the agents' prompts and texts into the cache."""
         texts = []
-        for r, prompt in enumerate(ids):
-            q, number = r // len(numbers), numbers[r % len(numbers)]
-            text = self._texts[q, number]
-            self._take_text(q, number, text.ids, text.finish_reason)
-            texts.append(text.ids if self._followed(number) else text.ids[:-1])
-            self._feed(self.sayings[q][number].fed, [*prompt, *texts[-1]])
-        self._extend(cache, ids, "prompt")
+        for r in range(len(ids)):
+            q, number = question_and_agent(r, numbers)
+            texts.append(self.stage.record_text(q, number, self._completions[q, number]))
+        self.stage.extend(cache, ids, "prompt")
         if any(texts):
-            self._extend(cache, texts, "text")
+            self.stage.extend(cache, texts, "text")

@@ -1,4 +1,4 @@
-"""What is handed on between agents, and how much keys and values may take: memory policies and the budget, as data."""
+"""What an agent gets of the KV cache before it, and how much keys and values may take: memory policies and the budget."""
 
 import re
 from dataclasses import dataclass
@@ -11,12 +11,11 @@ UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """What an agent gets of the memory before it. What it does not get is cut out; the rest moves together. The first slot
-    stays in any case (see latentmas.chain.plan.SINK).
+    """The part of the cache before an agent that it gets. The other slots are cut out, and those that stay move together. The
+    first slot stays in any case (see latentmas.chain.plan.SINK_SLOTS).
 
     Attributes:
-        agents: the memory of all agents before it, or of the last one only (of the last group, where agents think side by
-            side).
+        agents: slots of all agents before it, or of the last one only (of the last stage, where agents run in parallel).
         kinds: prompts, latent steps and texts, or latent steps only.
         slots: at most so many, the first and the latest; None is all.
     """
@@ -43,7 +42,7 @@ MEMORY_POLICIES = {"all": KEEP_ALL, "last": MemoryPolicy(agents="last"), "latent
 
 @dataclass(frozen=True)
 class Budget:
-    """What a chain's memory may take at any time: bytes of all KV buffers together, or slots of each question.
+    """A limit of the keys and values of a chain at any time: bytes of all KV buffers together, or slots of each question.
 
     Of what does not fit, the oldest slots but the first are cut out.
     """
@@ -63,7 +62,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """From "64 MB" (KB, MB, GB: powers of 1024) or "512 slots"."""
+        """Return the budget of a text: "64 MB" (KB, MB, GB: powers of 1024) or "512 slots"."""
         found = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(KB|MB|GB|slots)\s*", text)
         amount = float(found[1]) * UNITS.get(found[2], 1) if found else 0.0
         if not found or amount < 1 or (found[2] == "slots" and amount != int(amount)):

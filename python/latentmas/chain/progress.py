@@ -1,9 +1,10 @@
-"""Telling of a run while it goes on, and what its parts take."""
+"""Progress of a run while it goes on, and the clock that its parts are timed with."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from latentmas.chain.agent import Agent
@@ -11,16 +12,16 @@ from latentmas.chain.agent import Agent
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """How far a run has come.
 
     Attributes:
-        agent: who is at work.
+        agent: the agent at work.
         number, agents: the agent is the number-th, from 1, of so many.
         step: latent steps or new tokens per row so far; 0 while the prompt is read.
-        tokens: int64 [B] on the CPU, the tokens just written, anything behind the end of a row; None at step 0 and for
+        tokens: int64 [B] on the CPU, the tokens just written, undefined in rows whose text has ended; None at step 0 and for
             an agent that thinks.
-        beside: who else is at work in the same steps; rows of a question follow each other, the agent's own first.
-        others: their numbers.
+        beside: further agents at work in the same steps; rows of a question follow each other, those of `agent` first.
+        others: the numbers of these agents.
     """
 
     agent: Agent
@@ -37,12 +38,12 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Of the agent that takes the most, at most."""
+        """Steps of the agent that may take the most."""
         return max(agent.steps for agent in (self.agent, *self.beside))
 
 
-class Teller:
-    """Tells of the steps of one agent, or of several at the same time; generate() takes it for a streamer."""
+class ProgressReporter:
+    """Reports the steps of the agents of one call; `generate` takes it as a streamer."""
 
     def __init__(self, on_progress: Callable[[Progress], None] | None, progress: Progress) -> None:
         self.on_progress, self.progress = on_progress, progress
@@ -52,24 +53,32 @@ class Teller:
         if self.on_progress is not None:
             self.on_progress(self.progress)
 
-    def think(self, step: int) -> None:
-        """For latent_generate(), which counts from 0 and tells as a step begins."""
+    def on_latent_step(self, step: int) -> None:
+        """Report a step of `latent_generate`, which counts from 0 and calls this as a step begins."""
         self(step + 1)
 
     def put(self, tokens: Tensor) -> None:
-        if tokens.dim() == 1:  # the prompt comes first, [B, T]
+        """Report a step of `generate`, which puts the prompt [B, T] first and then tokens [B]."""
+        if tokens.dim() == 1:
             self(self.progress.step + 1, tokens)
 
     def end(self) -> None:
-        """Nothing to do: the next agent begins."""
+        """Do nothing: the next agent's first report says the same."""
 
 
-class Laps:
-    """Seconds since the last call."""
+class Stopwatch:
+    """Seconds from lap to lap.
 
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
+    Args:
+        device: waited for at the end of each lap, where it is a CUDA device.
+    """
 
-    def __call__(self) -> float:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the lap before."""
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         before, self.last = self.last, time.perf_counter()
         return self.last - before

@@ -1,4 +1,4 @@
-"""Turns as tokens: each agent's text closes the turn before it and opens its own."""
+"""Token ids of agents' prompts: each closes the turn before it and opens its own."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from latentmas_kernels.hf.chat import ChatTemplateError, ids_behind, render
 
-THOUGHT = "thought-in-hidden-states"
-"""Stands in for the turn that was thought rather than written, so that the template shows what follows such a turn."""
+LATENT_TURN = "thought-in-hidden-states"
+"""Stands in for the assistant's turn before, which may be no text, so that the template shows what follows such a turn."""
 
 
 def turn_ids(tokenizer: Any, text: str, *, first: bool, system: str | None = None, think: bool = False) -> list[int]:
-    """Token ids that open an agent's turn behind the memory of those before it.
+    """Return the token ids that open an agent's turn behind the cache of the agents before it.
 
     With a chat template the first turn is a whole prompt; a later one is what the template writes behind an
     assistant's message: its end, the next user message and the opening of the next answer. So every turn is closed
@@ -20,15 +20,15 @@ def turn_ids(tokenizer: Any, text: str, *, first: bool, system: str | None = Non
 
     Args:
         tokenizer: of transformers, with or without a chat template and a padding token.
-        text: what the agent is told.
-        first: whether the memory is empty.
+        text: the agent's prompt.
+        first: whether the cache is empty.
         system: system message of a first turn. In later turns, and where the template refuses or drops it, it is
             put in front of the text.
         think: turns the template's thinking switch on, where it has one; otherwise it is turned off.
 
     Raises:
-        ChatTemplateError: a ValueError, where the template refuses a user's message, fails on it or does not show it, and
-            where it does not show an assistant's.
+        ChatTemplateError: where the template refuses a user's message, fails on it or does not show it, and where it does
+            not show an assistant's.
     """
     if not tokenizer.chat_template:
         text = _joined(system, text)
@@ -39,14 +39,14 @@ def turn_ids(tokenizer: Any, text: str, *, first: bool, system: str | None = Non
 
 
 def has_thinking_switch(tokenizer: Any) -> bool:
-    """Whether the chat template writes something else when thinking is turned on."""
+    """Return whether the chat template writes something else when thinking is turned on."""
     if not tokenizer.chat_template:
         return False
     return _first_turn(tokenizer, "-", None, True) != _first_turn(tokenizer, "-", None, False)
 
 
 def padded(rows: list[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [B, T] from ragged rows, left-padded."""
+    """Return input_ids and attention_mask [B, T] of ragged rows, left-padded."""
     width = max(map(len, rows))
     ids = [[0] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -67,8 +67,8 @@ def _first_turn(tokenizer: Any, text: str, system: str | None, think: bool) -> s
 
 
 def _later_turn(tokenizer: Any, text: str, think: bool) -> str:
-    mark = THOUGHT
-    while mark in text:  # what the user writes must not be taken for the end of a thought
+    mark = LATENT_TURN
+    while mark in text:  # the user's text must not be taken for the end of the turn before
         mark += "-"
     messages = [
         {"role": "user", "content": "-"},

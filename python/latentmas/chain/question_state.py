@@ -1,20 +1,25 @@
-"""A question on its way through a chain."""
+"""One question of a run: what the agents did for it so far, and the notes that later agents read."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from latentmas.chain.model_context import Fed
-from latentmas.chain.results import Answer, Turn
+from latentmas.chain.results import AgentTurn, Answer
 
-CUT = " [...]"
+TRUNCATED = " [...]"
 """Ends a text of which later agents read the beginning only."""
-NOTHING = "(nothing)"
+EMPTY_NOTE = "(nothing)"
 """Stands for an empty text."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """A text as others read it; `model` is the writer's, as agents call it."""
+    """A text as later agents read it.
+
+    Attributes:
+        agent: name of the agent that wrote it.
+        text: without a visible chain of thought.
+        model: the writer's, as agents call it.
+    """
 
     agent: str
     text: str
@@ -22,41 +27,33 @@ class Note:
 
 
 @dataclass
-class Row:
-    """One question: what was said so far, and what its memory was fed.
-
-    Attributes:
-        notes: of each agent that wrote.
-        pending: the last token of a text that was ended by its length. It was not fed in: the next turn in that memory
-            brings it.
-        fed: per slot of the memory; kept only where it may have to cross to another model.
-    """
+class QuestionState:
+    """A question, the turns of its agents so far, and the notes of those that wrote."""
 
     question: str
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[AgentTurn] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
-    fed: list[Fed] = field(default_factory=list)
-    text: str = ""
-    finish_reason: Literal["stop", "length"] = "stop"
 
     def answer(self) -> Answer:
-        return Answer(self.question, self.text, self.finish_reason, self.turns)
+        """Return the answer, once the chain's last agent has written."""
+        reason = self.turns[-1].finish_reason
+        assert reason is not None, "the last agent of a chain writes"
+        return Answer(self.question, self.notes[-1].text, reason, self.turns)
 
 
-def notes_of(written: list[Note]) -> str:
-    """What "{notes}" stands for."""
-    return "\n\n".join(f"{note.agent}:\n{note.text or NOTHING}" for note in written)
+def join_notes(notes: list[Note]) -> str:
+    """Return the text that takes the place of "{notes}"."""
+    return "\n\n".join(f"{note.agent}:\n{note.text or EMPTY_NOTE}" for note in notes)
 
 
-def cut_note(text: str, tokenizer: Any, limit: int) -> tuple[str, int | None]:
-    """A text of so many tokens at most, and the number of its tokens where it was cut."""
+def truncate_note(text: str, tokenizer: Any, limit: int) -> tuple[str, int | None]:
+    """Return a text of `limit` tokens at most, and how many it had where that was more."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return (text, None) if len(ids) <= limit else (tokenizer.decode(ids[:limit]) + CUT, len(ids))
+    return (text, None) if len(ids) <= limit else (tokenizer.decode(ids[:limit]) + TRUNCATED, len(ids))
 
 
-def common_beginning(rows: list[list[int]]) -> int:
-    """Tokens that all rows begin with, but for the last one of each: every row keeps something to read."""
+def common_prefix_len(rows: list[list[int]]) -> int:
+    """Return how many tokens all rows begin with, but for the last one of each: every row keeps something to read."""
     shortest = min(map(len, rows)) - 1
     first = rows[0]
     for at in range(shortest):

@@ -1,4 +1,4 @@
-"""What a chain gives back: answers, what each agent did for each question, and where the time went."""
+"""The result of a run: answers, what each agent did for each question, and where the time went."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -9,12 +9,12 @@ from latentmas_kernels.trace import LatentTrace
 
 @dataclass(frozen=True)
 class AgentTrace:
-    """What one agent thought.
+    """The latent steps of one agent.
 
     Attributes:
         agent: its name.
-        trace: its thoughts, a row per question of the batch.
-        tokenizer: of the model that it ran on; None is that of the run.
+        trace: the steps, a row per question of the batch.
+        tokenizer: of the model that the agent ran on; None is that of the run.
     """
 
     agent: str
@@ -23,17 +23,17 @@ class AgentTrace:
 
 
 @dataclass(frozen=True)
-class Turn:
+class AgentTurn:
     """What one agent did for one question.
 
     Attributes:
         agent: its name.
         prompt_tokens: tokens that it read, the end of the turn before it included.
-        latent_steps: steps that it thought.
+        latent_steps: latent steps that it took.
         new_tokens: tokens that it wrote, the end token included.
         text: what it wrote, a visible chain of thought included; None for an agent that thinks.
         finish_reason: "stop" or "length" of the text.
-        handed_over: tokens of its text that later agents read, where that was cut; None where they read all of it.
+        truncated_to: tokens of the text that later agents read, where it was truncated; None where they read all of it.
     """
 
     agent: str
@@ -42,7 +42,7 @@ class Turn:
     new_tokens: int = 0
     text: str | None = None
     finish_reason: Literal["stop", "length"] | None = None
-    handed_over: int | None = None
+    truncated_to: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,14 @@ class Answer:
     question: str
     text: str
     finish_reason: Literal["stop", "length"]
-    turns: list[Turn]
+    turns: list[AgentTurn]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as files of results and `json.dumps` take it."""
+        answer = asdict(self)
+        for turn in answer["turns"]:
+            turn["handed_over"] = turn.pop("truncated_to")  # the key that files of results have had from the first
+        return answer
 
 
 @dataclass
@@ -68,12 +75,12 @@ class AgentMetrics:
 
     Attributes:
         agent: its name.
-        prompt_tokens, latent_steps, new_tokens: positions read, thought and written.
-        shared_tokens: tokens of its prompts that it need not read, since they were read once for several rows.
+        prompt_tokens, latent_steps, new_tokens: positions of the prompt that were computed, latent steps, new tokens.
+        shared_tokens: tokens of its prompts that were not computed for it, as they were read once for several rows.
         steps: latent or token steps one after the other; one step works on all rows of a batch.
         prefill_seconds, latent_seconds, decode_seconds: the phases, wall clock.
         other_seconds: tokens from and to text, checks, buffers. Agents that one call runs share its seconds evenly.
-        kv_bytes: keys and values in the agent's memory as it ends; over several batches the largest.
+        kv_bytes: keys and values in the agent's cache as it ends; over several batches the largest.
     """
 
     agent: str
@@ -121,8 +128,8 @@ class ChainResult:
         seconds: wall clock of the run, measured by itself; the agents' seconds add up to it but for the loop around them.
         aligner: the feedback that was used; None where no agent thinks.
         memory: keys and values that the last agent left, its prompt and text included. Where the chain's decoder wrote the
-            text, those that it was given; None where that was nothing.
-        traces: of each agent that thought, where the run was asked for them.
+            text, the cache that the decoder was given; None where it was given none.
+        traces: of each agent that thinks, where the run was asked for them.
     """
 
     answers: list[Answer]
@@ -130,12 +137,12 @@ class ChainResult:
     seconds: float
     aligner: Aligner | None
     memory: LatentCache | None
-    traces: "list[AgentTrace]" = field(default_factory=list)
+    traces: list[AgentTrace] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the memory and the traces, for `json.dumps`."""
+        """Return everything but the memory and the traces, for `json.dumps`."""
         return {
-            "answers": [asdict(answer) for answer in self.answers],
+            "answers": [answer.to_dict() for answer in self.answers],
             "agents": [agent.to_dict() for agent in self.agents],
             "seconds": self.seconds,
             "aligner": {"kind": self.aligner.kind, "reason": self.aligner.reason} if self.aligner else None,

@@ -1,356 +1,347 @@
-"""One stage of a run: its agents go on from the memory before them, each by itself or side by side."""
+"""One stage of a run: its agents extend the cache, one by itself or several in parallel."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from latentmas.chain.model_context import Fed, Seat, replay
-from latentmas.chain.plan import SINK, Plan, side_by_side
-from latentmas.chain.progress import Laps, Progress, Teller
+from latentmas.backends.base import Completion
+from latentmas.chain.model_context import SlotInput, recompute_cache
+from latentmas.chain.plan import SINK_SLOTS, Plan, group_calls
+from latentmas.chain.progress import Progress, ProgressReporter
 from latentmas.chain.prompts import padded
-from latentmas.chain.question_state import Note, cut_note
-from latentmas.chain.results import AgentTrace, Turn
+from latentmas.chain.question_state import Note, truncate_note
+from latentmas.chain.results import AgentMetrics, AgentTrace, AgentTurn
+from latentmas.chain.setup import ChainSetup, RunOptions, StagePrompts
+from latentmas.chain.stage_result import AgentOutput, ContextState, StageResult
 from latentmas_kernels import LatentCache, generate, latent_generate
 from latentmas_kernels.cache.segments import Kind, mask_of
-from latentmas_kernels.engines import open_engine
 from latentmas_kernels.hf.chat import without_end
-from latentmas_kernels.inputs import Prompt
-from latentmas_kernels.outputs import LatentOutput, Metrics
 from latentmas_kernels.trace import trace_of
 
-if TYPE_CHECKING:
-    from latentmas.chain.run import Run
-
-
-class _Tally:
-    """What an agent did, over all questions: tokens that it was to read, those of them that were computed for it (not for
-    another row before), what it thought and wrote, steps one after the other, and seconds of prefill, latent steps and
-    decoding; agents that one call runs share those evenly."""
-
-    def __init__(self) -> None:
-        self.read = self.computed = self.latent_steps = self.new_tokens = self.steps = 0
-        self.seconds = [0.0, 0.0, 0.0]
-
-
-class _Saying:
-    """What an agent leaves for one question: its turn, its text as a note, and what its part of the memory was fed."""
-
-    def __init__(self) -> None:
-        self.turn: Turn | None = None
-        self.notes: list[Note] = []
-        self.fed: list[Fed] = []
+WriteTexts = Callable[[LatentCache, list[int], list[list[int]]], None]
+"""Has agents, by index, write: reads token ids per row into the cache and the texts behind them, and records the texts."""
 
 
 class StageRun:
-    """The state of one stage.
+    """A run of one stage.
 
     Attributes:
-        prompts: per question and agent, token ids, without what is pending.
-        ends: tokens that end a text.
-        ids: per question and agent, what it reads: what was pending, and its prompt.
-        sayings: per question and agent, what it leaves.
-        memory: that the agents go on from, and then what they leave; None where the chain's decoder keeps it to itself.
-        caches: what the stage ends with: the memory, or those of the groups where nothing goes on from it.
-        tallies: per agent.
-        traces: of those that thought, in their order, where they were asked for.
-        prefill_seconds: of what is read for all agents.
+        tokens: the stage's part of the plan.
+        context: the model that the agents run on.
+        last: whether no later stage goes on from the cache.
+        prompts: token ids per question and agent, without the carried token.
+        ids: token ids per question and agent, as the agent reads them.
+        cached_len: per question, how many of `ids` are in the cache already.
+        state: as the stage before left it, and then as this one does; the stage modifies it.
+        outputs: per question, of the agents by index.
+        metrics: per agent.
     """
 
-    def __init__(self, run: "Run", plan: Plan, number: int, prompts: list[list[list[int]]]) -> None:
-        self.whole, self.chain, self.rows, self.plan, self.number = run, run.chain, run.rows, plan, number
-        self.load = plan.loads[number]
-        self.stage, self.agents = self.load.stage, self.load.stage.agents
-        self.seat: Seat = self.chain.seats[self.stage.model]
-        self.ends = self.seat.end_ids  # once: the template is rendered for it
-        self.last = number + 1 == len(plan.loads)
-        self.prompts = prompts
-        self.ids: list[list[list[int]]] = []
-        self.memory: LatentCache | None = None
-        self.caches: list[LatentCache] = []
-        self.tallies = [_Tally() for _ in self.agents]
-        self.sayings = [[_Saying() for _ in self.agents] for _ in self.rows]
-        self.prefill_seconds = 0.0
+    def __init__(
+        self,
+        setup: ChainSetup,
+        options: RunOptions,
+        plan: Plan,
+        number: int,
+        prompts: StagePrompts,
+        state: ContextState,
+    ) -> None:
+        self.setup, self.options, self.plan, self.number = setup, options, plan, number
+        self.prompts, self.state = prompts, state
+        self.tokens = plan.stages[number]
+        self.stage, self.agents = self.tokens.stage, self.tokens.stage.agents
+        self.context = setup.model_contexts[self.stage.model]
+        self.end_ids = self.context.end_ids  # once: the template is rendered for it
+        self.last = number + 1 == len(plan.stages)
+        self.ids: StagePrompts = []
+        self.cached_len = [0] * len(prompts)
+        self.outputs: list[dict[int, AgentOutput]] = [{} for _ in prompts]
+        self.metrics = [AgentMetrics(agent.name) for agent in self.agents]
+        self.warnings: list[tuple[int, str]] = []
         self._traces: dict[int, AgentTrace] = {}
+        self._kv_bytes = 0
 
-    @property
-    def traces(self) -> list[AgentTrace]:
-        return [trace for _, trace in sorted(self._traces.items())]
-
-    @property
-    def is_final(self) -> bool:
-        """Whether it is the chain's last."""
-        return self.agents[-1] is self.chain.agents[-1]
-
-    def run(self) -> None:
+    def run(self) -> StageResult:
+        """Run the agents on the chain's own engine."""
         self.begin()
-        self.end()
+        self.execute(self._write)
+        return self.result()
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Get the memory and the prompts ready."""
-        self.memory = self._begin()
+    def begin(self, *, needs_cache: bool = True) -> None:
+        """Prepare the cache that the agents extend, unless it is not needed here, and the token ids that they read."""
+        if needs_cache:
+            self.state.cache = self._begin_cache()
         self.ids = [
-            [row.pending + ids for ids in prompts] for row, prompts in zip(self.rows, self.prompts, strict=True)
+            [carried + ids for ids in prompts]
+            for carried, prompts in zip(self.state.carried_token, self.prompts, strict=True)
         ]
-        for row in self.rows:
-            row.pending = []
-        for number, tally in enumerate(self.tallies):
-            tally.read += sum(len(ids[number]) for ids in self.ids)
+        self.state.carried_token = [[] for _ in self.prompts]
+        for number, metrics in enumerate(self.metrics):
+            metrics.shared_tokens += sum(len(ids[number]) for ids in self.ids)
 
     @torch.no_grad()
-    def end(self) -> None:
-        """Let the agents work, and leave the memory to the next stage."""
-        self._go_on()
-        for row, sayings in zip(self.rows, self.sayings, strict=True):
-            for number in range(len(self.agents)):
-                said = sayings[number]
-                assert said.turn is not None
-                row.turns.append(said.turn)
-                row.notes += said.notes
-                row.fed += said.fed
-
-    def _go_on(self) -> None:
-        done = [self.plan.shared if self.number == 0 else 0] * len(self.rows)
+    def execute(self, write: WriteTexts) -> None:
+        """Let the agents extend the cache; those that write, by `write`."""
         if self.stage.parallel:
-            self._side_by_side(done)
+            self._run_parallel(write)
         else:
-            assert self.memory is not None
-            self._work(self.memory, [0], done)
-            self.memory.name_segments(self.agents[0].name)
-            self.caches = [self.memory]
+            assert self.state.cache is not None
+            self._run_agents(self.state.cache, [0], write)
+            self.state.cache.name_segments(self.agents[0].name)
 
-    # ---- the memory before -----------------------------------------------------------------------------------------
+    def result(self) -> StageResult:
+        """Return the result, once the agents are done."""
+        outputs = [[of[number] for number in range(len(self.agents))] for of in self.outputs]
+        if self.setup.records_inputs:
+            for q, of in enumerate(outputs):
+                inputs = self.slot_inputs(q)
+                for ids, output in zip(self.ids[q], of, strict=True):
+                    inputs += [*ids[self.cached_len[q] :], *output.slot_inputs]
+                self.state.slot_inputs[q] = inputs
+        if self.state.cache is not None:
+            self._kv_bytes = self.state.cache.kv_bytes
+        for metrics in self.metrics:
+            metrics.kv_bytes = self._kv_bytes
+        traces = [trace for _, trace in sorted(self._traces.items())]
+        return StageResult(self.state, outputs, self.metrics, traces, self.warnings)
 
-    def _begin(self) -> LatentCache | None:
-        """The memory that the agents go on from, with room for what they add."""
-        memory, self.whole.memory = self.whole.memory, None
+    def slot_inputs(self, q: int) -> list[SlotInput]:
+        """Return the inputs of a question's slots that are in the cache before the agents' own parts."""
+        return [*self.state.slot_inputs[q], *self.ids[q][0][: self.cached_len[q]]]
+
+    # ---- the cache as the stage begins -----------------------------------------------------------------------------
+
+    def _begin_cache(self) -> LatentCache:
+        """Return the cache that the agents extend, with room for what they add."""
+        cache, self.state.cache = self.state.cache, None
         capacity = self.plan.capacity(self.number)
-        if memory is not None:
-            self._hand_over(memory)
-            if not self.load.crosses:
-                memory.rebase(self.seat.model)
-                return memory
-            segments, lengths = memory.segments, memory.lengths
-            del memory  # one model's memory is free before there is the other's
-            fed = [row.fed for row in self.rows]
-            crossed, seconds = replay(self.seat, fed, capacity, self.chain.engine, self.chain.weights)
-            crossed.segments = segments
-            self.prefill_seconds += seconds
-            self.tallies[0].computed += int(lengths.sum())
-            self.tallies[0].read += int(lengths.sum())
-            return crossed
-        if not self.plan.shared:
-            return LatentCache.for_model(self.seat.architecture, len(self.rows), capacity)
-        shared = self.prompts[0][0][: self.plan.shared]
-        first = LatentCache.for_model(self.seat.architecture, 1, len(shared))
-        self._extend(first, [shared], "prompt")
-        self.tallies[0].computed += len(shared)
-        for row in self.rows:
-            self._feed(row.fed, shared)
-        return first.fork_rows(len(self.rows), capacity)
+        if cache is None:
+            return self._new_cache(capacity)
+        self._cut(cache)
+        if not self.tokens.recomputes:
+            cache.rebase(self.context.model)
+            return cache
+        segments, slots = cache.segments, int(cache.lengths.sum())
+        del cache  # the buffer of one model is freed before that of the other is allocated
+        recomputed, seconds = recompute_cache(self.context, self.state.slot_inputs, capacity)
+        recomputed.segments = segments
+        self.add_seconds(prefill=seconds)
+        self.metrics[0].prompt_tokens += slots
+        return recomputed
 
-    def _hand_over(self, memory: LatentCache) -> None:
-        """Cut out what the agents do not get, and the oldest of what the budget has no room for."""
-        what, batch, width = self.stage.memory, len(self.rows), int(memory.lengths.max())
-        in_use = torch.arange(width) < memory.lengths[:, None]
+    def _new_cache(self, capacity: int) -> LatentCache:
+        """Return an empty cache, or one with the tokens that the prompts of all questions begin with."""
+        architecture, shared = self.context.architecture, self.plan.shared
+        if not shared:
+            return LatentCache.for_model(architecture, len(self.prompts), capacity)
+        ids = self.prompts[0][0][:shared]
+        first = LatentCache.for_model(architecture, 1, shared)
+        self.extend(first, [ids], "prompt")
+        self._count_computed(0, shared)
+        self.cached_len = [shared] * len(self.prompts)
+        return first.fork_rows(len(self.prompts), capacity)
+
+    def _cut(self, cache: LatentCache) -> None:
+        """Cut out the slots that the agents do not get, and the oldest of those that the budget leaves no room for. This
+        modifies the cache."""
+        policy, batch, width = self.stage.memory_policy, len(self.prompts), int(cache.lengths.max())
+        in_use = torch.arange(width) < cache.lengths[:, None]
         kept = in_use.clone()
-        if what.agents == "last":
-            before = self.plan.loads[self.number - 1].stage
+        if policy.agents == "last":
+            before = self.plan.stages[self.number - 1].stage
             names = {before.names, *(agent.name for agent in before.agents)}
-            kept &= mask_of([s for s in memory.segments if s.agent in names], batch, width)
-        if what.kinds == "latent":
-            kept &= mask_of([s for s in memory.segments if s.kind == "latent"], batch, width)
-        kept[:, :SINK] = True
-        for q, row in enumerate(self.rows):
-            most = width if what.slots is None else what.slots
+            kept &= mask_of([s for s in cache.segments if s.agent in names], batch, width)
+        if policy.kinds == "latent":
+            kept &= mask_of([s for s in cache.segments if s.kind == "latent"], batch, width)
+        kept[:, :SINK_SLOTS] = True
+        for q, carried in enumerate(self.state.carried_token):
+            most = width if policy.slots is None else policy.slots
             if self.plan.limit is not None:
-                most = min(most, self.plan.limit - self.load.of(q) + self.load.pending - len(row.pending))
-            kept[q, SINK:] &= kept[q, SINK:].flip(0).cumsum(0).flip(0) <= most - SINK
-            # What is not tracked is empty, and a row may be shorter than the longest.
-            row.fed = [fed for fed, keep in zip(row.fed, kept[q].tolist(), strict=False) if keep]
+                most = min(most, self.plan.limit - self.tokens.total(q) + self.tokens.carried - len(carried))
+            kept[q, SINK_SLOTS:] &= kept[q, SINK_SLOTS:].flip(0).cumsum(0).flip(0) <= most - SINK_SLOTS
+            # Inputs that are not recorded are an empty list, and a row may be shorter than the longest.
+            inputs = zip(self.state.slot_inputs[q], kept[q].tolist(), strict=False)
+            self.state.slot_inputs[q] = [slot for slot, keep in inputs if keep]
         if not torch.equal(kept, in_use):
-            memory.keep(kept)
+            cache.keep(kept)
 
-    def _extend(self, cache: LatentCache, ids: list[list[int]], kind: Kind) -> None:
-        """Feed tokens that no agent thinks or writes behind yet; rows may have none."""
-        runner = open_engine(self.chain.engine, self.seat.model, self.seat.architecture, weights=self.chain.weights)
-        tokens, mask = padded(ids, self.seat.architecture.device)
-        start, lap = cache.lengths, Laps()
-        with cache.transaction():
-            runner.extend(cache, Prompt(mask.sum(1).cpu(), tokens), logits=False)
-        if tokens.is_cuda:
-            torch.cuda.synchronize(tokens.device)
-        cache.add_segment(kind, start)
-        self.prefill_seconds += lap()
+    # ---- parallel agents -------------------------------------------------------------------------------------------
 
-    # ---- side by side ----------------------------------------------------------------------------------------------
-
-    def _side_by_side(self, done: list[int]) -> None:
-        """Let several agents go on from the memory and put what they add behind each other."""
-        memory = self.memory
-        assert memory is not None
-        beginnings = [
-            ids[0][start : len(ids[0]) - len(prompts[0]) + length]
-            for ids, prompts, length, start in zip(self.ids, self.prompts, self.load.common, done, strict=True)
-        ]
-        if any(beginnings):
-            self._extend(memory, beginnings, "prompt")
-            self.tallies[0].computed += sum(map(len, beginnings))
-            for q, beginning in enumerate(beginnings):
-                self._feed(self.rows[q].fed, beginning)
-                done[q] += len(beginning)
-        memory.name_segments(self.stage.names)
-        base = memory.lengths.clone()
-        groups: dict[int, tuple[LatentCache, int, int]] = {}
-        for agents in side_by_side(self.agents):
-            group = memory.fork_rows(len(agents), self.plan.group_capacity(self.number, agents))
-            self._work(group, agents, done)
-            self.caches.append(group)
+    def _run_parallel(self, write: WriteTexts) -> None:
+        """Let agents extend forks of the cache, and put what they add behind each other."""
+        cache = self.state.cache
+        assert cache is not None
+        self._read_common(cache)
+        cache.name_segments(self.stage.names)
+        base = cache.lengths.clone()
+        groups: dict[int, tuple[LatentCache, list[int]]] = {}
+        for agents in group_calls(self.agents):
+            group = cache.fork_rows(len(agents), self.plan.group_capacity(self.number, agents))
+            self._run_agents(group, agents, write)
+            self._kv_bytes += group.kv_bytes
             for place, number in enumerate(agents):
-                groups[number] = group, place, len(agents)
-        del memory
-        self.memory = None  # free before there is the merged one
+                groups[number] = group, list(range(place, group.batch_size, len(agents)))
+        del cache
+        self.state.cache = None  # freed before the merged one is allocated
         if self.last:
             return
-        parts = []
-        for number, agent in enumerate(self.agents):
-            group, place, count = groups[number]
-            rows = [q * count + place for q in range(len(self.rows))]
-            parts.append(group.part(rows, base if number else None, agent.name))
-        self.memory = LatentCache.concat(parts, self.seat.model, capacity=self.plan.capacity(self.number, merged=True))
-        self.caches = [self.memory]
+        parts = [
+            groups[number][0].part(groups[number][1], base if number else None, agent.name)
+            for number, agent in enumerate(self.agents)
+        ]
+        capacity = self.plan.capacity(self.number, merged=True)
+        self.state.cache = LatentCache.concat(parts, self.context.model, capacity=capacity)
 
-    # ---- thinking and writing --------------------------------------------------------------------------------------
+    def _read_common(self, cache: LatentCache) -> None:
+        """Read the tokens that the prompts of all agents begin with. This modifies the cache."""
+        common = [
+            ids[0][start : len(ids[0]) - len(prompts[0]) + length]
+            for ids, prompts, length, start in zip(
+                self.ids, self.prompts, self.tokens.common, self.cached_len, strict=True
+            )
+        ]
+        if not any(common):
+            return
+        self.extend(cache, common, "prompt")
+        self._count_computed(0, sum(map(len, common)))
+        self.cached_len = [start + len(ids) for start, ids in zip(self.cached_len, common, strict=True)]
 
-    def _work(self, cache: LatentCache, numbers: list[int], done: list[int]) -> None:
-        """Let agents, by number, go on in a cache with a row for each question and each of them."""
-        ids = [self.ids[q][number][done[q] :] for q in range(len(self.rows)) for number in numbers]
+    # ---- latent steps and texts ------------------------------------------------------------------------------------
+
+    def _run_agents(self, cache: LatentCache, numbers: list[int], write: WriteTexts) -> None:
+        """Let agents, by index, extend a cache with a row for each question and each of them."""
+        ids = [self.ids[q][number][start:] for q, start in enumerate(self.cached_len) for number in numbers]
         for place, number in enumerate(numbers):
-            self.tallies[number].computed += sum(map(len, ids[place :: len(numbers)]))
+            self._count_computed(number, sum(map(len, ids[place :: len(numbers)])))
         if self.agents[numbers[0]].thinks:
-            self._think(cache, numbers, ids)
+            self._run_latent(cache, numbers, ids)
         else:
-            self._write(cache, numbers, ids)
+            write(cache, numbers, ids)
 
-    def _teller(self, numbers: list[int]) -> Teller:
-        """For these agents; has told that they begin."""
-        agents, before = [self.agents[number] for number in numbers], len(self.whole.metrics) + 1
-        progress = Progress(
-            agents[0], before + numbers[0], len(self.chain.agents), 0,
-            beside=tuple(agents[1:]), others=tuple(before + number for number in numbers[1:]),
-        )  # fmt: skip
-        tell = Teller(self.whole.on_progress, progress)
-        tell(0)
-        return tell
-
-    def _think(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
-        assert self.seat.aligner is not None
-        tell = self._teller(numbers)
-        tokens, mask = padded(ids, self.seat.architecture.device)
+    def _run_latent(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
+        context, top_k = self.context, self.options.trace
+        assert context.aligner is not None
+        report = self.report_begin(numbers)
+        tokens, mask = padded(ids, context.architecture.device)
         steps = [self.agents[number].latent_steps or 0 for number in numbers]
-        others = list(self.seat.across)
-        thought = latent_generate(
-            self.seat.model, tokens, mask, latent_steps=steps * len(self.rows) if len(set(steps)) > 1 else steps[0],
-            settle=self.agents[numbers[0]].settle, past_key_values=cache.donate(), aligner=self.seat.aligner,
-            engine=self.chain.engine, weights=self.chain.weights, on_step=tell.think,
-            output_states=self.whole.trace is not None, cross=list(self.seat.across.values()),
+        targets = dict(context.target_aligners)
+        output = latent_generate(
+            context.model, tokens, mask, latent_steps=steps * len(self.prompts) if len(set(steps)) > 1 else steps[0],
+            settle=self.agents[numbers[0]].settle, past_key_values=cache.donate(), aligner=context.aligner,
+            engine=context.engine, weights=context.weights, on_step=report.on_latent_step,
+            output_states=top_k is not None, cross=list(targets.values()),
         )  # fmt: skip
-        self._count(numbers, thought.metrics)
+        self.add_seconds(numbers, output.metrics.prefill_seconds, latent=output.metrics.latent_seconds)
         for place, number in enumerate(numbers):
-            mine = slice(place, None, len(numbers))
-            self.tallies[number].latent_steps += sum(thought.latent_steps[mine])
-            self.tallies[number].steps += max(thought.latent_steps[mine])
-            if self.whole.trace is not None and steps[place]:
-                trace = trace_of(self.seat.model, _rows_of(thought, mine), top_k=self.whole.trace)
-                self._traces[number] = AgentTrace(self.agents[number].name, trace, self.seat.tokenizer)
-        for r, taken in enumerate(thought.latent_steps):
-            q, number = r // len(numbers), numbers[r % len(numbers)]
-            saying = self.sayings[q][number]
-            saying.turn = Turn(self.agents[number].name, len(self.ids[q][number]), latent_steps=taken)
-            self._feed(saying.fed, ids[r])
-            if self.chain.tracks:
-                known = {
-                    self.seat.name: thought.latents[r],
-                    **dict(zip(others, (c[r] for c in thought.crossed), strict=True)),
-                }
-                saying.fed += [{name: states[step] for name, states in known.items()} for step in range(taken)]
+            rows = slice(place, None, len(numbers))
+            self.metrics[number].latent_steps += sum(output.latent_steps[rows])
+            self.metrics[number].steps += max(output.latent_steps[rows])
+            if top_k is not None and steps[place]:
+                assert output.states is not None
+                own = replace(
+                    output,
+                    latents=output.latents[rows],
+                    states=output.states[rows],
+                    latent_steps=output.latent_steps[rows],
+                )
+                trace = trace_of(context.model, own, top_k=top_k)
+                self._traces[number] = AgentTrace(self.agents[number].name, trace, context.tokenizer)
+        for r, taken in enumerate(output.latent_steps):
+            q, number = question_and_agent(r, numbers)
+            turn = AgentTurn(self.agents[number].name, len(self.ids[q][number]), latent_steps=taken)
+            self.outputs[q][number] = AgentOutput(turn)
+            if self.setup.records_inputs:
+                embeds = {context.name: output.latents, **dict(zip(targets, output.crossed, strict=True))}
+                latents = [{name: rows[r, step] for name, rows in embeds.items()} for step in range(taken)]
+                self.outputs[q][number].slot_inputs += latents
 
     def _write(self, cache: LatentCache, numbers: list[int], ids: list[list[int]]) -> None:
-        tell = self._teller(numbers)
-        tokens, mask = padded(ids, self.seat.architecture.device)
-        limit = self.agents[numbers[0]].max_new_tokens
+        """Write texts on the chain's own engine."""
+        report = self.report_begin(numbers)
+        tokens, mask = padded(ids, self.context.architecture.device)
+        temperature, limit = self.options.temperature, self.agents[numbers[0]].max_new_tokens
         assert limit is not None
-        said = generate(
-            self.seat.model, tokens, mask, past_key_values=cache.donate(), max_new_tokens=limit,
-            do_sample=self.whole.temperature > 0, temperature=self.whole.temperature or 1.0, top_k=None, top_p=self.whole.top_p,
-            eos_token_id=self.ends, streamer=tell, engine=self.chain.engine, weights=self.chain.weights,
+        output = generate(
+            self.context.model, tokens, mask, past_key_values=cache.donate(), max_new_tokens=limit,
+            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=None, top_p=self.options.top_p,
+            eos_token_id=self.end_ids, streamer=report, engine=self.context.engine, weights=self.context.weights,
         )  # fmt: skip
-        self._count(numbers, said.metrics)
-        unfed = []
-        for r, (new, reason) in enumerate(zip(said.new_tokens, said.finish_reasons, strict=True)):
-            q, number = r // len(numbers), numbers[r % len(numbers)]
-            text = said.sequences[r, tokens.shape[1] : tokens.shape[1] + new].tolist()
-            self._take_text(q, number, text, reason)
-            unfed.append(text[-1:] if self._followed(number) else [])
-            self._feed(self.sayings[q][number].fed, [*ids[r], *text[:-1], *unfed[-1]])
-        if any(unfed):
-            self._extend(cache, unfed, "text")
+        self.add_seconds(numbers, output.metrics.prefill_seconds, decode=output.metrics.decode_seconds)
+        missing = []
+        for r, (new, reason) in enumerate(zip(output.new_tokens, output.finish_reasons, strict=True)):
+            text = output.sequences[r, tokens.shape[1] : tokens.shape[1] + new].tolist()
+            q, number = question_and_agent(r, numbers)
+            kept = self.record_text(q, number, Completion(text, reason, len(ids[r])))
+            missing.append(kept[max(new - 1, 0) :])  # generate() does not feed the last token in
+        if any(missing):
+            self.extend(cache, missing, "text")
 
-    def _followed(self, number: int) -> bool:
-        """Whether another agent's part of the memory comes behind this one's: then its text goes in to the last token."""
-        return self.stage.parallel and not self.last and number + 1 < len(self.agents)
+    def record_text(self, q: int, number: int, text: Completion) -> list[int]:
+        """Record what an agent wrote for a question.
 
-    def _take_text(self, q: int, number: int, ids: list[int], reason: Literal["stop", "length"]) -> None:
-        """Count a text, and leave its last token to the next turn where nothing ended it."""
-        self.tallies[number].new_tokens += len(ids)
-        self.tallies[number].steps = max(self.tallies[number].steps, len(ids))
-        self._read_text(q, number, ids, reason)
-        if number + 1 == len(self.agents):
-            self.rows[q].pending = ids[-1:] if reason == "length" else []
-
-    def _read_text(self, q: int, number: int, ids: list[int], reason: Literal["stop", "length"]) -> None:
-        """Take down what an agent wrote."""
-        row, agent, saying = self.rows[q], self.agents[number], self.sayings[q][number]
-        own = without_end(ids, self.ends)
-        whole = self.seat.tokenizer.decode(own, skip_special_tokens=True).strip()
-        text = whole.rpartition("</think>")[2].strip()
-        note, handed = text, None
+        Returns:
+            The tokens of the text that belong into the cache: all where another agent's part comes behind them; all but the
+            last otherwise, which the next prompt brings where no end token closed the text.
+        """
+        agent, metrics, limit = self.agents[number], self.metrics[number], self.setup.max_note_tokens
+        metrics.new_tokens += len(text.ids)
+        metrics.steps = max(metrics.steps, len(text.ids))
+        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
+        note, count = spoken.rpartition("</think>")[2].strip(), None
         # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
-        limit = self.chain.max_note_tokens
-        if self.chain.is_read(agent) and len(ids) > limit:
-            note, count = cut_note(text, self.seat.tokenizer, limit)
-            if count is not None:
-                handed = limit
-                self.whole.warnings.append(
-                    f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
-                    f"max_note_tokens to hand on more (question: {row.question[:60]!r})"
-                )
-        saying.notes.append(Note(agent.name, note, agent.model))
-        saying.turn = Turn(
-            agent.name,
-            len(self.ids[q][number]),
-            new_tokens=len(ids),
-            text=whole,
-            finish_reason=reason,
-            handed_over=handed,
-        )
-        if number + 1 == len(self.agents):
-            row.text, row.finish_reason = text, reason
+        if self.setup.has_reader(agent) and len(text.ids) > limit:
+            note, count = truncate_note(note, self.context.tokenizer, limit)
+        if count is not None:
+            warning = (
+                f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
+                "max_note_tokens to hand on more"
+            )
+            self.warnings.append((q, warning))
+        turn = AgentTurn(
+            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=spoken, finish_reason=text.finish_reason,
+            truncated_to=None if count is None else limit,
+        )  # fmt: skip
+        final = number + 1 == len(self.agents)
+        if final:
+            self.state.carried_token[q] = text.ids[-1:] if text.finish_reason == "length" else []
+        kept = text.ids if self.stage.parallel and not self.last and not final else text.ids[:-1]
+        self.outputs[q][number] = AgentOutput(turn, Note(agent.name, note, agent.model), [*kept])
+        return kept
 
-    def _feed(self, fed: list[Fed], what: list[int]) -> None:
-        if self.chain.tracks:
-            fed += what
+    def extend(self, cache: LatentCache, ids: list[list[int]], kind: Kind) -> None:
+        """Feed tokens into a cache, per row, on behalf of all agents. This modifies the cache."""
+        self.add_seconds(prefill=self.context.extend(cache, ids, kind))
 
-    def _count(self, numbers: list[int], spent: Metrics) -> None:
-        for number in numbers:
-            seconds = self.tallies[number].seconds
-            for phase, taken in enumerate((spent.prefill_seconds, spent.latent_seconds, spent.decode_seconds)):
-                seconds[phase] += taken / len(numbers)
+    def report_begin(self, numbers: list[int]) -> ProgressReporter:
+        """Report that agents begin, and return the reporter of their steps."""
+        members = self.setup.agents
+        first, *others = (members.index(self.agents[number]) + 1 for number in numbers)
+        agent, *beside = (self.agents[number] for number in numbers)
+        progress = Progress(agent, first, len(members), 0, beside=tuple(beside), others=tuple(others))
+        report = ProgressReporter(self.options.on_progress, progress)
+        report(0)
+        return report
+
+    # ---- counting --------------------------------------------------------------------------------------------------
+
+    def _count_computed(self, number: int, tokens: int) -> None:
+        """Count tokens of an agent's prompts as computed for it; `begin` counted all of them as shared."""
+        self.metrics[number].prompt_tokens += tokens
+        self.metrics[number].shared_tokens -= tokens
+
+    def add_seconds(
+        self, numbers: list[int] | None = None, prefill: float = 0.0, latent: float = 0.0, decode: float = 0.0
+    ) -> None:
+        """Add seconds to agents by index, or to all, evenly."""
+        agents = self.metrics if numbers is None else [self.metrics[number] for number in numbers]
+        for metrics in agents:
+            metrics.prefill_seconds += prefill / len(agents)
+            metrics.latent_seconds += latent / len(agents)
+            metrics.decode_seconds += decode / len(agents)
 
 
-def _rows_of(thought: LatentOutput, rows: slice) -> LatentOutput:
-    assert thought.states is not None
-    return replace(
-        thought, latents=thought.latents[rows], states=thought.states[rows], latent_steps=thought.latent_steps[rows]
-    )
+def question_and_agent(row: int, numbers: list[int]) -> tuple[int, int]:
+    """Return the indices of a row's question and agent, in a cache with a row for each question and each of these agents."""
+    return row // len(numbers), numbers[row % len(numbers)]

@@ -1,7 +1,8 @@
-"""The order of a chain: who works at the same time, and who shares a memory with whom."""
+"""The order of a chain: which agents run at the same time, and which share a KV cache. And the rules of a chain."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MemoryPolicy
@@ -10,9 +11,9 @@ from latentmas_kernels.errors import LatentMASError
 
 @dataclass(frozen=True)
 class Stage:
-    """Agents that work at the same time: one, or several side by side, each going on from the same memory.
+    """Agents that run at the same time: one, or several in parallel, each extending the same cache.
 
-    What they have in common is checked by `stretches_of`.
+    `check_chain` makes sure that they agree in what a stage has one of: memory policy, model, and whether they read notes.
     """
 
     agents: tuple[Agent, ...]
@@ -23,7 +24,7 @@ class Stage:
 
     @property
     def writes(self) -> bool:
-        """Whether one of the agents does."""
+        """Whether an agent of the stage writes text."""
         return not all(agent.thinks for agent in self.agents)
 
     @property
@@ -31,8 +32,8 @@ class Stage:
         return self.agents[0].reads_notes
 
     @property
-    def memory(self) -> MemoryPolicy:
-        """What the agents get of the memory before them."""
+    def memory_policy(self) -> MemoryPolicy:
+        """What the agents get of the cache before them."""
         return self.agents[0].memory
 
     @property
@@ -44,74 +45,138 @@ class Stage:
         return " + ".join(agent.name for agent in self.agents)
 
 
-Stretch = list[Stage]
-"""Stages that share a memory: it begins with the first of them and is gone behind the last."""
+Context = list[Stage]
+"""Stages that share a KV cache: the first of them starts it, and it is freed after the last."""
 
 
-def stretches_of(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stretch]:
-    """The stages of a chain, cut where one reads notes and so begins a new memory.
+@dataclass(frozen=True)
+class ChainFault:
+    """A rule that a chain breaks.
+
+    Attributes:
+        agent: index of the agent at fault, counted through all stages; None where there is no such agent.
+        field: the field of that `Agent` at fault; None where it is none in particular.
+        message: what was found, and what to do about it.
+    """
+
+    agent: int | None
+    field: str | None
+    message: str
+
+
+def to_stages(agents: Sequence[Agent | Sequence[Agent]]) -> list[Stage]:
+    """Return the stages of a chain; agents in a list of their own run in parallel."""
+    return [Stage((entry,) if isinstance(entry, Agent) else tuple(entry)) for entry in agents]
+
+
+def split_contexts(agents: Sequence[Agent | Sequence[Agent]]) -> list[Context]:
+    """Return the stages of a chain, grouped by the cache that they share: a stage that reads notes starts a new one.
 
     Raises:
-        ValueError: where the agents make no chain.
+        LatentMASError: for the first of `check_chain`'s faults.
     """
-    stages = [Stage((entry,) if isinstance(entry, Agent) else tuple(entry)) for entry in agents]
-    for stage in stages:
-        _check_stage(stage)
-    names = [agent.name for stage in stages for agent in stage.agents]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise LatentMASError(
-            f"every agent needs a name of its own, by which its memory is found; got more than one {twice[0]!r}"
+    for fault in check_chain(agents):
+        raise LatentMASError(fault.message)
+    contexts: list[Context] = [[]]
+    for stage in to_stages(agents):
+        if stage.reads_notes:
+            contexts.append([])
+        contexts[-1].append(stage)
+    return contexts
+
+
+def check_chain(agents: Sequence[Agent | Sequence[Agent]]) -> list[ChainFault]:
+    """Return the rules that the agents break, most basic first; none where they make a chain."""
+    stages = to_stages(agents)
+    faults = [
+        ChainFault(None, None, "a group of agents that work side by side needs one agent or more; got none")
+        for stage in stages
+        if not stage.agents
+    ]
+    stages = [stage for stage in stages if stage.agents]
+    starts = list(accumulate((len(stage.agents) for stage in stages), initial=0))[:-1]
+    members = [agent for stage in stages for agent in stage.agents]
+    for start, stage in zip(starts, stages, strict=True):
+        faults += _check_stage(start, stage)
+    faults += _check_repeated_names(members)
+    faults += _check_last(stages)
+    faults += _check_question(members)
+    faults += _check_group_names(stages, members)
+    faults += _check_notes(starts, stages)
+    return faults
+
+
+def _check_stage(start: int, stage: Stage) -> Iterator[ChainFault]:
+    first = stage.agents[0]
+    for number, agent in enumerate(stage.agents[1:], start + 1):
+        for field, rule, one, other in (
+            ("model", "run on the same model", first.model, agent.model),
+            ("memory", "get the same memory", first.memory, agent.memory),
+            ("prompt", "all read {notes}, or none of them", first.reads_notes, agent.reads_notes),
+        ):
+            if one != other:
+                message = f"agents side by side {rule}; got {one!r} for {first.name!r} and {other!r} for {agent.name!r}"
+                yield ChainFault(number, field, message)
+
+
+def _check_repeated_names(members: Sequence[Agent]) -> list[ChainFault]:
+    names = [agent.name for agent in members]
+    return [
+        ChainFault(
+            number,
+            "name",
+            f"every agent needs a name of its own, by which its memory is found; got more than one {name!r}",
         )
-    if not stages or stages[-1].parallel or stages[-1].agents[0].thinks:
-        raise LatentMASError(
-            "a chain ends with an agent that writes (max_new_tokens); got "
-            + (f"{stages[-1].names!r}, which thinks" if stages and not stages[-1].parallel else "")
-            + (f"{stages[-1].names!r}, side by side" if stages and stages[-1].parallel else "")
-            + ("" if stages else "no agents")
+        for name, number in sorted((name, number) for number, name in enumerate(names) if name in names[:number])
+    ]
+
+
+def _check_last(stages: Sequence[Stage]) -> Iterator[ChainFault]:
+    rule = "a chain ends with an agent that writes (max_new_tokens); got"
+    last = sum(len(stage.agents) for stage in stages) - 1
+    if not stages:
+        yield ChainFault(None, None, f"{rule} no agents")
+    elif stages[-1].parallel:
+        yield ChainFault(last, None, f"{rule} {stages[-1].names!r}, side by side")
+    elif stages[-1].agents[0].thinks:
+        yield ChainFault(last, "latent_steps", f"{rule} {stages[-1].names!r}, which thinks")
+
+
+def _check_question(members: Sequence[Agent]) -> Iterator[ChainFault]:
+    if members and not any(agent.reads_question for agent in members):
+        # Most likely the question was meant to be where it is written literally.
+        literal = (number for number, agent in enumerate(members) if "{{question}}" in agent.prompt)
+        names = ", ".join(repr(agent.name) for agent in members)
+        yield ChainFault(
+            next(literal, 0),
+            "prompt",
+            f"nobody gets the question: no agent of {names} has {{question}} in its prompt; put it into one or more "
+            "({{question}} is the text {question})",
         )
-    if not any(agent.reads_question for stage in stages for agent in stage.agents):
-        raise LatentMASError(
-            f"nobody gets the question: no agent of {', '.join(map(repr, names))} has {{question}} in its prompt; put it into "
-            "one or more ({{question}} is the text {question})"
-        )
-    joined = next((stage.names for stage in stages if stage.parallel and stage.names in names), None)
-    if joined is not None:
-        raise LatentMASError(
-            f"no agent may be called {joined!r}, as what those agents side by side read together is called; give it "
-            "another name"
-        )
-    stretches: list[Stretch] = []
-    for stage in stages:
-        if not stage.reads_notes:
-            if not stretches:
-                stretches.append([])
-            stretches[-1].append(stage)
-            continue
-        if not stretches:
-            raise LatentMASError(f"agent {stage.agents[0].name!r} reads {{notes}}, but nobody wrote any before it")
-        thinker = next((agent for agent in stretches[-1][-1].agents if agent.thinks), None)
-        if thinker is not None:
-            raise LatentMASError(
+
+
+def _check_group_names(stages: Sequence[Stage], members: Sequence[Agent]) -> Iterator[ChainFault]:
+    groups = {stage.names for stage in stages if stage.parallel}
+    for number, agent in enumerate(members):
+        if agent.name in groups:
+            message = (
+                f"no agent may be called {agent.name!r}, as what those agents side by side read together is called; give it "
+                "another name"
+            )
+            yield ChainFault(number, "name", message)
+
+
+def _check_notes(starts: Sequence[int], stages: Sequence[Stage]) -> Iterator[ChainFault]:
+    if stages and stages[0].reads_notes:
+        name = stages[0].agents[0].name
+        message = f"agent {name!r} reads {{notes}}, but nobody wrote any before it; put an agent that writes before it"
+        yield ChainFault(0, "prompt", message)
+    for start, (before, stage) in zip(starts[1:], pairwise(stages), strict=True):
+        thinker = next((agent for agent in before.agents if agent.thinks), None)
+        if stage.reads_notes and thinker is not None:
+            message = (
                 f"agent {stage.agents[0].name!r} reads {{notes}} and so begins a new memory, in which the thoughts of "
                 f"{thinker.name!r} before it would be lost; take {{notes}} out of its prompt to go on from them, or "
                 "let an agent that writes come between"
             )
-        stretches.append([stage])
-    return stretches
-
-
-def _check_stage(stage: Stage) -> None:
-    if not stage.agents:
-        raise LatentMASError("a group of agents that work side by side needs one agent or more; got none")
-    first = stage.agents[0]
-    for agent in stage.agents[1:]:
-        for what, one, other in (
-            ("run on the same model", first.model, agent.model),
-            ("get the same memory", first.memory, agent.memory),
-            ("all read {notes}, or none of them", first.reads_notes, agent.reads_notes),
-        ):
-            if one != other:
-                raise LatentMASError(
-                    f"agents side by side {what}; got {one!r} for {first.name!r} and {other!r} for {agent.name!r}"
-                )
+            yield ChainFault(start, "prompt", message)

@@ -1,35 +1,35 @@
-"""Questions in batches through a chain: shown while they run, kept as soon as they are answered."""
+"""Run questions in batches: progress is shown, and results are written as soon as a batch is answered."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from latentmas.chain.chain import Chain
 from latentmas.chain.results import Answer, ChainResult
+from latentmas.cli.console import err
 from latentmas.cli.live_view import Display
 from latentmas.cli.questions import Question
 from latentmas.cli.results_file import ResultsFile
-from latentmas.cli.trace_file import TOP_K, TraceFile
+from latentmas.cli.run_config import RunConfig
+from latentmas.cli.trace_view import TOP_K, TraceFile
 from latentmas_kernels.errors import LatentMASError
 
 
 def questions_that_fit(chain: Chain, questions: Sequence[Question]) -> tuple[list[Question], list[str]]:
-    """The questions that the chain can run, and what is wrong with each of the others."""
+    """Return the questions that the chain can run, and what is wrong with each of the others."""
     fit, faults = [], []
     for question in questions:
         try:
             chain.check(question.text)
             fit.append(question)
-        except ValueError as error:
+        except LatentMASError as error:
             faults.append(f"question {question.number}: {error}")
     return fit, faults
 
 
 def most_kv_bytes(chain: Chain, questions: Sequence[Question], batch_size: int) -> int:
-    """Bytes that keys and values may come to take, of the batch that needs the most; ValueError where one has no room."""
+    """Return the bytes of keys and values of the batch that needs the most; raise LatentMASError where one does not fit."""
     starts = range(0, len(questions), batch_size)
     return max(chain.kv_bytes([q.text for q in questions[start : start + batch_size]]) for start in starts)
 
@@ -37,33 +37,31 @@ def most_kv_bytes(chain: Chain, questions: Sequence[Question], batch_size: int) 
 def run_batches(
     chain: Chain,
     questions: Sequence[Question],
-    *,
-    batch_size: int,
-    seed: int,
-    temperature: float,
-    top_p: float,
-    console: Console,
+    config: RunConfig,
     output: ResultsFile | None,
     traced: TraceFile | None = None,
 ) -> Iterator[tuple[Sequence[Question], ChainResult]]:
-    """Run the questions in their order; gives each batch with its result, once that is written to the output (and what it
-    thought to the trace).
+    """Run the questions in their order; yield each batch with its result, once that is written to the output (and what its
+    agents thought to the trace).
 
     Raises:
-        ValueError: where a batch does not fit the memory, or as Chain.run().
+        LatentMASError: where a batch does not fit the memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
-    speakers = {name: (seat.tokenizer, seat.end_ids) for name, seat in chain.seats.items()}
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
+    tokenizers = {name: (context.tokenizer, context.end_ids) for name, context in chain.setup.model_contexts.items()}
+    for start in range(0, len(questions), config.batch_size):
+        batch = questions[start : start + config.batch_size]
         # By the question, so that a run that goes on draws what it would have drawn.
-        torch.manual_seed(seed + batch[0].number)
-        with Display(console, *speakers[None], _title(batch, start, len(questions)), speakers) as display:
+        torch.manual_seed(config.seed + batch[0].number)
+        with Display(err, tokenizers, _title(batch, start, len(questions))) as display:
             try:
                 result = chain.run(
-                    [question.text for question in batch], temperature=temperature, top_p=top_p, on_progress=display,
+                    [question.text for question in batch],
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    on_progress=display,
                     trace=None if traced is None else TOP_K,
-                )  # fmt: skip
+                )
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -79,7 +77,7 @@ def run_batches(
 
 
 def records(batch: Sequence[Question], result: ChainResult) -> list[dict[str, Any]]:
-    """One JSON-able result per question; the seconds are those of its whole batch."""
+    """Return a result per question as `json.dumps` takes it; the seconds are those of its whole batch."""
     return [
         {
             "number": question.number,
@@ -93,7 +91,7 @@ def records(batch: Sequence[Question], result: ChainResult) -> list[dict[str, An
 
 
 def _record(answer: Answer) -> dict[str, Any]:
-    record = asdict(answer)
+    record = answer.to_dict()
     record["answer"] = record.pop("text")
     return record
 

@@ -1,15 +1,19 @@
-"""Where the command line prints: text as it is, but for what would steer the terminal, and pipes that may close."""
+"""Consoles of the command line: text as it is, control characters made visible, pipes that may close."""
 
 import functools
+import io
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from latentmas.characters import visible
 
@@ -47,6 +51,34 @@ class Terminal(Console):
             raise SystemExit(0)
 
 
+out, err = Terminal(), Terminal(stderr=True)
+
+
+def warn(message: str) -> None:
+    err.print(Text("warning: ", "yellow").append(visible(message), "none"), soft_wrap=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and end with exit code 2."""
+    err.print(Text("error: ", "bold red").append(visible(message), "not bold default"), soft_wrap=True)
+    sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Print only our own words, as far as the terminal has their letters: libraries are silent, warnings one line each."""
+    # transformers takes long to import; --help answers before that.
+    import huggingface_hub
+    import transformers
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    warnings.showwarning = lambda message, *rest, **more: warn(str(message))
+
+
 def print_whole(console: Console, table: Table) -> None:
     """Print a table; where it does not go to a terminal, as wide as it is, with nothing cut or folded."""
     if not console.is_terminal:
@@ -60,14 +92,14 @@ def print_json(console: Console, document: Any) -> None:
 
 @contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
-    """Show that something goes on, and silence the progress bars of libraries, which would be drawn over it."""
+    """Show a text while the block runs, and silence the progress bars of libraries, which would be drawn over it."""
     with console.status(visible(text)), without_bars():
         yield
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Inside the block tqdm draws nothing, whoever calls it: not all libraries ask whether they may."""
+    """Silence tqdm inside the block, whoever calls it: not all libraries have an option for it."""
     from tqdm.std import tqdm
 
     before = tqdm.__init__

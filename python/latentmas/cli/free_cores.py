@@ -1,4 +1,4 @@
-"""Whether other processes leave the cores that the threads of a run need."""
+"""A warning where other processes keep the cores busy that the threads of a run need."""
 
 import os
 import time
@@ -10,7 +10,7 @@ SECONDS = 1.0
 
 
 class OtherProcesses:
-    """What other processes have used, since this object was made, of the cores that this process may run on."""
+    """The time that other processes use, from now on, of the cores that this process may run on."""
 
     def __init__(self) -> None:
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(psutil.cpu_count() or 1)
@@ -18,7 +18,7 @@ class OtherProcesses:
         self._began = self._clocks()
 
     def cores(self) -> float:
-        """Cores that they kept busy: measured, and at most the load average, which a short burst does not raise.
+        """Return the cores that they kept busy: measured, and at most the load average, which a short burst does not raise.
 
         The load average alone counts what this process did, and for a minute what one before it did.
         """
@@ -28,7 +28,7 @@ class OtherProcesses:
         return max(0.0, min((busy - own) / elapsed, psutil.getloadavg()[0]))
 
     def warning(self, threads: int) -> str | None:
-        """One line where a run on so many threads has to share cores; None where there are enough."""
+        """Return one line where a run on so many threads has to share cores; None where there are enough."""
         cores = len(self._allowed)
         others = self.cores()
         free = cores - others
@@ -41,7 +41,7 @@ class OtherProcesses:
         )
 
     def _clocks(self) -> tuple[float, float, float]:
-        """Seconds: of the wall clock, of the allowed cores at work, and of this process and its children at work."""
+        """Return seconds: of the wall clock, of the allowed cores at work, and of this process and its children at work."""
         idle = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice already
         cores = [times._asdict() for times in psutil.cpu_times(percpu=True)]
         busy = sum(

@@ -1,4 +1,4 @@
-"""What is seen while a chain runs: a live view on a terminal, plain lines elsewhere. All of it on standard error."""
+"""The progress of a chain while it runs: a live view on a terminal, plain lines elsewhere. All of it on standard error."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,31 +16,23 @@ TEXT_LINES = 8
 
 
 class Display:
-    """Follows one batch. A context manager; leaves nothing behind on a terminal.
+    """The progress of one batch. A context manager; leaves nothing behind on a terminal.
 
     Everything happens in the thread that runs the chain: tokenizers are not made for several, and a view that is drawn
     now and then takes less than one step in twenty.
     """
 
     def __init__(
-        self,
-        console: Console,
-        tokenizer: Any,
-        end_ids: Sequence[int],
-        title: str,
-        others: Mapping[str | None, tuple[Any, Sequence[int]]] | None = None,
+        self, console: Console, tokenizers: Mapping[str | None, tuple[Any, Sequence[int]]], title: str
     ) -> None:
         """
         Args:
             console: where to write.
-            tokenizer: shows the text of the batch's first row as it comes.
-            end_ids: tokens that end a row.
+            tokenizers: tokenizer, for the text of the batch's first row, and tokens that end a row, by the names of agents'
+                models; None is the chain's own.
             title: what the batch is.
-            others: tokenizer and end tokens of agents on other models, by the models' names.
         """
-        self.console, self.title = console, visible(title)
-        self.speakers: dict[str | None, tuple[Any, Sequence[int]]] = {None: (tokenizer, end_ids)}
-        self.speakers.update(others or {})
+        self.console, self.tokenizers, self.title = console, tokenizers, visible(title)
         self.live: Live | None = None
         self.finished: list[Text] = []
         self.progress: Progress | None = None
@@ -95,7 +87,7 @@ class Display:
             return
         tokens = progress.tokens.tolist()
         self.ended = self.ended or [False] * len(tokens)
-        ends = self.speakers[progress.agent.model][1]
+        ends = self.tokenizers[progress.agent.model][1]
         if not self.ended[0] and tokens[0] not in ends:
             self.ids.append(tokens[0])
         self.tokens += self.ended.count(False)
@@ -118,7 +110,7 @@ class Display:
         assert self.progress is not None
         lines = [Text(self.title, "dim", overflow="ellipsis", no_wrap=True), *self.finished, self._line(self.progress)]
         if self.ids:
-            tokenizer, _ = self.speakers[self.progress.agent.model]
+            tokenizer, _ = self.tokenizers[self.progress.agent.model]
             text = Text(visible(tokenizer.decode(self.ids, skip_special_tokens=True).strip()))
             lines += text.wrap(self.console, max(self.console.width - 1, 1))[-TEXT_LINES:]
         return Group(*lines)

@@ -1,4 +1,4 @@
-"""One entry of a question file, in the fields that public data sets use, as a question."""
+"""Questions from entries with the fields that public data sets use."""
 
 import ast
 import io
@@ -23,7 +23,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Entry:
-    """What was read of an entry.
+    """A question and its expected answer.
 
     Attributes:
         text: the question, its options below it.
@@ -61,7 +61,7 @@ def read_entry(entry: Any) -> Entry:
     `passed_over`: the question can be asked without it.
 
     Raises:
-        ValueError: says what is wrong with the question or its options, to go on from "line 3 ".
+        LatentMASError: says what is wrong with the question or its options, to go on from "line 3 ".
     """
     if not isinstance(entry, dict):
         raise LatentMASError(f'is {_kind(entry)}, not an object with "question"')
@@ -92,12 +92,12 @@ def read_entry(entry: Any) -> Entry:
     passed_over += _passed_over(entry, ANSWER, written, value)
     try:
         return Entry(text, _answer(value, options), passed_over)
-    except ValueError as error:
+    except LatentMASError as error:
         return Entry(text, None, (*passed_over, f"{_quoted(written)} is left out where it {error}"))
 
 
 def _given(value: Any) -> bool:
-    """Whether a field holds something: not null, NaN, blank text or an empty list."""
+    """Return whether a field holds something: not null, NaN, blank text or an empty list."""
     missing = value is None or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
     return not (missing or (isinstance(value, str) and not value.strip()))
 
@@ -106,7 +106,7 @@ def _given(value: Any) -> bool:
 
 
 def _options(entry: dict[Any, Any], fields: _Fields) -> list[_Option]:
-    """Empty where the entry has no list of options, and no fields A, B ..."""
+    """Return the options; none where the entry has no list of them, and no fields A, B ..."""
     name = next((name for name in OPTIONS if name in fields), None)
     if name is not None:
         written, texts = fields[name]
@@ -150,7 +150,7 @@ def _options(entry: dict[Any, Any], fields: _Fields) -> list[_Option]:
 
 
 def _cell(text: str) -> list[Any] | dict[Any, Any] | None:
-    """A list or mapping in a cell of a table, as JSON or as Python writes it; None where it is neither."""
+    """Return a list or mapping in a cell of a table, as JSON or as Python writes it; None where it is neither."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -165,7 +165,7 @@ def _cell(text: str) -> list[Any] | dict[Any, Any] | None:
 
 
 def _joins_texts(literal: str) -> bool:
-    """Whether texts follow each other without a comma, which Python reads as one: numpy prints arrays so."""
+    """Return whether texts follow each other without a comma, which Python reads as one: numpy prints arrays so."""
     tokens = tokenize.generate_tokens(io.StringIO(literal.strip()).readline)
     kinds = [token.type for token in tokens if token.type != tokenize.NL]
     return any(first == second == tokenize.STRING for first, second in pairwise(kinds))
@@ -176,7 +176,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _without_letters(texts: Sequence[Any]) -> list[Any]:
-    """ "A. yes", "B. no" as "yes", "no", where all of them begin so."""
+    """Return "yes", "no" of "A. yes", "B. no", where all of them begin so."""
     begins = [re.match(r"\s*\(?([A-Z])[.):]\s+", text) if isinstance(text, str) else None for text in texts]
     if [found and found[1] for found in begins] != list(LETTERS[: len(texts)]):
         return list(texts)
@@ -184,7 +184,7 @@ def _without_letters(texts: Sequence[Any]) -> list[Any]:
 
 
 def _times(line: str, text: Any) -> int:
-    """How often an option stands in a text, however it is wrapped there."""
+    """Count how often an option stands in a text, however it is wrapped there."""
     words = r"\s+".join(map(re.escape, line.split()))
     return len(re.findall(rf"(?<!\S){words}(?!\S)", text)) if isinstance(text, str) else 0
 
@@ -193,7 +193,7 @@ def _times(line: str, text: Any) -> int:
 
 
 def _answer(value: Any, options: list[_Option]) -> str:
-    """The expected answer; ValueError says why there is none, in the same words for all values."""
+    """Return the expected answer; a LatentMASError says why there is none, in the same words for all values."""
     right = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, bool):
@@ -210,7 +210,7 @@ def _answer(value: Any, options: list[_Option]) -> str:
 
 
 def _label(answer: str | int | float, options: list[_Option]) -> str:
-    """The label of the option that is meant."""
+    """Return the label of the option that is meant."""
     said = " ".join(str(answer).split()).casefold()
     for option in options:
         label = option.label.casefold()
@@ -237,14 +237,14 @@ def _final(answer: str) -> str:
 
 
 def listed(names: Any, most: int = 8) -> str:
-    """Names in quotes, of many the first ones and their count."""
+    """Return names in quotes, of many the first ones and their count."""
     names = [str(name) for name in names]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(_quoted, names[:most])) + more or "nothing"
 
 
 def _passed_over(entry: dict[Any, Any], names: Sequence[str], written: str, value: Any) -> tuple[str, ...]:
-    """Fields of those names, in any case, that hold something else than the one that was read."""
+    """Say which fields of those names, in any case, hold something else than the one that was read."""
     others = [
         name for name, other in entry.items()
         if str(name).strip().lower() in names and _given(other) and other != value

@@ -1,4 +1,4 @@
-"""Questions from a file, standard input or the sample that comes with the package."""
+"""Read questions from a file, standard input or the sample that comes with the package."""
 
 import csv
 import io
@@ -38,7 +38,29 @@ class Question:
 
 
 _Placed = tuple[int, str, Any]
-"""A question's number, where it stands ("line 3"), and what stands there; a ValueError where that could not be read."""
+"""A question's number, where it stands ("line 3"), and what stands there; the error where that could not be read."""
+
+
+def questions_to_ask(question: str | None, source: str | None) -> tuple[list[Question], list[str]]:
+    """Return the questions that the command line asks for, and what is wrong with the entries that hold none.
+
+    Args:
+        question: the question itself; "-" reads it from standard input.
+        source: as in `read_questions`. Without either, the first question of the sample is asked.
+
+    Raises:
+        LatentMASError: where both are given, or as `read_questions`.
+        OSError: where the file cannot be opened.
+    """
+    if question is not None and source is not None:
+        raise LatentMASError("got a question and --questions; give one of them")
+    if source is not None:
+        return read_questions(source)
+    if question is None:
+        return read_questions(SAMPLE)[0][:1], []
+    if question == "-":
+        question = decoded(standard_input(), "standard input").strip()
+    return [Question(1, question)], []
 
 
 def read_questions(source: str) -> tuple[list[Question], list[str]]:
@@ -54,7 +76,7 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
         The questions, and what is wrong with each entry that has none ("line 3 is not JSON (...)").
 
     Raises:
-        ValueError: where there is not a single entry, or the file as a whole cannot be read.
+        LatentMASError: where there is not a single entry, or the file as a whole cannot be read.
         OSError: where the file cannot be opened.
     """
     name = "standard input" if source == "-" else source
@@ -65,12 +87,12 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
     questions, faults, passed_over = [], [], dict[str, str]()
     for number, place, entry in _entries(name, data):
         try:
-            if isinstance(entry, ValueError):
+            if isinstance(entry, LatentMASError):
                 raise entry
             read = read_entry(entry)
             questions.append(Question(number, read.text, read.answer))
             passed_over = dict.fromkeys(read.passed_over, place) | passed_over
-        except ValueError as error:
+        except LatentMASError as error:
             faults.append(f"{place} {error}")
     if not questions and not faults:
         raise LatentMASError(f"{name} holds no questions; {SUPPORTED}")
@@ -80,7 +102,11 @@ def read_questions(source: str) -> tuple[list[Question], list[str]]:
 
 
 def standard_input() -> bytes:
-    """All of it, without a byte-order mark. ValueError where it is closed, or in another encoding than UTF-8."""
+    """Return all of standard input, without a byte-order mark.
+
+    Raises:
+        LatentMASError: where it is closed, or in another encoding than UTF-8.
+    """
     if sys.stdin is None:
         raise LatentMASError("standard input is closed; give a question, or a file with --questions")
     return without_mark(sys.stdin.buffer.read(), "standard input")
@@ -108,22 +134,22 @@ def _lines(name: str, data: bytes) -> Iterator[_Placed]:
             try:
                 yield number, f"line {number}", _json(line.decode())
             except UnicodeDecodeError as error:
-                yield number, f"line {number}", ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})")
-            except ValueError as error:
+                yield number, f"line {number}", LatentMASError(f"is not UTF-8 ({error.reason} at byte {error.start})")
+            except LatentMASError as error:
                 yield number, f"line {number}", error
 
 
 def _array(name: str, data: bytes) -> Iterator[_Placed]:
     try:
         entries = _json(decoded(data, name), name)
-    except ValueError as error:
+    except LatentMASError as error:
         raise LatentMASError(f"{error}; {SUPPORTED}") from error
     for number, entry in enumerate(entries, start=1):
         yield number, f"entry {number}", entry
 
 
 def _json(text: str, name: str = "") -> Any:
-    """ValueError where it is none; with a name, for text of several lines."""
+    """Parse JSON; raise LatentMASError where it is none. With a name, the text is a file of several lines."""
     begin = f"{name} " if name else ""
     try:
         return json.loads(text)
@@ -153,7 +179,7 @@ def _csv(name: str, data: bytes) -> Iterator[_Placed]:
                 if names is None:
                     raise LatentMASError(f"{name} is not CSV ({error} in its first row)") from error
                 number += 1
-                yield number, f"row {number} (line {rows.line_num})", ValueError(f"is not CSV ({error})")
+                yield number, f"row {number} (line {rows.line_num})", LatentMASError(f"is not CSV ({error})")
                 continue
             if not any(cell.strip() for cell in row):
                 continue
@@ -164,7 +190,7 @@ def _csv(name: str, data: bytes) -> Iterator[_Placed]:
             number += 1
             entry: Any = dict(zip(names, row, strict=False))
             if len(row) > len(names):
-                entry = ValueError(
+                entry = LatentMASError(
                     f"has {len(row)} cells where the first row has {len(names)}; put text with commas into quotes"
                 )
             yield number, f"row {number} (line {rows.line_num})", entry
@@ -186,14 +212,16 @@ def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
         _check_columns(name, columns)
         known = {*QUESTION, *ANSWER, *OPTIONS, *LETTERS.lower()}
         rows = file.read(columns=[column for column in columns if column.strip().lower() in known]).to_pylist()
-    except (ArrowException, OSError) as error:
+    except LatentMASError:
+        raise
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # the latter for a date beyond Python's
         raise LatentMASError(f"{name} is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
     for number, row in enumerate(rows, start=1):
         yield number, f"row {number}", row
 
 
 def _check_columns(name: str, columns: list[str]) -> None:
-    """Raise ValueError where no row can hold a question, or it would not be known which column it is in."""
+    """Raise LatentMASError where no row can hold a question, or it would not be known which column it is in."""
     names = [column.strip().lower() for column in columns]
     if not set(names) & set(QUESTION):
         raise LatentMASError(

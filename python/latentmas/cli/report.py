@@ -1,4 +1,4 @@
-"""What a run leaves on standard output: answers as they come and a table of where the time went, or one JSON document."""
+"""The report of a run on standard output: answers as they come and a table of times, or one JSON document."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ PHASES = ("prefill", "latent", "decode", "other")
 
 
 class Report:
-    """Adds up the batches of a run.
+    """The sums of the batches of a run.
 
     Attributes:
         finished: questions answered by this run.
@@ -42,7 +42,7 @@ class Report:
         self.finished, self.seconds = 0, 0.0
 
     def add(self, batch: Sequence[Question], result: ChainResult) -> None:
-        """Count a batch in and print its answers."""
+        """Add a batch and print its answers."""
         self.agents = [total + new for total, new in zip(self.agents, result.agents, strict=True)]
         self.records += records(batch, result)
         self.finished, self.seconds = self.finished + len(batch), self.seconds + result.seconds
@@ -85,7 +85,7 @@ class Report:
             say(Text(f"expected: {visible(question.answer)}\n", "dim"), soft_wrap=True)
 
     def _print_table(self, setup: float) -> None:
-        """A row per agent and one for all, then the phases."""
+        """Print a row per agent and one for all, then the phases."""
         table = Table(box=None, pad_edge=False)
         table.add_column("agent", overflow="fold")
         sharing = any(agent.shared_tokens for agent in self.agents)

@@ -12,7 +12,7 @@ from latentmas_kernels.errors import LatentMASError
 
 
 class ResultsFile:
-    """Appends results to a file. A context manager: a file that it made and wrote nothing to is removed.
+    """A file that results are appended to. A context manager: a file that it made and wrote nothing to is removed.
 
     Attributes:
         done: the results that were there, by number of the question.
@@ -28,7 +28,7 @@ class ResultsFile:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        """Open it, or raise before any work is done.
+        """Open the file, or raise before any work is done.
 
         Args:
             path: the file; its folder must exist.
@@ -38,7 +38,7 @@ class ResultsFile:
             overwrite: replace what is there, when the first result comes.
 
         Raises:
-            ValueError: where the file has results and neither is asked for, or ones that this run cannot go on from.
+            LatentMASError: where the file has results and neither is asked for, or ones that this run cannot go on from.
             OSError: where it cannot be written.
         """
         if resume and overwrite:
@@ -95,7 +95,7 @@ class ResultsFile:
         self.written += len(results)
 
     def _read(self, questions: Sequence[Question]) -> int:
-        """Take in what is there; gives the size of its whole lines."""
+        """Read the results that are there into `done`; return the size of the complete lines in bytes."""
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
@@ -104,7 +104,8 @@ class ResultsFile:
         for line, entry in enumerate(data[:whole].splitlines(), start=1):
             try:
                 result = json.loads(entry)
-                number, question, settings = result["number"], result["question"], result["settings"]
+                number, question, settings = result["number"], result["question"], dict(result["settings"])
+                asked = texts.get(number)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise LatentMASError(
                     f"{self.path} line {line} is no result of latentmas run; name another file, or replace it with --overwrite"
@@ -117,7 +118,7 @@ class ResultsFile:
                     f"{self.path} line {line} was made with {was}; this run has {now}: go on with the same, or name "
                     "another file"
                 )
-            if texts.get(number) != question:
+            if asked != question:
                 raise LatentMASError(
                     f"{self.path} line {line} answers another question {number} than this run asks; go on with the same "
                     "questions, or name another file"

@@ -1,12 +1,12 @@
-"""Looking inside the thoughts of a run: a table per question and agent to read, or a document to work on."""
+"""What the agents of a run think: a table per question and agent to read, a document to work on, and the file of --trace."""
 
 import json
 import math
 import os
-import re
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from rich.text import Text
 from latentmas.chain.results import AgentTrace
 from latentmas.characters import visible
 from latentmas.cli.questions import Question
+from latentmas.cli.token_text import Spelling, printable, readable
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.storage import atomic_write
 from latentmas_kernels.trace import LatentTrace
 
-SPACE = "␣"
-BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+TOP_K = 5
+"""Tokens that are kept of each step in a file of `TraceFile`."""
 
 
 def trace_table(
     console: Console | None, traces: Sequence[AgentTrace], questions: Sequence[Question | str], tokenizer: Any
 ) -> None:
-    """Print the thoughts of a batch, for each question one table per agent with a row for every step that it took.
+    """Print what the agents of a batch think: for each question one table per agent, with a row for every step.
 
     A row says which tokens the state behind the step would have become, with their probabilities; the norm of that state;
     the cosine of the embedding that was fed to that of the step before; and the token whose embedding is nearest to it,
@@ -41,7 +42,7 @@ def trace_table(
         tokenizer: the model's.
 
     Raises:
-        ValueError: where the traces are of another number of questions.
+        LatentMASError: where the traces are of another number of questions.
     """
     console = Console() if console is None else console
     spellings = _spellings(traces, tokenizer)
@@ -60,7 +61,7 @@ def trace_table(
 def trace_document(
     traces: Sequence[AgentTrace], questions: Sequence[Question | str], tokenizer: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """The thoughts of a batch for `json.dumps`. No number in it is NaN or Inf: what cannot be told is None.
+    """Return what the agents of a batch think, for `json.dumps`. No number is NaN or Inf: what is not known is None.
 
     Args:
         traces, questions, tokenizer: as in `trace_table`.
@@ -72,7 +73,7 @@ def trace_document(
         text, bytes that are no UTF-8 by themselves read \\xNN. Documents of several batches join by their lists.
 
     Raises:
-        ValueError: as `trace_table`.
+        LatentMASError: as `trace_table`.
     """
     spellings = _spellings(traces, tokenizer)
     return {
@@ -91,7 +92,7 @@ def trace_document(
 
 
 def write_trace(path: str | Path, document: dict[str, Any]) -> None:
-    """Write a document of `trace_document` as JSON, whole or not at all; a file that is there is replaced.
+    """Write a document of `trace_document` as JSON, complete or not at all; an existing file is replaced.
 
     Raises:
         OSError: where it cannot be written; what was there stays as it was.
@@ -119,7 +120,7 @@ def _umask() -> int:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step as plain numbers; None where there is nothing to tell."""
+    """One latent step as plain numbers; None where there is none."""
 
     number: int
     says: list[tuple[int, float]]
@@ -141,7 +142,7 @@ def _rows(traces: Sequence[AgentTrace], questions: Sequence[Question | str]) -> 
 
 
 def _steps(trace: LatentTrace, row: int) -> Iterator[_Step]:
-    """The steps that a row took, and no more."""
+    """Yield the steps that a row took, and no more."""
     names = ("tokens", "probabilities", "norms", "cosines", "nearest", "distances", "finite")
     columns = [getattr(trace, name)[row, : trace.steps[row]].tolist() for name in names]
     for step, values in enumerate(zip(*columns, strict=True), start=1):
@@ -158,9 +159,9 @@ def _short(norm: float) -> str:
     return f"{norm:.1f}" if 1 <= norm < 1e5 else f"{norm:.3g}"
 
 
-def _entry(step: _Step, spelling: "_Spelling") -> dict[str, Any]:
+def _entry(step: _Step, spelling: Spelling) -> dict[str, Any]:
     def token(token_id: int) -> dict[str, Any]:
-        return {"token_id": token_id, "text": _readable(spelling(token_id))}
+        return {"token_id": token_id, "text": readable(spelling(token_id))}
 
     return {
         "step": step.number,
@@ -172,15 +173,15 @@ def _entry(step: _Step, spelling: "_Spelling") -> dict[str, Any]:
     }
 
 
-def _table(trace: LatentTrace, row: int, spelling: "_Spelling") -> Table:
-    """Cells are folded where the console is narrow: nothing is left out."""
+def _table(trace: LatentTrace, row: int, spelling: Spelling) -> Table:
+    """Return a table of a row's steps. Cells are folded where the console is narrow: nothing is left out."""
     table = Table(box=None, pad_edge=False)
     for name in ("step", "says", "norm", "cosine", "nearest"):
         table.add_column(name, justify="left" if name in ("says", "nearest") else "right", overflow="fold")
 
     def scored(tokens: Sequence[tuple[int, float]]) -> Text:
         # Text, never markup: a token may be "[/]". Spaces in tokens are spelled out, so those here tell tokens apart.
-        pieces = [Text(_visible(spelling(token_id))).append(f" {score:.2f}", "dim") for token_id, score in tokens]
+        pieces = [Text(printable(spelling(token_id))).append(f" {score:.2f}", "dim") for token_id, score in tokens]
         return Text("  ").join(pieces)
 
     for step in _steps(trace, row):
@@ -198,90 +199,64 @@ def _table(trace: LatentTrace, row: int, spelling: "_Spelling") -> Table:
     return table
 
 
-# ---- how a token is spelled ----------------------------------------------------------------------------------------
-
-
-def _spellings(traces: Sequence[AgentTrace], tokenizer: Any) -> list["_Spelling"]:
-    """Of each agent; one for each tokenizer."""
+def _spellings(traces: Sequence[AgentTrace], tokenizer: Any) -> list[Spelling]:
+    """Return the spelling of each agent's tokens; one object for each tokenizer."""
     theirs = [tokenizer if agent.tokenizer is None else agent.tokenizer for agent in traces]
-    known = {id(one): _Spelling(one) for one in theirs}
+    known = {id(one): Spelling(one) for one in theirs}
     return [known[id(one)] for one in theirs]
 
 
-class _Spelling:
-    """The text of single tokens, spaces in front included; bytes that are no UTF-8 by themselves are lone surrogates.
+# ---- the file of --trace --------------------------------------------------------------------------------------------
 
-    Read from the vocabulary's own entries. `decode([id])` loses what matters here: SentencePiece decoders strip the space
-    in front of a first token, and half of a character becomes U+FFFD, whichever half it is.
-    """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.known: dict[int, str] = {}
+class TraceFile:
+    """The file of --trace: the traces of batches, written at the end of its block, whatever ends that. A context manager."""
 
-    def __call__(self, token_id: int) -> str:
-        if token_id not in self.known:
-            self.known[token_id] = self._spell(token_id)
-        return self.known[token_id]
+    def __init__(self, path: str | Path, tokenizer: Any, console: Console | None) -> None:
+        """
+        Args:
+            path: takes the place of a file that is there.
+            tokenizer: spells the tokens.
+            console: where to print each batch as a table; None is nowhere.
+        """
+        self.path, self.tokenizer, self.console = Path(path), tokenizer, console
+        self.questions: list[Any] = []
 
-    def _spell(self, token_id: int) -> str:
-        if token_id in self.added:
-            return self.added[token_id]
+    def __enter__(self) -> "TraceFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if not self.questions:
+            return
         try:
-            entry = self.tokenizer.convert_ids_to_tokens(token_id)
-        except (IndexError, KeyError, ValueError, OverflowError):
-            entry = None
-        if entry is None:  # models pad their vocabulary
-            return f"<no token {token_id}>"
-        if isinstance(entry, bytes):
-            return entry.decode(errors="surrogateescape")
-        if self.byte_level:
-            if all(letter in self.bytes for letter in entry):
-                return bytes(self.bytes[letter] for letter in entry).decode(errors="surrogateescape")
-            return str(entry)
-        byte = BYTE_TOKEN.fullmatch(entry)
-        if byte is not None:
-            return bytes([int(byte[1], 16)]).decode(errors="surrogateescape")
-        return str(entry.replace("▁", " "))
+            write_trace(self.path, {"questions": self.questions})
+        except OSError as fault:
+            if kind is None:
+                raise
+            warnings.warn(str(fault), stacklevel=2)  # what ended the block says more
 
-    @cached_property
-    def added(self) -> dict[int, str]:
-        """Tokens beside the vocabulary, which are spelled as they are, and the special ones."""
-        try:
-            return {n: str(token) for n, token in self.tokenizer.added_tokens_decoder.items()}
-        except (AttributeError, NotImplementedError):
-            return {}
-
-    @cached_property
-    def byte_level(self) -> bool:
-        """Whether the vocabulary spells bytes as letters (GPT-2, Llama 3, Qwen), and not spaces as ▁ (SentencePiece)."""
-        try:
-            return bool(self.tokenizer.convert_tokens_to_string(["Ġ"]) == " ")
-        except (AttributeError, NotImplementedError):
-            return False
-
-    @cached_property
-    def bytes(self) -> dict[str, int]:
-        """The byte of each letter of a byte-level vocabulary: printable Latin-1 is itself, the rest follows from U+0100."""
-        itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        rest = sorted(set(range(256)) - set(itself))
-        return {chr(byte): byte for byte in itself} | {chr(0x100 + n): byte for n, byte in enumerate(rest)}
+    def add(self, batch: Sequence[Question], traces: Sequence[AgentTrace]) -> None:
+        """Add the traces of a batch and print them."""
+        self.questions += trace_document(traces, batch, self.tokenizer)["questions"]
+        if self.console is not None:
+            trace_table(self.console, traces, batch, self.tokenizer)
 
 
-def _readable(text: str) -> str:
-    """Proper Unicode, with \\xNN for bytes that are no UTF-8 by themselves."""
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-def _visible(text: str) -> str:
-    """One word of printable characters: as in Python's repr, but for spaces."""
-
-    def show(letter: str) -> str:
-        if letter == " ":
-            return SPACE
-        if 0xDC80 <= ord(letter) <= 0xDCFF:
-            return f"\\x{ord(letter) - 0xDC00:02x}"
-        plain = letter.isprintable() and letter not in ("\\", SPACE)
-        return letter if plain else letter.encode("unicode_escape").decode()
-
-    return "".join(map(show, text)) or "''"
+def check_trace_path(path: str | Path, others: Sequence[str | Path]) -> None:
+    """Raise LatentMASError where no file can be written, or one of the others would be lost; before a model is loaded."""
+    place = Path(path)
+    if place.resolve() in [Path(other).resolve() for other in others]:
+        raise LatentMASError(
+            f"cannot write the trace to {path}: this run reads or writes it as something else; name another file"
+        )
+    if not place.parent.is_dir() or (place.exists() and not place.is_file()):
+        raise LatentMASError(
+            f"cannot write the trace to {path}: its folder must exist, and what is there must be a plain file or nothing"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise LatentMASError(
+            f"cannot write the trace to {path}: {error.strerror}; name a file in another folder"
+        ) from error

@@ -22,7 +22,8 @@ from starlette.routing import Route
 from latentmas.backends.base import EngineError
 from latentmas.backends.vllm.server import Sent, Upstream
 from latentmas.backends.vllm.sse import Busy, Refused, Silent, Unreachable, Unwritable
-from latentmas.chain.chain import Chain, Prepared
+from latentmas.chain.chain import Chain
+from latentmas.chain.run import PendingAnswer
 from latentmas.serving.model_lease import Turn
 from latentmas.serving.protocol import ApiError, ChatRequest, Reply, cut, shown, usage_of
 from latentmas_kernels.cache.free_memory import InsufficientMemoryError
@@ -151,11 +152,11 @@ class Gateway:
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
-    async def _think(self, chain: Chain, request: ChatRequest) -> tuple[Prepared, Sent]:
+    async def _think(self, chain: Chain, request: ChatRequest) -> tuple[PendingAnswer, Sent]:
         """Run all agents but the last, once it is the request's turn."""
         turn = Turn(self._model, self._threads, secrets.randbits(62) if request.seed is None else request.seed)
 
-        def work() -> tuple[Prepared, Sent]:
+        def work() -> tuple[PendingAnswer, Sent]:
             turn.look()
             prepared = chain.prepare(
                 [request.question], temperature=request.temperature, top_p=request.top_p,
@@ -168,7 +169,7 @@ class Gateway:
         return await turn.run(work, lambda done: done[1].close())
 
     @staticmethod
-    def _last(prepared: Prepared, request: ChatRequest) -> Any:
+    def _last(prepared: PendingAnswer, request: ChatRequest) -> Any:
         (last,) = prepared.requests
         return last if request.limit is None else replace(last, max_new_tokens=request.limit)
 

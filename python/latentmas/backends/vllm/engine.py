@@ -102,7 +102,7 @@ class Vllm:
         if self.kv_transfer == "embeds":
             mixed = Embeds.of(request, self._width, self._dtype)
             if mixed is None:
-                return {"prompt_token_ids": [*request.fed, *request.prompt]}, None
+                return {"prompt_token_ids": [*request.slot_inputs, *request.prompt]}, None
             return {
                 "prompt_embeds": mixed.embeds,
                 "prompt_token_ids": mixed.ids,

@@ -277,7 +277,7 @@ class Upstream:
             for request in requests:
                 mixed = Embeds.of(request, self._width, self._dtype)
                 if mixed is None:
-                    ids = [slot for slot in request.fed if isinstance(slot, int)] + request.prompt
+                    ids = [slot for slot in request.slot_inputs if isinstance(slot, int)] + request.prompt
                     sent.append(Sent({"prompt": ids}, 0, len(ids)))
                 else:
                     sent.append(self._embedded(mixed.embedded(self._embedding)))
