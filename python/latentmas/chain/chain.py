@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from latentmas.backends.base import Completion, Decoder, GenerationRequest
+from latentmas.backends.base import Completion, GenerationRequest, TextBackend
 from latentmas.chain.agent import Agent
 from latentmas.chain.decoded_stage import DecodedStage
 from latentmas.chain.decoder_check import check_decoder
@@ -96,7 +96,7 @@ class Chain:
         max_note_tokens: int = 512,
         budget: Budget | str | None = None,
         models: Mapping[str, tuple[Any, Any]] | None = None,
-        decoder: Decoder | None = None,
+        decoder: TextBackend | None = None,
     ) -> None:
         """Check the agents and measure how hidden states are fed back, where some agent thinks.
 
@@ -248,7 +248,7 @@ class Chain:
 
     # ---- what a run needs to know ----------------------------------------------------------------------------------
 
-    def decoder_of(self, stage: Stage) -> Decoder | None:
+    def decoder_of(self, stage: Stage) -> TextBackend | None:
         """Who writes the texts of a stage, where that is not the chain's own engine."""
         return self.decoder if stage.writes and stage.model == self.agents[-1].model else None
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latentmas.backends.base import Completion, Decoder, GenerationRequest
+from latentmas.backends.base import Completion, GenerationRequest, TextBackend
 from latentmas.chain.plan import Plan
 from latentmas.chain.progress import Laps
 from latentmas.chain.stage_run import StageRun
@@ -23,7 +23,9 @@ class DecodedStage(StageRun):
         writers: those of the agents that write, by number.
     """
 
-    def __init__(self, run: "Run", plan: Plan, number: int, prompts: list[list[list[int]]], decoder: Decoder) -> None:
+    def __init__(
+        self, run: "Run", plan: Plan, number: int, prompts: list[list[list[int]]], decoder: TextBackend
+    ) -> None:
         super().__init__(run, plan, number, prompts)
         self.decoder = decoder
         self.writers = [number for number, agent in enumerate(self.agents) if not agent.thinks]

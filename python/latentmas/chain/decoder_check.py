@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from latentmas.backends.base import Decoder
+from latentmas.backends.base import TextBackend
 from latentmas.backends.kv_file import check_transferable
 from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import Seat
@@ -11,7 +11,7 @@ from latentmas_kernels.cache.file import ModelFingerprint
 from latentmas_kernels.errors import LatentMASError
 
 
-def check_decoder(decoder: Decoder, seat: Seat, stretches: Sequence[Stretch], budget: Budget | None) -> None:
+def check_decoder(decoder: TextBackend, seat: Seat, stretches: Sequence[Stretch], budget: Budget | None) -> None:
     """Raise ValueError where the answers would not be those of the chain's own engine.
 
     Args:

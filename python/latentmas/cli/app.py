@@ -305,12 +305,13 @@ def serve(
     _check_choice("--weights", weights, WEIGHTS)
     check_placement(dtype, device)
     try:
-        from latentmas.serving.server import Serving, print_kv_config, serve
+        from latentmas.serving.config import ServeConfig
+        from latentmas.serving.server import print_kv_config, serve
     except ModuleNotFoundError as error:
         raise LatentMASError(
             f"latentmas serve needs {error.name}, which is not installed: pip install 'latentmas-kernels[serve]'"
         ) from error
-    serving = Serving(
+    serving = ServeConfig(
         model, chain or (), latent_steps, max_new_tokens, aligner, dtype, device, engine, weights, kv_transfer, host, port,
         vllm_url, folder, timeout, max_waiting, vllm_options or (),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What vLLM's server says on the wire: addresses, events of a stream, refusals; and what else may go wrong there."""
+"""Server-sent events of vLLM's completions API."""
 
 import json
 from collections.abc import AsyncGenerator
@@ -9,47 +9,27 @@ from typing import Any
 import httpx
 
 from latentmas.backends.base import EngineError
-from latentmas_kernels.errors import LatentMASError
-
-
-class Unreachable(EngineError):
-    """There is no server at the address, or not yet again."""
-
-
-class Busy(EngineError):
-    """The server takes no request now."""
-
-
-class Refused(EngineError):
-    """The server does not take this request, and would not take it again."""
-
-
-class Unwritable(EngineError):
-    """There is no room for a memory in the folder, or no folder."""
-
-
-class Silent(EngineError):
-    """The server said nothing for longer than the limit."""
+from latentmas.backends.vllm.http_errors import error_message
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Some of a text.
+    """A piece of a text.
 
     Attributes:
         text: may be empty.
-        ids: the tokens.
-        reason: why the text ended, with its last piece.
+        ids: token ids.
+        finish_reason: with the last piece.
     """
 
     text: str
     ids: list[int]
-    reason: str | None
+    finish_reason: str | None
 
 
 @dataclass(frozen=True)
 class Event:
-    """Of a stream.
+    """An event of a stream.
 
     Attributes:
         choices: mostly one.
@@ -61,10 +41,10 @@ class Event:
 
     @classmethod
     def read(cls, data: bytes) -> "Event":
-        """From what comes behind "data:".
+        """Parse the data of an event.
 
         Raises:
-            EngineError: where it reports an error, or is nothing that vLLM would say.
+            EngineError: where it reports an error, or is not vLLM's.
         """
         try:
             event = json.loads(data)
@@ -78,15 +58,16 @@ class Event:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             event = None
         if isinstance(event, dict) and "error" in event:
-            raise EngineError(f"vLLM ended the request with an error: {_said(data)}; its log says why")
+            raise EngineError(f"vLLM ended the request with an error: {error_message(data)}; its log says why")
         raise EngineError(
             f"vLLM sent {data[:200].decode(errors='replace')!r} as a piece of a text, which is not what vLLM says; look at "
             "what runs at its address"
         )
 
 
-async def events(response: httpx.Response) -> AsyncGenerator[Event, None]:
-    """Of a stream. Raises EngineError as `Event.read`."""
+async def read_events(response: httpx.Response) -> AsyncGenerator[Event, None]:
+    """Yield the events of a stream. Raises EngineError as `Event.read`."""
+    # httpx-sse would do the same; these lines spare the dependency.
     async with aclosing(_lines(response)) as lines:
         async for line in lines:
             data = line.removeprefix(b"data:").strip()
@@ -95,45 +76,10 @@ async def events(response: httpx.Response) -> AsyncGenerator[Event, None]:
 
 
 async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """Those that end with a line feed. httpx also ends lines at characters that are sent as they are within JSON."""
+    """Yield lines that end with a line feed: `aiter_lines` also splits at characters that JSON contains as they are."""
     rest = b""
     async for chunk in response.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line
     yield rest
-
-
-def address_of(url: str) -> str:
-    """Of a server, from what --vllm-url says.
-
-    Raises:
-        ValueError: where that is no URL of HTTP.
-    """
-    try:
-        parsed = httpx.URL(url)
-        fits = parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.query
-    except httpx.InvalidURL:
-        fits = False
-    if not fits:
-        raise LatentMASError(
-            f"got --vllm-url {url}; supported is the address of a running `vllm serve`, like http://127.0.0.1:8001"
-        )
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def refusal(response: httpx.Response) -> EngineError:
-    said = f"(status {response.status_code}): {_said(response.content)}"
-    if response.status_code in (429, 503):
-        return Busy(f"vLLM takes no request now {said}; try again in a while")
-    if response.status_code in (400, 413, 422):
-        return Refused(f"vLLM does not take this request {said}; change the request, or how vLLM was started")
-    return EngineError(f"vLLM refused a request {said}")
-
-
-def _said(body: bytes) -> str:
-    """The message in an error of vLLM's."""
-    try:
-        return str(json.loads(body)["error"]["message"])[:500]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return body[:500].decode(errors="replace")
