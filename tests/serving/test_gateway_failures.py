@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from latentmas.serving.protocol import ChatCompletionRequest
 from served_gateway import SECONDS, ServedGateway, error_of, until
 
 from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
+from latentmas_kernels.errors import LatentMASError
 
 
 def failing(served: ServedGateway, status: int, code: str, said: str, *, begun: bool) -> None:
@@ -87,6 +89,52 @@ def test_no_room(served: ServedGateway, monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(ChatCompletionRequest, "read", raising(KeyError("odd")))
         assert error_of(served.ask(), 500)["code"] == "internal_error"
     assert served.ask().status_code == 200
+
+
+@pytest.mark.parametrize("error", [KeyError("odd"), ValueError("a bug")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_is_a_500_with_the_id_of_its_traceback(
+    served: ServedGateway,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    stream: bool,
+) -> None:
+    """Only a LatentMASError is what a user can mend; the text of any other exception is for the log."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    for place, name in (("prepare", "thinks"), ("check", "thinks")):
+        with monkeypatch.context() as patch:
+            patch.setattr(served.chains[name], place, fail)
+            response = served.ask(stream=stream)
+        told = error_of(response, 500)
+        assert (told["code"], told["type"], told["param"]) == ("internal_error", "server_error", None)
+        assert str(error) not in told["message"]
+        found = re.search(r"chatcmpl-[0-9a-f]{32}", told["message"])
+        assert found is not None
+        (record,) = [record for record in caplog.records if found[0] in record.getMessage()]
+        assert record.exc_info is not None
+        assert record.exc_info[1] is error
+    assert served.empty()
+
+
+def test_what_a_user_can_mend_is_told_behind_the_thinking(
+    served: ServedGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise LatentMASError("take another aligner")
+
+    monkeypatch.setattr(served.chains["thinks"], "prepare", fail)
+    response = served.ask()
+    assert error_of(response, 500) == {
+        "message": "take another aligner", "type": "server_error", "param": None, "code": "cannot_answer",
+    }  # fmt: skip
+    assert response.headers["x-should-retry"] == "false"
+    monkeypatch.setattr(served.chains["thinks"], "check", fail)
+    assert error_of(served.ask(), 400)["param"] == "messages"
+    assert not caplog.records
 
 
 CHOICE = {"index": 0, "text": "a", "token_ids": [1], "finish_reason": None}

@@ -41,6 +41,10 @@ def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> No
         serve(ServeConfig(missing, vllm_options=["chain.yaml"]), console)
     with pytest.raises(ValueError, match="--max-waiting"):
         serve(ServeConfig(missing, max_waiting=0), console)
+    with pytest.raises(ValueError, match="got --hand-over text; supported are kv, embeds"):
+        serve(ServeConfig(missing, kv_transfer="text"), console)
+    with pytest.raises(ValueError, match="got --timeout 0; supported are seconds, more than 0"):
+        serve(ServeConfig(missing, timeout=0), console)
     for url in ("localhost:8001", "ftp://x", "http://x:bad", "127.0.0.1:8001", "", "http://", "http://:80"):
         with pytest.raises(ValueError, match="supported is the address"):
             serve(ServeConfig(missing, vllm_url=url), console)
@@ -52,6 +56,14 @@ def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> No
     taken.socket.listen()
     with taken.socket, pytest.raises(ValueError, match=f"port {taken.port}"):
         serve(ServeConfig(missing, port=taken.port), console)
+
+
+def test_vllm_that_is_not_installed_is_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentmas.backends.vllm.launch.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vLLM is not installed here; .*--vllm-url takes a server that runs elsewhere"):
+        serve(ServeConfig(str(tmp_path / "no-model"), ["sequential"], port=0), Console(stderr=True))
 
 
 def test_two_servers_at_one_address() -> None:

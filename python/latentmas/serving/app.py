@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from starlette.applications import Starlette
@@ -25,9 +25,6 @@ from latentmas.serving.protocol import (
     Choice,
     ChunkChoice,
     ModelCard,
-    ModelList,
-    ReplyMessage,
-    UsageInfo,
     server_sent_event,
     truncate,
 )
@@ -50,14 +47,16 @@ def build_app(gateway: Gateway) -> Starlette:
         response = await with_cancellation(request.receive, partial(_respond, gateway, body))
         return Response() if response is None else response
 
+    def card(name: str) -> dict[str, Any]:
+        return ModelCard(id=name, created=began).model_dump()
+
     async def models(request: Request) -> Response:
-        cards = [ModelCard(id=name, created=began) for name in gateway.chains]
-        return JSONResponse(ModelList(data=cards).model_dump())
+        return JSONResponse({"object": "list", "data": [card(name) for name in gateway.chains]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         gateway.chain(name)
-        return JSONResponse(ModelCard(id=name, created=began).model_dump())
+        return JSONResponse(card(name))
 
     async def health(request: Request) -> Response:
         if not await gateway.vllm.is_healthy():
@@ -111,24 +110,25 @@ async def _read_body(request: Request) -> bytes:
 
 async def _respond(gateway: Gateway, body: bytes) -> Response:
     """Return the whole answer, a stream that has begun, or an error."""
-    name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+    name = f"chatcmpl-{uuid.uuid4().hex}"
     try:
         request = ChatCompletionRequest.read(body)
+        head: dict[str, Any] = {"id": name, "created": int(time.time()), "model": request.model}
         parts = gateway.answer(request)
         if request.stream:
             # A fault before the first piece of text has a status of its own.
-            return _EventStream(_events(request, name, created, await anext(parts), parts), parts)
+            first = await anext(parts)
+            return _EventStream(_events(head, first, parts, request.stream_options.include_usage), parts)
         text = ""
         async with aclosing(parts):
             async for part in parts:
                 if isinstance(part, Finish):
-                    choice = Choice(message=ReplyMessage(content=text), finish_reason=part.reason)
-                    answer = ChatCompletion(
-                        id=name, created=created, model=request.model, choices=[choice], usage=part.usage
-                    )
+                    finish = part
                 else:
                     text += part
-        return JSONResponse(answer.model_dump())
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = Choice(message=message, finish_reason=finish.reason)
+        return JSONResponse(ChatCompletion(**head, choices=[choice], usage=finish.usage).model_dump())
     except Exception as error:
         return api_error(error, name).response()
 
@@ -147,17 +147,11 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(
-    request: ChatCompletionRequest, name: str, created: int, first: str | Finish, parts: Parts
-) -> AsyncIterator[str]:
+async def _events(head: dict[str, Any], first: str | Finish, parts: Parts, include_usage: bool) -> AsyncIterator[str]:
     """Yield server-sent events; after a failure a last one, named error."""
 
     def chunk(delta: dict[str, str], reason: str | None = None) -> str:
-        choice = ChunkChoice(delta=delta, finish_reason=reason)
-        return ChatCompletionChunk(id=name, created=created, model=request.model, choices=[choice]).event()
-
-    def usage_chunk(usage: UsageInfo) -> str:
-        return ChatCompletionChunk(id=name, created=created, model=request.model, choices=[], usage=usage).event()
+        return ChatCompletionChunk(**head, choices=[ChunkChoice(delta=delta, finish_reason=reason)]).event()
 
     yield chunk({"role": "assistant", "content": ""})
     part = first
@@ -166,11 +160,11 @@ async def _events(
             yield chunk({"content": part})
             part = await anext(parts)
     except Exception as error:
-        yield f"event: error\n{server_sent_event(api_error(error, name).body.model_dump())}"
+        yield f"event: error\n{server_sent_event(api_error(error, head['id']).body.model_dump())}"
         return
     yield chunk({}, part.reason)
-    if request.stream_options.include_usage:
-        yield usage_chunk(part.usage)
+    if include_usage:
+        yield ChatCompletionChunk(**head, usage=part.usage).event()
     yield "data: [DONE]\n\n"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from anyio import CancelScope, CapacityLimiter, Semaphore, to_thread
 
+from latentmas.backends.base import Completion
 from latentmas.backends.vllm.request import PackedPrompt
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.chain.chain import Chain, Prepared
@@ -112,15 +113,15 @@ class Gateway:
                     last, prompt, stop=request.stop, presence_penalty=request.presence_penalty,
                     frequency_penalty=request.frequency_penalty,
                 )  # fmt: skip
-                completion = None
                 async with aclosing(chunks):
-                    while completion is None:
+                    while True:
                         with self.until_stopped():
-                            chunk = await anext(chunks)
-                        completion = chunk.completion
-                        if chunk.text:
-                            yield chunk.text
-                yield Finish(completion.finish_reason, UsageInfo.of(pending.finish([completion])))
+                            part = await anext(chunks)
+                        if isinstance(part, Completion):
+                            break
+                        if part.text:
+                            yield part.text
+                yield Finish(part.finish_reason, UsageInfo.of(pending.finish([part])))
             finally:
                 prompt.close()
         finally:

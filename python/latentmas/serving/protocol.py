@@ -192,16 +192,10 @@ def truncate(text: str) -> str:
 
 
 class AgentUsage(BaseModel, from_attributes=True):
-    """One agent's share of a request."""
-
     agent: str
     prompt_tokens: int
     latent_steps: int
     new_tokens: int
-
-
-class CompletionTokensDetails(BaseModel):
-    reasoning_tokens: int
 
 
 class UsageInfo(BaseModel):
@@ -210,7 +204,7 @@ class UsageInfo(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    completion_tokens_details: CompletionTokensDetails
+    completion_tokens_details: dict[str, int]
     latent_steps: int
     latentmas: list[AgentUsage]
 
@@ -222,20 +216,14 @@ class UsageInfo(BaseModel):
         read, written = sum(agent.prompt_tokens for agent in agents), sum(agent.new_tokens for agent in agents)
         return cls(
             prompt_tokens=read, completion_tokens=written, total_tokens=read + written,
-            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=written - agents[-1].new_tokens),
+            completion_tokens_details={"reasoning_tokens": written - agents[-1].new_tokens},
             latent_steps=sum(agent.latent_steps for agent in agents), latentmas=agents,
         )  # fmt: skip
 
 
-class ReplyMessage(BaseModel):
-    role: str = "assistant"
-    content: str
-    refusal: None = None
-
-
 class Choice(BaseModel):
     index: int = 0
-    message: ReplyMessage
+    message: dict[str, str | None]
     logprobs: None = None
     finish_reason: str
 
@@ -247,25 +235,27 @@ class ChunkChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class ChatCompletion(BaseModel):
-    """An answer."""
+class ReplyHead(BaseModel):
+    """What all objects of one answer begin with."""
 
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+
+
+class ChatCompletion(ReplyHead):
+    """A whole answer."""
+
+    object: Literal["chat.completion"] = "chat.completion"
     choices: list[Choice]
     usage: UsageInfo
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(ReplyHead):
     """A piece of an answer."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
+    choices: list[ChunkChoice] = []
     usage: UsageInfo | None = None
 
     def event(self) -> str:
@@ -285,8 +275,3 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "latentmas"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

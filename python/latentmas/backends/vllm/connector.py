@@ -67,7 +67,7 @@ class LatentConnector(KVConnectorBase_V1):
         self.block_size = vllm_config.cache_config.block_size
         self.layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.heads = vllm_config.model_config.get_total_num_kv_heads()
-        self.width = vllm_config.model_config.get_head_size()
+        self.head_dim = vllm_config.model_config.get_head_size()
         self.dtype = vllm_config.model_config.dtype
         self._pending = PendingLoads()
         self._names: list[str] = []
@@ -126,11 +126,11 @@ class LatentConnector(KVConnectorBase_V1):
         if load.source is None:
             raise LatentMASError(load.fault)
         kv = read_kv_rows(self.folder, load.source, self.fingerprint)
-        _, count, heads, _, width = kv.shape
-        if (count, heads, width, kv.dtype) != (self.layers, self.heads, self.width, self.dtype):
+        _, count, heads, _, head_dim = kv.shape
+        if (count, heads, head_dim, kv.dtype) != (self.layers, self.heads, self.head_dim, self.dtype):
             raise LatentMASError(
-                f"{load.source.file} has {count} layers, {heads} KV heads of {width} in {kv.dtype}; this engine runs "
-                f"{self.layers} layers, {self.heads} KV heads of {self.width} in {self.dtype}"
+                f"{load.source.file} has {count} layers, {heads} KV heads of {head_dim} in {kv.dtype}; this engine runs "
+                f"{self.layers} layers, {self.heads} KV heads of {self.head_dim} in {self.dtype}"
             )
         heads_of_rank = kv_heads_of_rank(
             get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), heads
@@ -141,7 +141,7 @@ class LatentConnector(KVConnectorBase_V1):
         assert self._names, "register_kv_caches comes first"
         for name in self._names:
             layer = layers[name]
-            # [slots, heads, width], as in a forward.
+            # [slots, heads, head_dim], as in a forward.
             keys, values = kv[:, extract_layer_index(name)].transpose(1, 2).to(layer.kv_cache.device).contiguous()
             if slot_mapping is None:
                 slot_mapping = load.slot_mapping(self.block_size).to(layer.kv_cache.device)

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from latentmas.backends.vllm.http_errors import (
     server_address,
 )
 from latentmas.backends.vllm.request import PackedPrompt, RequestPacker, checked_completion, sampling_params
-from latentmas.backends.vllm.sse import read_events
+from latentmas.backends.vllm.sse import Chunk, read_chunks
 from latentmas_kernels import LatentCache, generate
 from latentmas_kernels.cache.latent_cache import InsufficientMemoryError
 from latentmas_kernels.errors import LatentMASError
@@ -43,21 +43,6 @@ LIKELY = 20
 """The token that a server generates after the probe must be among so many likeliest of our model; dtypes round differently."""
 PROBE_SECONDS = 60.0
 """Limit of the first texts of a server, which may still compile kernels."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a text.
-
-    Attributes:
-        text: may be empty, where the tokens end within a character.
-        ids: token ids.
-        completion: the whole text, with the last chunk.
-    """
-
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    completion: Completion | None = None
 
 
 class VllmServer:
@@ -193,10 +178,7 @@ class VllmServer:
             prompt.close()
 
     async def _probe_prompt(self, request: GenerationRequest, prompt: PackedPrompt) -> None:
-        completion = None
-        async for chunk in self.stream(request, prompt, seconds=PROBE_SECONDS):
-            completion = chunk.completion
-        assert completion is not None
+        *_, completion = [part async for part in self.stream(request, prompt, seconds=PROBE_SECONDS)]
         if completion.ids[0] not in self._probe_text.likely:
             raise LatentMASError(
                 f"vLLM at {self.url} ({self.name}) goes on otherwise behind {PROBE_TEXT!r} than {self.stamp.model}, so it runs "
@@ -231,12 +213,12 @@ class VllmServer:
         self, requests: Sequence[GenerationRequest], prompts: Sequence[PackedPrompt], tokens: LockstepTokens
     ) -> list[Completion]:
         async def write_one(number: int) -> Completion:
-            completion = None
-            async for chunk in self.stream(requests[number], prompts[number]):
-                tokens.add(number, chunk.ids, chunk.completion is not None)
-                completion = chunk.completion
-            assert completion is not None
-            return completion
+            part: Chunk | Completion | None = None
+            async for part in self.stream(requests[number], prompts[number]):
+                ended = isinstance(part, Completion)
+                tokens.add(number, [] if ended else part.ids, ended)
+            assert isinstance(part, Completion), "a stream ends with one"
+            return part
 
         await self.connect()
         try:
@@ -281,8 +263,8 @@ class VllmServer:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         seconds: float | None = None,
-    ) -> AsyncGenerator[Chunk, None]:
-        """Yield a text as the server generates it; the last chunk has the Completion. Closing the generator aborts the request.
+    ) -> AsyncGenerator[Chunk | Completion, None]:
+        """Yield a text as the server generates it, then its Completion. Closing the generator aborts the request.
 
         Args:
             prompt: the request's, as `pack` returns it.
@@ -307,20 +289,18 @@ class VllmServer:
                 if response.status_code != 200:
                     await response.aread()
                     raise refusal(response)
-                async with aclosing(read_events(response)) as events:
-                    async for event in events:
-                        usage = event.usage or usage
-                        for choice in event.choices:
-                            ids += choice.ids
-                            reason = choice.finish_reason or reason
-                            yield Chunk(choice.text, choice.ids)
+                async with aclosing(read_chunks(response)) as chunks:
+                    async for chunk in chunks:
+                        usage, reason = chunk.usage or usage, chunk.finish_reason or reason
+                        ids += chunk.ids
+                        yield chunk
             if reason is None:
                 raise EOFError("the stream ended before the text did")
         cached = ((usage or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
         completion = checked_completion(prompt, ids, reason, cached, "a request")
         if not ids:
             raise EngineError("vLLM wrote no tokens, or does not say which; it must support return_token_ids")
-        yield Chunk(completion=completion)
+        yield completion
 
     # ---- HTTP ------------------------------------------------------------------------------------------------------
 
