@@ -22,7 +22,7 @@ from bandwidth import conditions, read_bandwidth
 from latentmas import load_model
 from latentmas.backends.base import GenerationRequest
 from latentmas.backends.kv_file import KVFile
-from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.vllm import Vllm
 from latentmas.default_model import default_model_folder
 from rich.progress import track
 

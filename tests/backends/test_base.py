@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentmas.backends.base import Embeds, GenerationRequest, Steps, check_requests
+from latentmas.backends.base import GenerationRequest, LockstepTokens, PromptEmbeds, check_requests
 from tiny_models import TINY, tiny_model
 
 from latentmas_kernels import LatentCache
@@ -28,7 +28,7 @@ def request(prompt=(5, 6), *, slot_inputs=(), row=None, most=4):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 96), st.floats(-9, 9, width=32).map(thought)), max_size=12))
 def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots):
-    got = Embeds.of(request([8, 9], slot_inputs=slots), WIDTH, torch.float32)
+    got = PromptEmbeds.of(request([8, 9], slot_inputs=slots), WIDTH, torch.float32)
     if all(isinstance(slot, int) for slot in slots):
         assert got is None
         return
@@ -43,20 +43,20 @@ def test_what_was_fed_and_the_prompt_behind_it_are_in_their_order(slots):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_have_the_dtype_of_the_model_that_reads_them(dtype):
     fed = [torch.full((WIDTH,), 1 / 3)]
-    got = Embeds.of(request(slot_inputs=fed), WIDTH, dtype)
+    got = PromptEmbeds.of(request(slot_inputs=fed), WIDTH, dtype)
     assert got.embeds.dtype == dtype
     assert torch.equal(got.embeds[0], torch.full((WIDTH,), 1 / 3).to(dtype))
 
 
 @pytest.mark.parametrize("fed", [[], [1, 2, 3]])
 def test_tokens_alone_need_no_embeddings(fed):
-    assert Embeds.of(request(slot_inputs=fed), WIDTH, torch.float32) is None
+    assert PromptEmbeds.of(request(slot_inputs=fed), WIDTH, torch.float32) is None
 
 
 def test_embedded_is_what_the_model_makes_of_the_tokens():
     embedding = MODEL.get_input_embeddings()
-    got = Embeds.of(request([3, 9], slot_inputs=[7, thought(2), 5]), WIDTH, torch.float32)
-    whole = got.embedded(embedding)
+    got = PromptEmbeds.of(request([3, 9], slot_inputs=[7, thought(2), 5]), WIDTH, torch.float32)
+    whole = got.embed_tokens(embedding)
     assert torch.equal(whole[[0, 2, 3, 4]], embedding(torch.tensor([7, 5, 3, 9])))
     assert torch.equal(whole[1], thought(2))
     assert not whole.requires_grad
@@ -66,7 +66,7 @@ def test_embedded_is_what_the_model_makes_of_the_tokens():
 def test_thoughts_of_another_width_are_refused():
     """vLLM's engine would end."""
     with pytest.raises(ValueError, match=r"position 1 has the shape \[5\]; this model reads \[48\].*target_model"):
-        Embeds.of(request(slot_inputs=[3, thought(1, 5)]), WIDTH, torch.float32)
+        PromptEmbeds.of(request(slot_inputs=[3, thought(1, 5)]), WIDTH, torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
@@ -76,7 +76,7 @@ def test_thoughts_that_are_not_finite_are_refused(value):
     spoilt[7] = value
     fed = [thought(1), spoilt]
     with pytest.raises(ValueError, match="what the agents thought holds NaN or Inf"):
-        Embeds.of(request(slot_inputs=fed), WIDTH, torch.float16)
+        PromptEmbeds.of(request(slot_inputs=fed), WIDTH, torch.float16)
 
 
 # ---- what is checked before it is sent -----------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_however_tokens_come_each_step_is_told_once_and_in_order(texts, data):
     """With the token of each request, and not before all that have not ended have made it."""
     told = []
     made, ended = [0] * len(texts), [False] * len(texts)
-    steps = Steps(len(texts), lambda step, tokens: told.append((step, tokens)))
+    steps = LockstepTokens(len(texts), lambda step, tokens: told.append((step, tokens)))
     for number, new, end in pieces(data.draw, texts):
         made[number] += len(new)
         ended[number] |= end
@@ -166,7 +166,7 @@ def test_however_tokens_come_each_step_is_told_once_and_in_order(texts, data):
 
 
 def test_nobody_need_listen():
-    steps = Steps(2, None)
+    steps = LockstepTokens(2, None)
     steps.add(0, [4, 5], True)
     steps.add(1, [6], False)
     steps.add(1, [7, 8], True)
@@ -175,7 +175,7 @@ def test_nobody_need_listen():
 
 def test_a_request_that_wrote_nothing_holds_nobody_up():
     told = []
-    steps = Steps(2, lambda step, tokens: told.append((step, tokens.tolist())))
+    steps = LockstepTokens(2, lambda step, tokens: told.append((step, tokens.tolist())))
     steps.add(0, [], True)
     steps.add(1, [6, 7], True)
     assert [step for step, _ in told] == [1, 2]

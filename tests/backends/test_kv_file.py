@@ -27,8 +27,8 @@ from latentmas.backends.kv_file import (
     check_transferable,
     kv_heads_of_rank,
     read_kv_rows,
+    remove_stale,
     shared_folder,
-    sweep,
 )
 from tiny_models import FAMILIES, tiny_model
 
@@ -84,9 +84,9 @@ def row_of(memory, row):
 
 
 @pytest.fixture
-def parcel(tmp_path):
-    with KVFile(ragged_memory(), STAMP, tmp_path) as parcel:
-        yield parcel
+def kv_file(tmp_path):
+    with KVFile(ragged_memory(), STAMP, tmp_path) as kv_file:
+        yield kv_file
 
 
 # ---- what it holds -------------------------------------------------------------------------------------------------
@@ -95,14 +95,14 @@ def parcel(tmp_path):
 @pytest.mark.usefixtures("keys_are_moved_by_torch")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MEMORIES)
-def test_a_parcel_holds_what_the_memory_held(tmp_path, name, dtype):
+def test_a_kv_file_holds_what_the_memory_held(tmp_path, name, dtype):
     """Bit for bit, and the memory is as it was."""
     memory = MEMORIES[name](dtype)
     before = memory.buffer.clone(), memory.lengths.clone(), memory.prefix_len.clone(), list(memory.segments)
-    with KVFile(memory, STAMPS[dtype], tmp_path) as parcel:
-        assert [(handed.row, handed.slots) for handed in parcel.rows] == list(enumerate(memory.lengths.tolist()))
-        for row, handed in enumerate(parcel.rows):
-            got = read_kv_rows(tmp_path, handed, STAMPS[dtype].fingerprint)
+    with KVFile(memory, STAMPS[dtype], tmp_path) as kv_file:
+        assert [(source.row, source.slots) for source in kv_file.rows] == list(enumerate(memory.lengths.tolist()))
+        for row, source in enumerate(kv_file.rows):
+            got = read_kv_rows(tmp_path, source, STAMPS[dtype].fingerprint)
             assert got.dtype == dtype
             assert torch.equal(got, row_of(memory, row))
     assert torch.equal(memory.buffer.view(torch.uint8), before[0].view(torch.uint8))
@@ -111,15 +111,15 @@ def test_a_parcel_holds_what_the_memory_held(tmp_path, name, dtype):
     assert memory.segments == before[3]
 
 
-def test_a_parcel_is_read_where_it_lies(tmp_path, parcel):
+def test_a_kv_file_is_read_where_it_lies(tmp_path, kv_file):
     """What the reader gets are the pages of the file, not a copy."""
-    kv = read_kv_rows(tmp_path, parcel.rows[0], STAMP.fingerprint)
-    maps = [m.addr.split("-") for m in psutil.Process().memory_maps(grouped=False) if m.path == str(parcel.path)]
+    kv = read_kv_rows(tmp_path, kv_file.rows[0], STAMP.fingerprint)
+    maps = [m.addr.split("-") for m in psutil.Process().memory_maps(grouped=False) if m.path == str(kv_file.path)]
     assert any(int(low, 16) <= kv.data_ptr() < int(high, 16) for low, high in maps)
 
 
-def test_a_parcel_is_a_file_that_load_reads(tmp_path, parcel):
-    assert torch.equal(row_of(LatentCache.load(parcel.path, MODELS[torch.float32]), 1), row_of(ragged_memory(), 1))
+def test_a_kv_file_is_a_file_that_load_reads(tmp_path, kv_file):
+    assert torch.equal(row_of(LatentCache.load(kv_file.path, MODELS[torch.float32]), 1), row_of(ragged_memory(), 1))
 
 
 # ---- what is not sent ----------------------------------------------------------------------------------------------
@@ -206,32 +206,32 @@ def test_a_folder_without_room_is_said_before_anything_is_written(tmp_path, monk
 
 
 @pytest.mark.parametrize(("row", "slots"), [(3, 9), (0, 8), (0, 10), (1, 9), (10**30, 9)])
-def test_rows_are_what_the_request_said(tmp_path, parcel, row, slots):
-    handed = KVFileRow(parcel.path.name, row, slots)
+def test_rows_are_what_the_request_said(tmp_path, kv_file, row, slots):
+    source = KVFileRow(kv_file.path.name, row, slots)
     with pytest.raises(ValueError, match=rf"holds rows of \[9, 4, 1\] slots; got row {row} of {slots}"):
-        read_kv_rows(tmp_path, handed, STAMP.fingerprint)
+        read_kv_rows(tmp_path, source, STAMP.fingerprint)
 
 
-def test_the_memory_of_another_model_is_refused(tmp_path, parcel):
+def test_the_memory_of_another_model_is_refused(tmp_path, kv_file):
     other = STAMPS[torch.bfloat16].fingerprint
     with pytest.raises(ValueError, match=f"another model: .*{STAMP.fingerprint[:12]}.*started for {other[:12]}"):
-        read_kv_rows(tmp_path, parcel.rows[0], other)
+        read_kv_rows(tmp_path, kv_file.rows[0], other)
 
 
 @pytest.mark.parametrize("path", [FILE, "cut", "damaged", "empty", "folder"])
-def test_files_that_cannot_be_read_are_errors_that_a_worker_survives(tmp_path, parcel, path):
-    handed = parcel.rows[0]
-    whole = parcel.path.read_bytes()
-    parcel.path.unlink()
+def test_files_that_cannot_be_read_are_errors_that_a_worker_survives(tmp_path, kv_file, path):
+    source = kv_file.rows[0]
+    whole = kv_file.path.read_bytes()
+    kv_file.path.unlink()
     if path == "folder":
-        parcel.path.mkdir()
+        kv_file.path.mkdir()
     elif path != FILE:
         parts = {"cut": whole[:-7], "damaged": whole[:8] + b"x" + whole[9:], "empty": b""}
-        parcel.path.write_bytes(parts[path])
-    with pytest.raises((OSError, ValueError), match=parcel.path.name):
-        read_kv_rows(tmp_path, handed, STAMP.fingerprint)
+        kv_file.path.write_bytes(parts[path])
+    with pytest.raises((OSError, ValueError), match=kv_file.path.name):
+        read_kv_rows(tmp_path, source, STAMP.fingerprint)
     if path == "folder":
-        parcel.path.rmdir()
+        kv_file.path.rmdir()
 
 
 def test_gaps_in_positions_are_refused_by_the_reader(tmp_path):
@@ -279,11 +279,11 @@ def test_only_a_plain_name_is_read_from_what_anyone_may_send(file, row, slots, k
         and slots >= 1
     )
     if good and keys >= {FILE, ROW, SLOTS}:
-        handed = KVFileRow.read(params)
-        assert handed == KVFileRow(file, row, slots)
+        source = KVFileRow.read(params)
+        assert source == KVFileRow(file, row, slots)
         folder = Path("/some/folder")
-        assert (folder / handed.file).parent == folder
-        assert os.path.normpath(folder / handed.file) == str(folder / handed.file)
+        assert (folder / source.file).parent == folder
+        assert os.path.normpath(folder / source.file) == str(folder / source.file)
     else:
         with pytest.raises(ValueError, match=f"{FILE}=.*supported are the name of a file"):
             KVFileRow.read(params)
@@ -305,29 +305,29 @@ def test_numbers_that_are_none(row, slots):
 
 @given(st.text(alphabet="abc-09").map(lambda n: n + SUFFIX), st.integers(0), st.integers(1))
 def test_what_is_said_of_a_row_is_read_again(file, row, slots):
-    handed = KVFileRow(file, row, slots)
-    assert KVFileRow.read(handed.params) == handed
-    assert KVFileRow.read({**handed.params, "of someone else": 1}) == handed
+    source = KVFileRow(file, row, slots)
+    assert KVFileRow.read(source.params) == source
+    assert KVFileRow.read({**source.params, "of someone else": 1}) == source
     assert KVFileRow.read(None) is None
     assert KVFileRow.read({}) is None
 
 
 def test_no_two_rows_have_the_same_salt(tmp_path):
-    """Of one parcel, nor of two of the same memory."""
+    """Of one kv_file, nor of two of the same memory."""
     memory = ragged_memory()
-    rows = [handed for _ in range(3) for handed in KVFile(memory, STAMP, tmp_path).rows]
-    assert len({handed.salt for handed in rows}) == 9
+    rows = [source for _ in range(3) for source in KVFile(memory, STAMP, tmp_path).rows]
+    assert len({source.salt for source in rows}) == 9
 
 
 # ---- how long it is there ------------------------------------------------------------------------------------------
 
 
 def test_the_file_is_there_within_the_block_only_and_for_its_owner_only(tmp_path):
-    with KVFile(ragged_memory(), STAMP, tmp_path) as parcel:
-        assert list(tmp_path.iterdir()) == [parcel.path]
-        assert stat.S_IMODE(parcel.path.stat().st_mode) == 0o600
+    with KVFile(ragged_memory(), STAMP, tmp_path) as kv_file:
+        assert list(tmp_path.iterdir()) == [kv_file.path]
+        assert stat.S_IMODE(kv_file.path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == []
-    parcel.close()
+    kv_file.close()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -346,7 +346,7 @@ def test_nothing_is_left_where_the_file_could_not_be_written(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sweep_removes_what_dead_processes_of_this_host_left(tmp_path):
+def test_remove_stale_removes_what_dead_processes_of_this_host_left(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     here, dead, alive = socket.gethostname(), child.pid, os.getpid()
@@ -364,12 +364,12 @@ def test_sweep_removes_what_dead_processes_of_this_host_left(tmp_path):
     ]
     for name in gone + stay[1:]:
         (tmp_path / name).touch()
-    sweep(tmp_path)
+    remove_stale(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
-    sweep(tmp_path / "nowhere")
+    remove_stale(tmp_path / "nowhere")
 
 
-def test_parcels_of_one_host_lie_in_memory():
+def test_kv_files_of_one_host_lie_in_memory():
     assert shared_folder() == Path("/dev/shm")
 
 

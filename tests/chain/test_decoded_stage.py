@@ -6,7 +6,7 @@ from buffers import count_buffers
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from latentmas import Agent, Chain, MemoryPolicy
-from latentmas.backends.base import Completion, Embeds, Steps, check_requests
+from latentmas.backends.base import Completion, LockstepTokens, PromptEmbeds, check_requests
 from latentmas.chain_files.reader import METHODS, serial
 from tiny_models import VOCAB, tiny_model
 from tokenizers_offline import character_tokenizer, with_tokens
@@ -57,7 +57,7 @@ class Fake:
         self.slots[id(memory)] = [] if memory is None else memory.lengths.tolist()
         before = None if memory is None else (memory.buffer.clone(), memory.lengths.clone(), memory.positions.clone())
         written = [self._one(memory, request) for request in requests]
-        steps, left = Steps(len(requests), on_tokens), [list(text.ids) for text in written]
+        steps, left = LockstepTokens(len(requests), on_tokens), [list(text.ids) for text in written]
         for _ in range(max(map(len, left))):  # the last request is always two tokens ahead
             for number, ids in reversed(list(enumerate(left))):
                 take = 3 if number + 1 == len(left) else 1
@@ -79,10 +79,10 @@ class Fake:
         else:
             assert len(request.slot_inputs) == (0 if request.row is None else int(memory.lengths[request.row]))
             a = Architecture.of(self.model)
-            mixed = Embeds.of(request, a.hidden_size, a.dtype)
+            mixed = PromptEmbeds.of(request, a.hidden_size, a.dtype)
             ids, read = [*request.slot_inputs, *ids], read + len(request.slot_inputs)
             if mixed is not None:
-                whole = mixed.embedded(self.model.get_input_embeddings())[None]
+                whole = mixed.embed_tokens(self.model.get_input_embeddings())[None]
                 past = latent_generate(
                     self.model, inputs_embeds=whole[:, :-1], latent_steps=0, aligner="identity"
                 ).past_key_values

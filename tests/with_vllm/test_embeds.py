@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from latentmas import METHODS, Budget, Chain, MemoryPolicy
-from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.vllm import Vllm
 from latentmas.default_model import default_model_folder
 from logprobs import logprobs_of
 from test_hand_over import QUESTIONS, agents_of, here

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from latentmas.backends.base import GenerationRequest
-from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.vllm import Vllm
 from logprobs import logprobs_of, rows_of
 from test_hand_over import here, prepared
 from transformers import LlamaConfig, LlamaForCausalLM

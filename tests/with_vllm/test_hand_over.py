@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from latentmas import METHODS, Chain, MemoryPolicy
-from latentmas.backends.base import EngineError, GenerationRequest, Steps
+from latentmas.backends.base import EngineError, GenerationRequest, LockstepTokens
 from latentmas.backends.kv_file import SUFFIX, KVFile, KVFileRow
-from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.vllm import Vllm
+from latentmas.backends.vllm.request import PackedPrompt
 from latentmas.chain.run import PendingAnswer
 from latentmas.default_model import default_model_folder
 from logprobs import logprobs_of, rows_of
@@ -31,7 +32,7 @@ MEMORIES = {"full": None, "cut": MemoryPolicy(slots=40), "latent-only": MemoryPo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parcels")
+    return tmp_path_factory.mktemp("kv-files")
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +167,10 @@ def check_lives(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> N
     assert written.ids == here(float32[0], ready.memory, ready.requests[0].prompt, 12)
 
 
-def send(vllm: Vllm, prompt: dict[str, Any], handed: Any) -> Any:
-    """Past the checks of `write`, as a stranger would."""
-    request = GenerationRequest(prompt["prompt_token_ids"], 4, ())
-    return vllm._run([request], [(prompt, handed)], Steps(1, None))
+def send(vllm: Vllm, prompt: list[int], row: Any) -> Any:
+    """Past the checks of `write`, as a stranger would; the prompt comes after the row's placeholders."""
+    packed = PackedPrompt([0] * row.slots + prompt, None, row)
+    return vllm._run([GenerationRequest(prompt, 4, ())], [packed], LockstepTokens(1, None))
 
 
 def test_nan_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
@@ -189,20 +190,15 @@ def test_nan_in_a_file_ends_that_request_only(
     spoiled.buffer[0, 20, 0, 1, 3, 5] = float("nan")
     with monkeypatch.context() as patch:
         patch.setattr("latentmas.backends.kv_file.check_finite", lambda *_: None)
-        parcel = KVFile(spoiled, vllm.stamp, folder)
-    with parcel:
-        (handed,) = parcel.rows
-        prompt = {"prompt_token_ids": [0] * handed.slots + [5, 6], "cache_salt": handed.salt}
-        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
-            send(vllm, prompt, handed)
+        file = KVFile(spoiled, vllm.stamp, folder)
+    with file, pytest.raises(EngineError, match="ended request 0 with 'error'"):
+        send(vllm, [5, 6], file.rows[0])
     check_lives(vllm, float32, ready)
 
 
 def test_a_missing_file_ends_that_request_only(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
-    handed = KVFileRow(f"nobody{SUFFIX}", 0, 40)
-    prompt = {"prompt_token_ids": [0] * 40 + [5], "cache_salt": handed.salt}
     with pytest.raises(EngineError, match="ended request 0 with 'error'"):
-        send(vllm, prompt, handed)
+        send(vllm, [5], KVFileRow(f"nobody{SUFFIX}", 0, 40))
     check_lives(vllm, float32, ready)
 
 
@@ -211,11 +207,11 @@ def test_another_salt_ends_that_request_only(
     salt: str | None, vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer
 ) -> None:
     assert ready.memory is not None
-    with KVFile(ready.memory, vllm.stamp, vllm.folder) as parcel:
-        (handed,) = parcel.rows
-        prompt = {"prompt_token_ids": [0] * handed.slots + [5], **({} if salt is None else {"cache_salt": salt})}
+    with KVFile(ready.memory, vllm.stamp, vllm.folder) as file:
+        (row,) = file.rows
+        salted = SimpleNamespace(params=row.params, slots=row.slots, salt=salt)
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
-            send(vllm, prompt, handed)
+            send(vllm, [5], salted)
     check_lives(vllm, float32, ready)
 
 
@@ -228,9 +224,9 @@ def test_parameters_from_a_stranger_end_that_request_only(
         {"latentmas_row": 0},
         {"latentmas_file": f"nobody{SUFFIX}", "latentmas_row": 0, "latentmas_slots": 10**9},
     ):
-        stranger = SimpleNamespace(params=params, slots=0)
+        stranger = SimpleNamespace(params=params, slots=0, salt="s")
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
-            send(vllm, {"prompt_token_ids": [5, 6, 7], "cache_salt": "s"}, stranger)
+            send(vllm, [5, 6, 7], stranger)
     check_lives(vllm, float32, ready)
 
 
@@ -238,11 +234,11 @@ def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: 
     """The same shapes and other weights: by the chain, and by the engine for a file that came another way."""
     assert ready.memory is not None
     other = replace(vllm.stamp, fingerprint="0" * 64)
-    with KVFile(ready.memory, other, vllm.folder) as parcel:
-        (handed,) = parcel.rows
-        prompt = {"prompt_token_ids": [0] * handed.slots + [5], "cache_salt": handed.salt}
-        with pytest.raises(EngineError, match="ended request 0 with 'error'"):
-            send(vllm, prompt, handed)
+    with (
+        KVFile(ready.memory, other, vllm.folder) as file,
+        pytest.raises(EngineError, match="ended request 0 with 'error'"),
+    ):
+        send(vllm, [5], file.rows[0])
     model = float32[0]
     with torch.no_grad():
         model.model.norm.weight[0] += 1

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from latentmas import METHODS, Chain
 from latentmas.backends.base import EngineError
-from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.vllm import Vllm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
@@ -63,7 +63,7 @@ def test_a_killed_engine_is_an_error_and_no_wait(
 
 TINY = """
 import os, sys
-from latentmas.backends.vllm.engine import Vllm
+from latentmas.backends.vllm import Vllm
 from latentmas.backends.base import GenerationRequest
 from transformers import LlamaForCausalLM
 

@@ -48,8 +48,8 @@ class Server:
     """The process, what it says, and a client for it."""
 
     def __init__(self, folder: Path) -> None:
-        self.parcels, self.said = folder / "parcels", list[str]()
-        self.parcels.mkdir()
+        self.kv_files, self.said = folder / "kv-files", list[str]()
+        self.kv_files.mkdir()
         (folder / "ponder.yaml").write_text(CHAIN)
         (folder / "long.yaml").write_text(LONG)
         self.chains = [str(folder / "ponder.yaml"), "mix", str(folder / "long.yaml")]
@@ -67,7 +67,7 @@ class Server:
             [
                 Path(sys.executable).with_name("latentmas"), "serve", *(part for c in self.chains for part in ("--chain", c)),
                 "--max-new-tokens", "24", "--dtype", "float32", "--aligner", "identity", "--port", self.url.rpartition(":")[2],
-                "--folder", self.parcels, "--", "--max-model-len", "2048", "--max-num-seqs", "16",
+                "--folder", self.kv_files, "--", "--max-model-len", "2048", "--max-num-seqs", "16",
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
@@ -145,7 +145,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert len(family) > 3
         assert not alive
         assert not [path for path in shared if path.exists()]
-        assert not list(server.parcels.iterdir())
+        assert not list(server.kv_files.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_fifty_at_once(server: Server, own: Any) -> None:
     assert len(QUESTIONS) == 50
     assert [s.choices[0].message.content.strip() for s in said] == want
     assert len(set(want)) > 25
-    assert not list(server.parcels.iterdir())
+    assert not list(server.kv_files.iterdir())
 
 
 def test_sampling_by_seed_and_stops(server: Server) -> None:
@@ -223,9 +223,9 @@ def test_a_client_that_leaves_ends_the_text(server: Server) -> None:
             if number == 3:
                 break
         assert server.running() == 1
-        assert len(list(server.parcels.iterdir())) == 1
+        assert len(list(server.kv_files.iterdir())) == 1
     server.until(lambda: server.running() == 0)
-    assert not list(server.parcels.iterdir())
+    assert not list(server.kv_files.iterdir())
 
 
 def test_vllm_dies_and_is_started_again(server: Server) -> None:
@@ -247,4 +247,4 @@ def test_vllm_dies_and_is_started_again(server: Server) -> None:
     server.until(server.well, 2 * SECONDS)
     assert server.ask("ponder", QUESTIONS[0]).choices[0].message.content == before
     assert any("is started again" in line for line in server.said)
-    assert not list(server.parcels.iterdir())
+    assert not list(server.kv_files.iterdir())

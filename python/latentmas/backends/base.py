@@ -1,4 +1,4 @@
-"""What a chain asks of an engine that writes texts for it, and how such an engine is given a memory as embeddings."""
+"""The protocol of a text-generation backend, its requests and completions, and what every backend checks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,23 +13,24 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 KV_TRANSFERS = ("kv", "embeds")
-"""Keys and values as they are, with nothing computed again; or what the memory was fed, which is read again."""
+"""How a KV cache is transferred: "kv", keys and values; "embeds", the inputs that filled the cache, to be prefilled again."""
 
 OnTokens = Callable[[int, Tensor], None]
-"""Told of each step: its number from 1, and int64 [requests], the token of each request at it, anything behind its end."""
+"""Called after each decode step with its number, from 1, and int64 [requests], a token of each (any one after its end)."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A text that is to be written behind a memory, or behind nothing.
+    """A text to be generated after a row of a KV cache, or after a prompt alone.
 
     Attributes:
         prompt: token ids, one or more.
         max_new_tokens: limit of the text.
         end_ids: tokens that end it.
-        row: of the memory; None for a request that begins one.
-        slot_inputs: what that row was fed, slot by slot: a token, or the embedding [D] of a thought; for embeds only.
-        temperature, top_p: as in Chain.run; seed: of the sampling.
+        row: of the cache; None for a request without a cache.
+        slot_inputs: inputs that filled the row, per slot: a token id, or the embedding [D] of a latent step. For "embeds" only.
+        temperature, top_p: as in Chain.run.
+        seed: of the sampling.
     """
 
     prompt: list[int]
@@ -44,13 +45,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text.
+    """A generated text.
 
     Attributes:
-        ids: its tokens; one that ended it is the last.
+        ids: token ids, with the end token where one was generated.
         finish_reason: "stop" or "length".
-        computed_tokens: of memory and prompt, those that were read for it and not found in a cache.
-        logprobs: of each token, where the engine was asked for them.
+        computed_tokens: tokens of cache and prompt that the backend prefilled, without those found in a cache.
+        logprobs: of each token, where the backend was asked for them.
     """
 
     ids: list[int]
@@ -59,13 +60,13 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
 
 
-class Decoder(Protocol):
-    """An engine that writes the texts of agents on one model.
+class TextBackend(Protocol):
+    """An engine outside this package that generates the texts of agents on one model.
 
     Attributes:
-        stamp: of the model.
+        stamp: fingerprint of the model.
         kv_transfer: one of KV_TRANSFERS.
-        max_model_len: tokens of memory, prompt and text together, at most.
+        max_model_len: limit of cache, prompt and text together, in tokens.
     """
 
     stamp: ModelFingerprint
@@ -73,28 +74,28 @@ class Decoder(Protocol):
     max_model_len: int
 
     def write(
-        self, memory: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
+        self, cache: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
     ) -> list[Completion]:
-        """Write all of them at the same time; the memory stays as it is.
+        """Generate the texts of all requests as one batch. This does not modify the cache.
 
         Raises:
-            ValueError: for a request that cannot be right; then none is sent.
+            LatentMASError: for a request that cannot be right; then none is sent.
             EngineError: where the engine failed.
         """
 
 
 class EngineError(RuntimeError):
-    """An engine of others failed, or gave an answer that is not to be trusted; says what to do."""
+    """A backend's engine failed, or its answer cannot be trusted. The message says what to do."""
 
 
 @dataclass(frozen=True)
-class Embeds:
+class PromptEmbeds:
     """A prompt in which some positions are embeddings.
 
     Attributes:
-        embeds: [T, D]; zeros where there are tokens.
-        ids: token ids, 0 where there are embeddings.
-        is_token: for each position.
+        embeds: [T, D]; zeros at the positions of tokens.
+        ids: T token ids; 0 at the positions of embeddings.
+        is_token: T flags.
     """
 
     embeds: Tensor
@@ -102,55 +103,55 @@ class Embeds:
     is_token: list[bool]
 
     @classmethod
-    def of(cls, request: GenerationRequest, width: int, dtype: torch.dtype) -> "Embeds | None":
-        """What the memory was fed and the prompt behind it, in that order; None where all of it are tokens.
+    def of(cls, request: GenerationRequest, hidden_size: int, dtype: torch.dtype) -> "PromptEmbeds | None":
+        """Return the inputs of the request's row, followed by its prompt; None where all of them are tokens.
 
         Args:
-            width, dtype: of the model's embeddings.
+            hidden_size, dtype: of the model's embeddings.
 
         Raises:
-            ValueError: for thoughts that are not of that width, or hold NaN or Inf.
+            LatentMASError: for embeddings that are not of that size, or hold NaN or Inf.
         """
         slots = [*request.slot_inputs, *request.prompt]
-        thoughts = [(at, slot) for at, slot in enumerate(slots) if not isinstance(slot, int)]
-        if not thoughts:
+        given = [(position, slot) for position, slot in enumerate(slots) if not isinstance(slot, int)]
+        if not given:
             return None
-        for at, thought in thoughts:
-            if list(thought.shape) != [width]:
+        for position, vector in given:
+            if list(vector.shape) != [hidden_size]:
                 raise LatentMASError(
-                    f"the embedding at position {at} has the shape {list(thought.shape)}; this model reads [{width}]: "
-                    "build the aligner with target_model for a model of another width"
+                    f"the embedding at position {position} has the shape {list(vector.shape)}; this model reads "
+                    f"[{hidden_size}]: build the aligner with target_model for a model of another width"
                 )
-        embeds = torch.zeros(len(slots), width, dtype=dtype)
-        places, vectors = zip(*thoughts, strict=True)
-        embeds[list(places)] = torch.stack(vectors).to("cpu", dtype)
+        embeds = torch.zeros(len(slots), hidden_size, dtype=dtype)
+        positions, vectors = zip(*given, strict=True)
+        embeds[list(positions)] = torch.stack(vectors).to("cpu", dtype)
         check_finite(embeds, "what the agents thought")
         is_token = [isinstance(slot, int) for slot in slots]
         return cls(embeds, [slot if isinstance(slot, int) else 0 for slot in slots], is_token)
 
-    def embedded(self, embedding: nn.Module) -> Tensor:
-        """[T, D] on the CPU, the tokens embedded as well."""
-        at = torch.tensor(self.is_token)
-        ids = torch.tensor(self.ids)[at].to(next(embedding.parameters()).device)
-        whole = self.embeds.clone()
+    def embed_tokens(self, embedding: nn.Module) -> Tensor:
+        """Return [T, D] on the CPU, with the tokens embedded as well."""
+        mask = torch.tensor(self.is_token)
+        ids = torch.tensor(self.ids)[mask].to(next(embedding.parameters()).device)
+        embeds = self.embeds.clone()
         with torch.no_grad():
-            whole[at] = embedding(ids).to("cpu", whole.dtype)
-        return whole
+            embeds[mask] = embedding(ids).to("cpu", embeds.dtype)
+        return embeds
 
 
 def check_requests(
-    requests: Sequence[GenerationRequest], memory: LatentCache | None, max_model_len: int, kv_transfer: str
+    requests: Sequence[GenerationRequest], cache: LatentCache | None, max_model_len: int, kv_transfer: str
 ) -> None:
-    """Raise ValueError for a request that does not fit its memory or what the engine was started for."""
+    """Raise LatentMASError for a request that does not fit its cache or the engine's limits."""
     for number, request in enumerate(requests):
         if not request.prompt:
             raise LatentMASError(
                 f"request {number} has an empty prompt; the text needs one token or more to go on from"
             )
-        if request.row is not None and (memory is None or not 0 <= request.row < memory.batch_size):
-            rows = 0 if memory is None else memory.batch_size
+        if request.row is not None and (cache is None or not 0 <= request.row < cache.batch_size):
+            rows = 0 if cache is None else cache.batch_size
             raise LatentMASError(f"request {number} goes on from row {request.row} of a memory of {rows} rows")
-        slots = 0 if request.row is None or memory is None else int(memory.lengths[request.row])
+        slots = 0 if request.row is None or cache is None else int(cache.lengths[request.row])
         if kv_transfer == "embeds" and len(request.slot_inputs) != slots:
             raise LatentMASError(
                 f"request {number} says what {len(request.slot_inputs)} slots were fed, and its memory has {slots}; embeddings "
@@ -165,7 +166,7 @@ def check_requests(
 
 
 def check_cache_hit(slots: int, found: int, request: str) -> None:
-    """Raise EngineError where an engine found fewer tokens in its cache than the memory that came before a request."""
+    """Raise EngineError where an engine found fewer tokens in its cache than the slots that were transferred to it."""
     if found < slots:
         raise EngineError(
             f"vLLM read {slots - found} of {slots} slots of memory as placeholders in {request}, so its answer is worth "
@@ -173,15 +174,19 @@ def check_cache_hit(slots: int, found: int, request: str) -> None:
         )
 
 
-class Steps:
-    """Turns tokens that come for one request at a time into steps that all requests have made."""
+class LockstepTokens:
+    """Tokens that arrive request by request, regrouped into decode steps of all requests.
+
+    Attributes:
+        ids: per request its tokens so far.
+    """
 
     def __init__(self, requests: int, on_tokens: OnTokens | None) -> None:
         self.on_tokens, self.ids = on_tokens, [list[int]() for _ in range(requests)]
         self.ended, self.step = [False] * requests, 0
 
     def add(self, request: int, ids: Sequence[int], ended: bool) -> None:
-        """Take down new tokens of a request, and tell of the steps that are complete."""
+        """Add new tokens of a request, and call `on_tokens` for each step that is now complete."""
         self.ids[request] += ids
         self.ended[request] |= ended
         if self.on_tokens is None:

@@ -1,7 +1,7 @@
-"""Keys and values on their way to vLLM: a file that `LatentCache.save` could have written, in memory that both sides see.
+"""A LatentCache as a file that vLLM's connector maps, in the format of `LatentCache.save`.
 
-On one host the folder is one in shared memory (/dev/shm), so nothing is written to a disk and the reader maps what the writer
-left; across hosts it is one of a file system that they share.
+On one host the folder is in shared memory (/dev/shm): nothing is written to a disk, and the reader maps the pages of the
+writer. Across hosts it is a folder of a file system that both sides see.
 """
 
 import os
@@ -29,19 +29,19 @@ from latentmas_kernels.models.fingerprint import ModelFingerprint
 from latentmas_kernels.models.rope import rope_types
 
 FILE, ROW, SLOTS = "latentmas_file", "latentmas_row", "latentmas_slots"
-"""What a request says of its memory, in `kv_transfer_params`."""
+"""Keys of a request's `kv_transfer_params`."""
 SUFFIX = ".latentmas-kv"
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def shared_folder() -> Path:
-    """Where parcels of one host lie."""
+    """Return the default folder for KV files on one host."""
     return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def check_transferable(model: Any) -> None:
-    """Raise UnsupportedModelError where vLLM keeps something else for a layer than keys and values of all positions, or rotates
-    keys otherwise."""
+    """Raise UnsupportedModelError where vLLM does not keep keys and values of all positions in every layer, or rotates keys
+    differently."""
     architecture = Architecture.of(model)
     moving = rope_types(model.config) & {"longrope", "dynamic"}
     if moving:
@@ -61,12 +61,12 @@ def check_transferable(model: Any) -> None:
 
 @dataclass(frozen=True)
 class KVFileRow:
-    """One row of a parcel, as a request names it.
+    """One row of a KV file, as requests name it.
 
     Attributes:
-        file: its name in the folder.
-        row: of the file.
-        slots: of that row, all of which come before the prompt.
+        file: name of the file, without its folder.
+        row: number of the row.
+        slots: length of the row; all of it precedes the request's prompt.
     """
 
     file: str
@@ -75,20 +75,20 @@ class KVFileRow:
 
     @property
     def salt(self) -> str:
-        """Keeps vLLM's prefix cache from taking one memory for another: their placeholders are alike."""
+        """The request's cache_salt. Without it vLLM's prefix cache would mix rows up, since their placeholder ids are equal."""
         return f"{self.file}:{self.row}"
 
     @property
     def params(self) -> dict[str, Any]:
-        """kv_transfer_params of a request."""
+        """The request's kv_transfer_params."""
         return {FILE: self.file, ROW: self.row, SLOTS: self.slots}
 
     @classmethod
     def read(cls, params: Mapping[str, Any] | None) -> "KVFileRow | None":
-        """From kv_transfer_params of anyone; None where they do not speak of a parcel.
+        """Parse kv_transfer_params from any client; None where they do not name a KV file.
 
         Raises:
-            ValueError: where they do, and are wrong.
+            LatentMASError: where they do, and are wrong.
         """
         if not params or not {FILE, ROW, SLOTS} & params.keys():
             return None
@@ -104,40 +104,41 @@ class KVFileRow:
 
 
 class KVFile:
-    """The rows of a memory in a file. A context manager: the file is gone behind it.
+    """The rows of a cache in a file. A context manager that removes the file at its end.
 
     Attributes:
+        path: of the file.
         rows: as requests name them.
     """
 
-    def __init__(self, memory: LatentCache, stamp: ModelFingerprint, folder: Path) -> None:
-        """Write the file.
+    def __init__(self, cache: LatentCache, stamp: ModelFingerprint, folder: Path) -> None:
+        """Write the file. This does not modify the cache.
 
         Args:
-            memory: of the model that the stamp is of; it is not changed.
-            stamp: of that model.
+            cache: of the model that `stamp` is of.
+            stamp: fingerprint of that model.
             folder: that the connector reads from.
 
         Raises:
-            ValueError: where vLLM could not go on from a row as it is: it holds nothing, NaN or Inf, or its positions are not
+            LatentMASError: where vLLM could not continue a row: it is empty, holds NaN or Inf, or its positions are not
                 0, 1, 2, ...
             OSError: where the file cannot be written.
         """
-        lengths = memory.lengths.tolist()
+        lengths = cache.lengths.tolist()
         for row, length in enumerate(lengths):
             if not length:
                 raise LatentMASError(f"row {row} of the memory holds nothing; send its prompt as tokens")
-        if bool((memory.next_position != memory.lengths).any()):
+        if bool((cache.next_position != cache.lengths).any()):
             raise LatentMASError(
                 f"the slots of this memory do not have the positions 0, 1, 2, ... (lengths {lengths}, next positions "
-                f"{memory.next_position.tolist()}), which vLLM assumes; rebase(model) it first"
+                f"{cache.next_position.tolist()}), which vLLM assumes; rebase(model) it first"
             )
-        stamp.check(memory.kv_shape)
-        if bool(memory.prefix_len.any()):
-            memory = memory.select(range(memory.batch_size))
+        stamp.check(cache.kv_shape)
+        if bool(cache.prefix_len.any()):
+            cache = cache.select(range(cache.batch_size))
         for row, length in enumerate(lengths):
-            check_finite(memory.buffer[:, :, row, :, :length], f"row {row} of the memory")
-        need, free = int(memory.lengths.max()) * memory.batch_size * memory.slot_bytes, shutil.disk_usage(folder).free
+            check_finite(cache.buffer[:, :, row, :, :length], f"row {row} of the memory")
+        need, free = int(cache.lengths.max()) * cache.batch_size * cache.slot_bytes, shutil.disk_usage(folder).free
         if need > free:
             raise InsufficientMemoryError(
                 f"a memory of {need / 2**20:,.0f} MB does not fit {folder}, where {free / 2**20:,.0f} MB are free: make room "
@@ -145,7 +146,7 @@ class KVFile:
             )
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{SUFFIX}"
         self.path = folder / name
-        write_cache(memory, self.path, stamp)
+        write_cache(cache, self.path, stamp)
         self.rows = [KVFileRow(name, row, length) for row, length in enumerate(lengths)]
 
     def __enter__(self) -> "KVFile":
@@ -159,14 +160,14 @@ class KVFile:
         self.path.unlink(missing_ok=True)
 
 
-def read_kv_rows(folder: Path, handed: KVFileRow, fingerprint: str) -> Tensor:
-    """[2, layers, kv_heads, slots, head_dim], the keys and values of a row, mapped: pages are read as they are used.
+def read_kv_rows(folder: Path, source: KVFileRow, fingerprint: str) -> Tensor:
+    """Return [2, layers, kv_heads, slots, head_dim], the keys and values of a row, mapped: pages are read when they are used.
 
     Raises:
         OSError: where the file cannot be read.
-        ValueError: where it is damaged, of another model, or not what the request said.
+        LatentMASError: where it is damaged, of another model, or does not have the row that the request names.
     """
-    path = folder / handed.file
+    path = folder / source.file
     saved = read_file(path)
     if saved.writer.fingerprint != fingerprint:
         raise LatentMASError(
@@ -174,17 +175,17 @@ def read_kv_rows(folder: Path, handed: KVFileRow, fingerprint: str) -> Tensor:
             f"{saved.writer.fingerprint[:12]}), this engine was started for {fingerprint[:12]}; send it to that model's engine"
         )
     lengths = saved.lengths.tolist()
-    if handed.row >= len(lengths) or lengths[handed.row] != handed.slots:
-        raise LatentMASError(f"{path} holds rows of {lengths} slots; got row {handed.row} of {handed.slots}")
-    if not torch.equal(saved.positions[handed.row, : handed.slots], torch.arange(handed.slots)):
+    if source.row >= len(lengths) or lengths[source.row] != source.slots:
+        raise LatentMASError(f"{path} holds rows of {lengths} slots; got row {source.row} of {source.slots}")
+    if not torch.equal(saved.positions[source.row, : source.slots], torch.arange(source.slots)):
         raise LatentMASError(f"{path} has gaps in its positions; rebase(model) the memory before it is handed over")
-    return saved.kv[:, :, handed.row, :, : handed.slots]
+    return saved.kv[:, :, source.row, :, : source.slots]
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise ValueError where some value is NaN or Inf: vLLM would answer every later request with nonsense.
+    """Raise LatentMASError where a value is NaN or Inf: vLLM would answer every later request with nonsense.
 
-    Both ends carry NaN along. 7 ms for 33 MB in bfloat16 on one core; a sum in float32 takes 37, `isfinite` on all 81.
+    Both extremes propagate NaN. 7 ms for 33 MB in bfloat16 on one core; a sum in float32 takes 37, `isfinite` on all 81.
     """
     if not bool(tensor.amax().isfinite() & tensor.amin().isfinite()):
         raise LatentMASError(
@@ -194,21 +195,22 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def kv_heads_of_rank(rank: int, ranks: int, heads: int) -> slice:
-    """KV heads of a tensor-parallel rank: as many for each, or, with more ranks than heads, one for several ranks each."""
+    """Return the KV heads of a tensor-parallel rank: heads / ranks for each or, with more ranks than heads, one head for
+    ranks / heads ranks."""
     if max(ranks, heads) % min(ranks, heads):
         raise LatentMASError(f"got {heads} KV heads and tensor_parallel_size {ranks}; one must divide the other")
     if ranks <= heads:
-        own = heads // ranks
-        return slice(rank * own, (rank + 1) * own)
+        per_rank = heads // ranks
+        return slice(rank * per_rank, (rank + 1) * per_rank)
     head = rank * heads // ranks
     return slice(head, head + 1)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes of this host left in a folder when they were killed, half-written files among it."""
-    left = re.compile(rf"\.?{re.escape(socket.gethostname())}-([0-9]{{1,9}})-[0-9a-f]+{re.escape(SUFFIX)}(\..*)?")
+def remove_stale(folder: Path) -> None:
+    """Remove files that killed processes of this host left in a folder, half-written ones included."""
+    stale = re.compile(rf"\.?{re.escape(socket.gethostname())}-([0-9]{{1,9}})-[0-9a-f]+{re.escape(SUFFIX)}(\..*)?")
     for path in folder.glob("*"):
-        found = left.fullmatch(path.name)
+        found = stale.fullmatch(path.name)
         if found and not psutil.pid_exists(int(found[1])):
-            with suppress(OSError):  # gone by now, or another user's
+            with suppress(OSError):  # already removed, or another user's
                 path.unlink()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from latentmas.backends.base import Decoder
+from latentmas.backends.base import TextBackend
 from latentmas.chain.agent import Agent
 from latentmas.chain.decoded_stage import DecodedStage
 from latentmas.chain.decoder_check import check_decoder
@@ -57,7 +57,7 @@ class Chain:
         max_note_tokens: int = 512,
         budget: Budget | str | None = None,
         models: Mapping[str, tuple[Any, Any]] | None = None,
-        decoder: Decoder | None = None,
+        decoder: TextBackend | None = None,
     ) -> None:
         """Check the agents and measure how hidden states are fed back, where some agent thinks.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from latentmas.backends.base import Completion, Decoder, GenerationRequest
+from latentmas.backends.base import Completion, GenerationRequest, TextBackend
 from latentmas.chain.progress import Stopwatch
 from latentmas.chain.stage_result import StageResult
 from latentmas.chain.stage_run import StageRun, question_and_agent
@@ -24,7 +24,7 @@ class DecodedStage:
         writers: indices of the agents that write.
     """
 
-    def __init__(self, stage: StageRun, decoder: Decoder) -> None:
+    def __init__(self, stage: StageRun, decoder: TextBackend) -> None:
         self.stage, self.decoder = stage, decoder
         self.writers = [number for number, agent in enumerate(stage.agents) if not agent.thinks]
         self._rows = [(q, number) for q in range(len(stage.prompts)) for number in self.writers]

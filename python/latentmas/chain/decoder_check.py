@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from latentmas.backends.base import Decoder
+from latentmas.backends.base import TextBackend
 from latentmas.backends.kv_file import check_transferable
 from latentmas.chain.memory_policy import KEEP_ALL, Budget
 from latentmas.chain.model_context import ModelContext
@@ -12,7 +12,7 @@ from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 
 def check_decoder(
-    decoder: Decoder, model_context: ModelContext, contexts: Sequence[Context], budget: Budget | None
+    decoder: TextBackend, model_context: ModelContext, contexts: Sequence[Context], budget: Budget | None
 ) -> None:
     """Raise LatentMASError where the decoder's answers would not be those of the chain's own engine.
 

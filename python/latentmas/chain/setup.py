@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from latentmas.backends.base import Decoder
+from latentmas.backends.base import TextBackend
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import Budget
 from latentmas.chain.model_context import ModelContext
@@ -46,7 +46,7 @@ class ChainSetup:
     model_contexts: dict[str | None, ModelContext]
     budget: Budget | None
     max_note_tokens: int
-    decoder: Decoder | None
+    decoder: TextBackend | None
     records_inputs: bool
     vocab_mismatches: set[tuple[str | None, str | None]]
 
@@ -59,7 +59,7 @@ class ChainSetup:
         """All agents, in the order in which they extend caches."""
         return [agent for stage in self.stages for agent in stage.agents]
 
-    def decoder_of(self, stage: Stage) -> Decoder | None:
+    def decoder_of(self, stage: Stage) -> TextBackend | None:
         """Return the decoder where it writes the texts of a stage, None where the chain's own engine does."""
         return self.decoder if stage.writes and stage.model == self.stages[-1].model else None
 

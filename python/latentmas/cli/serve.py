@@ -47,12 +47,12 @@ def serve(
     quiet_libraries()
     check_placement(dtype, device)
     try:  # the server's packages are optional
-        from latentmas.serving import server
+        from latentmas.serving import config, server
     except ModuleNotFoundError as error:
         raise LatentMASError(
             f"latentmas serve needs {error.name}, which is not installed: pip install 'latentmas-kernels[serve]'"
         ) from error
-    serving = server.Serving(
+    serving = config.ServeConfig(
         model=model,
         chains=chain or (),
         latent_steps=latent_steps,

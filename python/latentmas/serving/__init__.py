@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: chains think here, vLLM writes."""
+"""An OpenAI-compatible server: chains run here, and vLLM writes their texts."""

@@ -1,116 +1,83 @@
-"""Who uses the model: one request at a time, in the order in which they came; let go while others work for it."""
+"""Exclusive use of the model, granted to one request at a time in the order of arrival."""
 
-import asyncio
+import math
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError
 from contextlib import suppress
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from anyio import CapacityLimiter, Semaphore, current_effective_deadline, from_thread, to_thread
 
 T = TypeVar("T")
 
 
-class Gone(Exception):
-    """Nobody waits for this request any more."""
+class ModelLease:
+    """One request's use of the model."""
 
-
-class Turn:
-    """One request's use of the model.
-
-    Attributes:
-        gone: whether nobody waits for it; what runs in the turn looks at it at each step.
-    """
-
-    def __init__(self, lock: asyncio.Lock, threads: Executor, seed: int) -> None:
-        """A turn that is still to come.
+    def __init__(self, model: Semaphore, threads: CapacityLimiter, seed: int) -> None:
+        """Prepare a lease that `run` acquires.
 
         Args:
-            lock: that all turns on the model share.
-            threads: one for each turn that there may be at a time; with fewer, turns would wait for each other for ever.
-            seed: of all that is drawn in it, whatever other turns come in between.
+            model: of value 1, shared by all leases on the model. Not a Lock, which only the task that acquired it may release.
+            threads: as many as there may be leases at a time, since a lease keeps its thread while it waits.
+            seed: of all that is drawn during the lease, whatever other leases draw in between.
         """
-        self.gone = False
-        self._lock, self._holds, self._threads, self._seed = lock, False, threads, seed
-        self._loop = asyncio.get_running_loop()
-        self._waits_for: Future[Any] | None = None
+        self._model, self._threads, self._seed, self._held = model, threads, seed, False
 
-    async def run(self, work: Callable[[], T], undo: Callable[[T], None]) -> T:
-        """Wait for the turn and run `work` in a thread.
+    async def run(self, work: Callable[[], T]) -> T:
+        """Acquire the model and return the result of `work`, which runs in a thread.
 
-        Where the caller is cancelled, `work` is told by `gone`, and has ended when this does.
-
-        Args:
-            undo: of what it gave, where nobody takes that any more.
+        Where the caller is cancelled, `check_cancelled` and `wait` raise in the thread, and this ends once the thread has.
+        The caller must run in a task group: a bare Task.cancel() would not wait for the thread.
         """
-        await self._take()
+        await self._acquire()
         try:
-            thread = self._loop.run_in_executor(self._threads, copy_context().run, self._begin, work)
-            try:
-                return await asyncio.shield(thread)
-            except asyncio.CancelledError:
-                self.gone = True
-                if self._waits_for is not None:
-                    self._waits_for.cancel()
-                while not thread.done():  # whoever else loses patience: the model is in use until then
-                    with suppress(asyncio.CancelledError):
-                        await asyncio.wait({thread})
-                if not thread.cancelled() and thread.exception() is None:
-                    undo(thread.result())
-                raise
+            return await to_thread.run_sync(self._begin, work, limiter=self._threads)
         finally:
-            self._give()
-
-    def look(self) -> None:
-        """Raise Gone where nobody waits for the request."""
-        if self.gone:
-            raise Gone
+            self._release()
 
     @staticmethod
-    def wait_for(work: Coroutine[Any, Any, T]) -> T:
-        """In the thread of a turn: let others use the model until the event loop has done some work.
+    def check_cancelled() -> None:
+        """End the thread where its request was cancelled; do nothing in the event loop, where `wait` reports progress."""
+        with suppress(RuntimeError):
+            from_thread.check_cancelled()
 
-        Raises:
-            Gone: where nobody waits for the request.
-            What the work raises.
-        """
-        return _current.get()._wait_for(work)
+    @staticmethod
+    def wait(work: Coroutine[Any, Any, T]) -> T:
+        """Release the model until the event loop has run a coroutine, whose result is returned; called in a lease's thread."""
+        seed = int(torch.randint(2**62, ()))  # what is drawn next must not depend on the leases in between
+        try:
+            result = from_thread.run(_current.get()._run_released, work)
+        except CancelledError:
+            from_thread.check_cancelled()
+            raise
+        torch.manual_seed(seed)  # only now: the generator is that of the lease that holds the model
+        return result
 
     def _begin(self, work: Callable[[], T]) -> T:
         _current.set(self)
         torch.manual_seed(self._seed)
         return work()
 
-    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
-        seed = int(torch.randint(2**62, ()))  # what is drawn next must not depend on the turns in between
-        self._waits_for = asyncio.run_coroutine_threadsafe(self._without(work), self._loop)
-        try:
-            self.look()
-            done = self._waits_for.result()
-        except BaseException:
-            self._waits_for.cancel()
-            self.look()
-            raise
-        finally:
-            self._waits_for = None
-        torch.manual_seed(seed)  # only now that the turn is held again: the generator is that of whoever holds it
-        return done
+    async def _run_released(self, work: Coroutine[Any, Any, T]) -> T:
+        if current_effective_deadline() == -math.inf:  # anyio delivers a cancellation to tasks that exist at that time
+            work.close()
+            raise CancelledError
+        self._release()
+        result = await work
+        await self._acquire()
+        return result
 
-    async def _without(self, work: Coroutine[Any, Any, T]) -> T:
-        self._give()
-        done = await work
-        await self._take()
-        return done
+    async def _acquire(self) -> None:
+        await self._model.acquire()
+        self._held = True
 
-    async def _take(self) -> None:
-        await self._lock.acquire()
-        self._holds = True
-
-    def _give(self) -> None:
-        if self._holds:
-            self._holds = False
-            self._lock.release()
+    def _release(self) -> None:
+        if self._held:
+            self._held = False
+            self._model.release()
 
 
-_current: ContextVar[Turn] = ContextVar("the turn that this thread works in")
+_current: ContextVar[ModelLease] = ContextVar("the lease that this thread works for")

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as far as a chain of agents has an answer to them: what is read, what is refused, what is sent."""
+"""OpenAI's chat completions, as far as chains support them: requests, their validation, and replies."""
 
 import json
 from collections.abc import Mapping
@@ -7,50 +7,30 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from latentmas.chain.results import ChainResult
-from latentmas_kernels.errors import LatentMASError
+from latentmas.serving.errors import ApiError
 
-SUPPORTED = (
-    "model, messages, temperature, top_p, max_tokens, max_completion_tokens, stop, seed, stream, stream_options, "
-    "presence_penalty, frequency_penalty; user and metadata are taken and mean nothing"
+SUPPORTED = {
+    None: "model, messages, temperature, top_p, max_tokens, max_completion_tokens, stop, seed, stream, stream_options, "
+    "presence_penalty, frequency_penalty; user and metadata are taken and mean nothing",
+    "messages": "role, and content as a string or a list of parts with type text and text",
+    "stream_options": "include_usage",
+    "response_format": 'type, which is "text"',
+}
+"""Fields of a request, and of the objects in it."""
+REMEDIES = {
+    "n": "one answer, n 1; send the request again for another one",
+    "logprobs": "no log-probabilities; leave it out",
+    "response_format": 'text, {"type": "text"}; leave it out and check the answer yourself',
+}
+"""What is supported of fields that have one value; pydantic says it of all others."""
+ROLES = (
+    "supported is one user message, and one system or developer message before it: agents answer one question, so put what was "
+    "said before into it"
 )
 SEEDS = 2**63
 
 
-class ApiError(Exception):
-    """What a client is told in place of an answer, in OpenAI's shape.
-
-    Attributes:
-        status: of HTTP.
-        kind: OpenAI's "type".
-        param: field of the request that it is about, or None.
-        code: a word for programs, or None.
-        retry_after: seconds after which to try again, or None.
-        final: clients that send a request again by themselves are told not to: it would fail again, or take as long.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-        final: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.param, self.code = status, kind, param, code
-        self.retry_after, self.final = retry_after, final
-
-    @property
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        wait = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return {**wait, "x-should-retry": "false"} if self.final else wait
+# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 class _Strict(BaseModel):
@@ -58,8 +38,8 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """Clients write null for what they leave out. Of unknown fields the first is enough to refuse all."""
+    def _drop_nulls(cls, data: Any) -> Any:
+        """Drop nulls, which clients send for fields that they leave out, and all unknown fields but the first."""
         if not isinstance(data, dict):
             return data
         given = {key: value for key, value in data.items() if value is not None}
@@ -72,13 +52,13 @@ class TextPart(_Strict):
     text: str
 
 
-def _parts(content: Any) -> Any:
+def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user"]
-    content: Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_parts)]
+    content: Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_as_parts)]
 
     @property
     def text(self) -> str:
@@ -93,21 +73,21 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
-def _listed(stop: Any) -> Any:
+def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-def _false(value: bool) -> bool:
+def _check_false(value: bool) -> bool:
     if value:
-        raise LatentMASError("false")
+        raise ValueError("false")
     return value
 
 
-class ChatRequest(_Strict):
+class ChatCompletionRequest(_Strict):
     """A request that a chain can answer.
 
-    The sampling is that of all agents that write; penalties, stop and max_tokens are of the last one alone. Without
-    temperature a text is greedy, as everywhere here.
+    Temperature, top_p and seed are for all agents that write; penalties, stop and max_tokens for the last one. Without a
+    temperature a text is greedy, as everywhere in this package.
     """
 
     model: str
@@ -117,16 +97,16 @@ class ChatRequest(_Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=16, fail_fast=True), BeforeValidator(_listed)
+        list[Annotated[str, Field(min_length=1)]], Field(max_length=16, fail_fast=True), BeforeValidator(_as_list)
     ] = []
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    # What clients send along and what says what is done anyway.
+    # Clients send these along; supported are the values that change nothing.
     n: Annotated[int, Field(ge=1, le=1)] = 1
-    logprobs: Annotated[bool, AfterValidator(_false)] = False
+    logprobs: Annotated[bool, AfterValidator(_check_false)] = False
     response_format: TextFormat = TextFormat(type="text")
     user: str = ""
     metadata: dict[str, Any] = {}
@@ -141,11 +121,11 @@ class ChatRequest(_Strict):
         return "\n\n".join(message.text for message in self.messages)
 
     @classmethod
-    def read(cls, body: bytes) -> "ChatRequest":
-        """From a request's body. Raises ApiError, which names the first field at fault."""
+    def read(cls, body: bytes) -> "ChatCompletionRequest":
+        """Parse a request's body. Raises ApiError, which names the first wrong field."""
         try:
             data = json.loads(body)
-            json.dumps(data, ensure_ascii=False).encode()  # halves of characters, which are no text
+            json.dumps(data, ensure_ascii=False).encode()  # raises for lone surrogates, which are no text
         except (ValueError, RecursionError) as error:
             raise ApiError(f"the body is no JSON ({error}); send a JSON object with model and messages") from error
         if not isinstance(data, dict):
@@ -154,23 +134,20 @@ class ChatRequest(_Strict):
             request = cls.model_validate(data)
         except ValidationError as error:
             raise _refusal(error.errors()[0]) from error
-        request._check_together()
+        request._check_fields()
         return request
 
-    def _check_together(self) -> None:
+    def _check_fields(self) -> None:
+        """Raise ApiError for fields that do not go together."""
         roles = [message.role for message in self.messages]
         if roles[-1] != "user" or len(roles) > 2 or roles[:-1] == ["user"]:
-            raise ApiError(
-                f"got messages of {cut(', '.join(roles))}; supported is one user message, and one system or developer message "
-                "before it: agents answer one question, so put what was said before into it",
-                param="messages",
-            )
+            raise ApiError(f"got messages of {truncate(', '.join(roles))}; {ROLES}", param="messages")
         if not self.question.strip():
             raise ApiError("the messages hold no text; ask something", param="messages")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ApiError(
-                f"got max_tokens {shown(self.max_tokens)} and max_completion_tokens {shown(self.max_completion_tokens)}, which "
-                "are two names of one limit; send one of them",
+                f"got max_tokens {short_repr(self.max_tokens)} and max_completion_tokens "
+                f"{short_repr(self.max_completion_tokens)}, which are two names of one limit; send one of them",
                 param="max_completion_tokens",
             )
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -178,109 +155,123 @@ class ChatRequest(_Strict):
 
 
 def _refusal(fault: Mapping[str, Any]) -> ApiError:
-    """The first thing that is wrong with a request."""
+    """Return pydantic's first finding as an error."""
     where = list(fault["loc"])
-    param = cut(".".join(map(str, where)))
+    param, got = truncate(".".join(map(str, where))), short_repr(fault["input"])
     if fault["type"] == "extra_forbidden":
-        beside = SUPPORTED if len(where) == 1 else _BESIDE[where[0]]
+        supported = SUPPORTED[None if len(where) == 1 else where[0]]
         return ApiError(
-            f"got {param}, which a chain of agents does not take; supported are {beside}. Leave it out",
-            param=param,
-            code="unsupported_parameter",
-        )
+            f"got {param}, which a chain of agents does not take; supported are {supported}. Leave it out",
+            param=param, code="unsupported_parameter",
+        )  # fmt: skip
     if fault["type"] == "missing":
         return ApiError(f"{param} is missing; send model, and messages with role and content", param=param)
-    got = shown(fault["input"])
-    if where[:1] == ["messages"] and where[-1:] == ["role"]:
-        return ApiError(
-            f"got {param} {got}; supported is one user message, and one system or developer message before it: agents "
-            "answer one question, so put what was said before into it",
-            param=param,
-        )
-    if where[:1] == ["messages"] and len(where) > 2:
-        return ApiError(
-            f"got {param} {got}; supported is text, as a string or a list of parts of type text", param=param
-        )
-    return ApiError(f"got {param} {got}; supported: {_supported(where, fault)}", param=param, code="invalid_value")
+    if where[0] == "messages" and where[-1] == "role":
+        return ApiError(f"got {param} {got}; {ROLES}", param=param)
+    if where[0] == "messages" and len(where) > 2:
+        text = "supported is text, as a string or a list of parts of type text"
+        return ApiError(f"got {param} {got}; {text}", param=param)
+    supported = REMEDIES.get(where[0], fault["msg"][:1].lower() + fault["msg"][1:])
+    return ApiError(f"got {param} {got}; supported: {supported}", param=param, code="invalid_value")
 
 
-_BESIDE = {
-    "messages": "role, and content as a string or a list of parts with type text and text",
-    "stream_options": "include_usage",
-    "response_format": 'type, which is "text"',
-}
-"""Fields within a field."""
-
-
-def _supported(where: list[Any], fault: Mapping[str, Any]) -> str:
-    match where[0]:
-        case "n":
-            return "one answer, n 1; send the request again for another one"
-        case "logprobs":
-            return "no log-probabilities; leave it out"
-        case "response_format":
-            return 'text, {"type": "text"}; leave it out and check the answer yourself'
-    said = fault["msg"]
-    return said[:1].lower() + said[1:]
-
-
-def shown(value: Any) -> str:
-    """What a client sent, for an error; short, whatever it sent."""
+def short_repr(value: Any) -> str:
+    """Return the beginning of a client's value as JSON."""
     try:
-        return cut(json.dumps(value, default=str))
+        return truncate(json.dumps(value, default=str))
     except RecursionError:
         return "something deeply nested"
 
 
-def cut(text: str) -> str:
-    """Its beginning, where it is long."""
+def truncate(text: str) -> str:
+    """Return the first 80 characters of a text, with an ellipsis where it is longer."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def usage_of(result: ChainResult) -> dict[str, Any]:
-    """OpenAI's usage of one question, with what each agent did."""
-    (answer,) = result.answers
-    *before, last = answer.turns
-    read, written = (
-        sum(turn.prompt_tokens for turn in answer.turns),
-        sum(turn.new_tokens for turn in answer.turns),
-    )
-    return {
-        "prompt_tokens": read,
-        "completion_tokens": written,
-        "total_tokens": read + written,
-        "completion_tokens_details": {"reasoning_tokens": sum(turn.new_tokens for turn in before)},
-        "latent_steps": sum(turn.latent_steps for turn in answer.turns),
-        "latentmas": [
-            {
-                "agent": turn.agent,
-                "prompt_tokens": turn.prompt_tokens,
-                "latent_steps": turn.latent_steps,
-                "new_tokens": turn.new_tokens,
-            }
-            for turn in answer.turns
-        ],
-    }
+# ---- replies ---------------------------------------------------------------------------------------------------------
 
 
-class Reply:
-    """The objects of one answer.
+class AgentUsage(BaseModel, from_attributes=True):
+    agent: str
+    prompt_tokens: int
+    latent_steps: int
+    new_tokens: int
 
-    Attributes:
-        head: what all of them begin with but for "object".
-    """
 
-    def __init__(self, name: str, model: str, created: int) -> None:
-        self.head = {"id": name, "created": created, "model": model}
+class UsageInfo(BaseModel):
+    """OpenAI's usage, of all agents together, with latent steps and the usage of each agent."""
 
-    def whole(self, text: str, reason: str, usage: Mapping[str, Any]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": usage}
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: dict[str, int]
+    latent_steps: int
+    latentmas: list[AgentUsage]
 
-    def chunk(self, delta: Mapping[str, str], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
+    @classmethod
+    def of(cls, result: ChainResult) -> "UsageInfo":
+        """Return the usage of a run with one question. Texts before the last one count as reasoning."""
+        (answer,) = result.answers
+        agents = [AgentUsage.model_validate(turn) for turn in answer.turns]
+        read, written = sum(agent.prompt_tokens for agent in agents), sum(agent.new_tokens for agent in agents)
+        return cls(
+            prompt_tokens=read, completion_tokens=written, total_tokens=read + written,
+            completion_tokens_details={"reasoning_tokens": written - agents[-1].new_tokens},
+            latent_steps=sum(agent.latent_steps for agent in agents), latentmas=agents,
+        )  # fmt: skip
 
-    def usage(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+
+class Choice(BaseModel):
+    index: int = 0
+    message: dict[str, str | None]
+    logprobs: None = None
+    finish_reason: str
+
+
+class ChunkChoice(BaseModel):
+    index: int = 0
+    delta: dict[str, str]
+    logprobs: None = None
+    finish_reason: str | None = None
+
+
+class ReplyHead(BaseModel):
+    """What all objects of one answer begin with."""
+
+    id: str
+    created: int
+    model: str
+
+
+class ChatCompletion(ReplyHead):
+    """A whole answer."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[Choice]
+    usage: UsageInfo
+
+
+class ChatCompletionChunk(ReplyHead):
+    """A piece of an answer."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChunkChoice] = []
+    usage: UsageInfo | None = None
+
+    def event(self) -> str:
+        """Return the chunk as a server-sent event."""
+        return server_sent_event(self.model_dump(exclude={"usage"} if self.usage is None else None))
+
+
+def server_sent_event(data: Mapping[str, Any]) -> str:
+    """Return an event in ASCII: some clients take other characters than line feeds for ends of lines."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
+class ModelCard(BaseModel):
+    """A chain, as an entry of OpenAI's list of models."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "latentmas"

@@ -1,4 +1,4 @@
-"""Starting vLLM's engine and ending it: settings, environment, signals."""
+"""Start and end vLLM's engine: settings, environment, signals."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 TESTED = "0.32"
-"""The version of vLLM that the tests run with: connectors are an interface that it still changes."""
+"""The version of vLLM that the tests run with: the connector interface still changes between versions."""
 REFUSED = {
     "data_parallel_size": "texts would go to one of the replicas only",
     "hf_overrides": "it would not be the model that thinks",
@@ -27,16 +27,16 @@ REFUSED = {
 
 
 def check_installed() -> None:
-    """Raise ValueError where there is no vLLM; imports nothing of it."""
+    """Raise LatentMASError where vLLM is not installed. This does not import it."""
     if find_spec("vllm") is None:
         raise LatentMASError("vLLM is not installed here; docs/vllm.md says how to make an environment with it")
 
 
 def kv_config(stamp: ModelFingerprint, folder: Path, *, owner: int | None = None) -> dict[str, Any]:
-    """vLLM's kv_transfer_config for our connector.
+    """Return vLLM's kv_transfer_config for `LatentConnector`.
 
     Args:
-        owner: process with which vLLM is to end, where that started it.
+        owner: id of the process that starts vLLM, with which vLLM is to end.
     """
     extra = {"folder": str(folder), "fingerprint": stamp.fingerprint, **({} if owner is None else {"owner": owner})}
     return {
@@ -49,32 +49,33 @@ def kv_config(stamp: ModelFingerprint, folder: Path, *, owner: int | None = None
 
 
 def environment() -> dict[str, str]:
-    """What vLLM's processes should find in their environment, where the user set nothing else."""
+    """Return environment variables for vLLM's processes; those that the user has set take precedence."""
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if not torch.cuda.is_available():
-        # Where it is not set, several pools of threads spin on the same cores: the first request took 17 s instead of 3 on two.
+        # Without it several thread pools spin on the same cores: the first request took 17 s instead of 3 on two.
         defaults["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        # In GiB. vLLM would take all that is free, and the chain needs some of it.
+        # In GiB. By default vLLM takes all free memory, and the chain needs some of it.
         defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(8, psutil.virtual_memory().available >> 32)))
     return defaults
 
 
-def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """vLLM's LLMEngine.
+def start_engine(name: str, dtype: torch.dtype, transfer_config: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Start and return vLLM's LLMEngine.
 
     Args:
         name: folder or hub name of the model.
-        way: settings of how memories are handed over.
-        settings: of the user; EngineArgs.
+        transfer_config: engine settings that let it take KV files or embeddings.
+        settings: EngineArgs of the user.
 
     Raises:
-        ValueError: where vLLM is not installed, or cannot run this model or these settings.
+        LatentMASError: where vLLM is not installed, or cannot run this model or these settings.
     """
     check_installed()
-    # Its log is for errors, and standard output is ours.
+    # Standard output is for the chain's answers.
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr", **environment()}
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
+    # Optional, and it takes seconds.
     import vllm
     from vllm import EngineArgs, LLMEngine
     from vllm.distributed.kv_transfer import has_kv_transfer_group
@@ -86,8 +87,8 @@ def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings
         raise LatentMASError(
             "there is an engine with a connector in this process, and vLLM has one at most; close it first"
         )
-    # What is found in a cache is checked on every answer, so statistics are on.
-    given = {"model": name, "dtype": str(dtype).removeprefix("torch."), "disable_log_stats": False, **way}
+    # The cache hits of every answer are checked, so statistics are on.
+    given = {"model": name, "dtype": str(dtype).removeprefix("torch."), "disable_log_stats": False, **transfer_config}
     _check_settings(given, settings)
     if current_platform.is_cpu():  # compiling for a CPU takes minutes
         settings = {"enforce_eager": True, **settings}
@@ -98,10 +99,10 @@ def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings
             if config.kv_transfer_config is not None:
                 from latentmas.backends.vllm.connector import check_supported
 
-                check_supported(config)  # here, too: what is raised in another process has no name
+                check_supported(config)  # here, too: an exception of another process arrives without its text
             engine = LLMEngine.from_vllm_config(config)
-            engine.get_supported_tasks()  # asked for by the first request, which could not be woken up then
-    except TypeError as error:  # a setting that there is not
+            engine.get_supported_tasks()  # the first request would ask for them, before `_watch` could wake it up
+    except TypeError as error:  # an unknown setting
         raise LatentMASError(f"vLLM does not take these settings: {error}") from error
     except (ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -114,13 +115,13 @@ def start_engine(name: str, dtype: torch.dtype, way: Mapping[str, Any], settings
 
 
 def end_engine(engine: Any) -> None:
-    """End its processes."""
+    """End the engine's processes."""
     engine.engine_core.shutdown()
     _forget_connector()
 
 
 def _forget_connector() -> None:
-    """Of an engine in this process: the next one would go on with it."""
+    """Drop the connector of an engine in this process: the next engine would use it."""
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     ensure_kv_transfer_shutdown()
@@ -140,12 +141,12 @@ def _check_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> No
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, under a name that vLLM does not know."""
+    """Ctrl-C as an exception that vLLM does not catch."""
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """vLLM swallows KeyboardInterrupt as it starts, and then waits for a process that Ctrl-C has ended."""
+    """Let Ctrl-C end the block: vLLM swallows KeyboardInterrupt as it starts, then waits for a process that has ended."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -164,7 +165,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _watch(engine: Any) -> None:
-    """vLLM notices when its process is killed, but leaves whoever waits for an answer waiting."""
+    """Wake up the caller of `step` when vLLM's process is killed: vLLM notices that, and lets the caller wait for ever."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     core = engine.engine_core

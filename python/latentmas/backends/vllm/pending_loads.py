@@ -1,4 +1,4 @@
-"""What the connector keeps in mind between vLLM's calls, without vLLM: which memory goes to which blocks."""
+"""Pending KV loads, tracked between calls of vLLM's scheduler. Imports nothing of vLLM."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,100 +15,105 @@ logger = logging.getLogger("vllm.latentmas")
 
 
 @dataclass(frozen=True)
-class Load:
-    """Slots of a memory that are to be written to blocks before a request's prompt is read.
+class PendingLoad:
+    """Slots of a KV file that are to be written to vLLM's blocks before a request's prompt is prefilled.
 
     Attributes:
         request: its id, for messages.
-        handed: the memory; None where the request named none that can be read.
-        start, stop: the slots; those before `start` are in vLLM's prefix cache.
-        blocks: of the request, in order, from its first slot on.
-        fault: what was wrong with the request.
+        source: row of the file; None where the request named none that can be read.
+        start, stop: slots of the row; those before `start` are in vLLM's prefix cache.
+        blocks: all block ids of the request, in order.
+        fault: what is wrong with the request, where `source` is None.
     """
 
     request: str
-    handed: KVFileRow | None
+    source: KVFileRow | None
     start: int
     stop: int
     blocks: tuple[int, ...]
     fault: str = ""
 
-    def places(self, block_size: int) -> Tensor:
-        """int64 [stop - start], where each slot goes in vLLM's paged memory."""
+    def slot_mapping(self, block_size: int) -> Tensor:
+        """Return int64 [stop - start], the slot in vLLM's paged cache for each slot of the row."""
         slots = torch.arange(self.start, self.stop)
         return torch.tensor(self.blocks)[slots // block_size] * block_size + slots % block_size
 
-    def touched(self, block_size: int) -> set[int]:
-        """The blocks that are written to."""
+    def block_ids(self, block_size: int) -> set[int]:
+        """Return the blocks that are written to."""
         return set(self.blocks[self.start // block_size : (self.stop - 1) // block_size + 1])
 
 
-class Ledger:
-    """The scheduler's side: which requests were given room in this step.
+class PendingLoads:
+    """The loads of the requests that were scheduled in this step.
 
-    vLLM asks for the same request again after it was preempted, when its blocks hold something else: then its memory is loaded
-    again, so the file must last until the request has ended.
+    A preempted request comes again, with blocks that hold something else by then: its KV is loaded again, so the file must last
+    until the request has ended.
     """
 
     def __init__(self) -> None:
-        self._loads: list[Load] = []
+        self._loads: list[PendingLoad] = []
         self._faults: dict[str, tuple[int, str]] = {}
 
-    def matched(
+    def num_new_matched_tokens(
         self, request: str, params: Mapping[str, Any] | None, salt: str | None, tokens: int, computed: int
     ) -> int:
-        """Tokens beyond the `computed` ones that a request brings in its memory.
+        """Return the number of tokens beyond the `computed` ones that come from a request's KV file.
 
-        A request with a fault brings one, whose load fails, so that vLLM ends it with an error; none where that would leave no
-        token to be read.
+        A request with a fault gets one, whose load fails, so that vLLM ends the request with an error; none where that would
+        leave no token to prefill.
 
         Args:
             request: its id.
             params, salt: its kv_transfer_params and cache_salt.
-            tokens: of its prompt, placeholders included.
+            tokens: length of its prompt, with placeholders.
+            computed: tokens found in vLLM's prefix cache.
         """
         try:
-            handed = _checked(params, salt, tokens)
-        except ValueError as error:
+            source = _read_source(params, salt, tokens)
+        except LatentMASError as error:
             if computed + 1 >= tokens:
                 logger.error("request %s is answered without the memory that it names: %s", request, error)
                 return 0
             self._faults[request] = computed, str(error)
             return 1
-        return 0 if handed is None else max(0, handed.slots - computed)
+        return 0 if source is None else max(0, source.slots - computed)
 
-    def allocated(self, request: str, params: Mapping[str, Any] | None, blocks: Sequence[int], external: int) -> None:
-        """Take down that a request has blocks for the `external` tokens that `matched` promised."""
+    def add(self, request: str, params: Mapping[str, Any] | None, blocks: Sequence[int], external: int) -> None:
+        """Add the load of a request whose blocks were allocated.
+
+        Args:
+            external: tokens that `num_new_matched_tokens` returned for it.
+        """
         start, fault = self._faults.pop(request, (0, ""))
         if not external:
             return
         if fault:
-            self._loads.append(Load(request, None, start, start + external, tuple(blocks), fault))
+            self._loads.append(PendingLoad(request, None, start, start + external, tuple(blocks), fault))
             return
-        handed = KVFileRow.read(params)
-        assert handed is not None, "nothing was promised"
-        self._loads.append(Load(request, handed, handed.slots - external, handed.slots, tuple(blocks)))
+        source = KVFileRow.read(params)
+        assert source is not None, "no external tokens without a KV file"
+        self._loads.append(PendingLoad(request, source, source.slots - external, source.slots, tuple(blocks)))
 
-    def finished(self, request: str) -> None:
-        """Forget a request; it may have been aborted before it had any blocks."""
+    def discard(self, request: str) -> None:
+        """Forget a request that has ended, perhaps before it had any blocks."""
         self._faults.pop(request, None)
 
-    def take(self) -> list[Load]:
-        """What is to be loaded before the next forward; forgets it."""
+    def pop_all(self) -> list[PendingLoad]:
+        """Remove and return the loads that are due before the next forward."""
         loads, self._loads = self._loads, []
         return loads
 
 
-def _checked(params: Mapping[str, Any] | None, salt: str | None, tokens: int) -> KVFileRow | None:
-    handed = KVFileRow.read(params)
-    if handed is None:
+def _read_source(params: Mapping[str, Any] | None, salt: str | None, tokens: int) -> KVFileRow | None:
+    source = KVFileRow.read(params)
+    if source is None:
         return None
-    if salt != handed.salt:
+    if salt != source.salt:
         raise LatentMASError(
-            f"got cache_salt {salt!r}; it must be {handed.salt!r}, or vLLM's prefix cache would take one memory for another"
+            f"got cache_salt {salt!r}; it must be {source.salt!r}, or vLLM's prefix cache would take one memory for another"
         )
-    if handed.slots >= tokens:
+    if source.slots >= tokens:
         raise LatentMASError(
-            f"got a prompt of {tokens} tokens for {handed.slots} slots; it needs a placeholder for each slot and one token more"
+            f"got a prompt of {tokens} tokens for {source.slots} slots; it needs a placeholder for each slot and one token more"
         )
-    return handed
+    return source

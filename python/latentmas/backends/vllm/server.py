@@ -1,224 +1,185 @@
-"""vLLM's OpenAI-compatible server as the engine that writes a chain's texts."""
+"""vLLM's OpenAI-compatible server, reached over HTTP."""
 
 import asyncio
 import base64
 import io
 import os
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import torch
 
 from latentmas.backends.base import (
-    KV_TRANSFERS,
     Completion,
-    Embeds,
     EngineError,
     GenerationRequest,
+    LockstepTokens,
     OnTokens,
-    Steps,
-    check_cache_hit,
+    PromptEmbeds,
     check_requests,
 )
-from latentmas.backends.kv_file import KVFile, KVFileRow, check_transferable, shared_folder, sweep
-from latentmas.backends.vllm.sse import Busy, Silent, Unreachable, Unwritable, address_of, events, refusal
-from latentmas.serving.model_lease import Turn
+from latentmas.backends.kv_file import shared_folder
+from latentmas.backends.vllm.http_errors import (
+    BusyError,
+    SilentError,
+    UnreachableError,
+    UnwritableError,
+    refusal,
+    server_address,
+)
+from latentmas.backends.vllm.request import PackedPrompt, RequestPacker, checked_completion, sampling_params
+from latentmas.backends.vllm.sse import Chunk, read_chunks
 from latentmas_kernels import LatentCache, generate
 from latentmas_kernels.cache.free_memory import InsufficientMemoryError
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 CONNECT_SECONDS, HEALTH_SECONDS, ASK_SECONDS = 5.0, 3.0, 15.0
-PROBE_SECONDS = 60.0
-"""For the first texts of a server, which may still compile things."""
 PROBE_TEXT = "The capital of France is the city of"
 LIKELY = 20
-"""The token that a server writes behind the probe is among so many likeliest of our model; dtypes round differently."""
+"""The token that a server generates after the probe must be among so many likeliest of our model; dtypes round differently."""
+PROBE_SECONDS = 60.0
+"""Limit of the first texts of a server, which may still compile kernels."""
 
 
-@dataclass(frozen=True)
-class Sent:
-    """What comes before a text, as the server takes it.
-
-    Attributes:
-        prompt: fields of the request.
-        slots: of memory, that the server must find and not read.
-        tokens: of memory and prompt.
-        parcel: the memory's file; None where there is none.
-    """
-
-    prompt: dict[str, Any]
-    slots: int
-    tokens: int
-    parcel: KVFile | None = None
-
-    def close(self) -> None:
-        """Remove the file."""
-        if self.parcel is not None:
-            self.parcel.close()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some of a text, as it comes.
+class VllmServer:
+    """A `TextBackend`.
 
     Attributes:
-        text: may be empty: the beginning of a character, say.
-        ids: the tokens.
-        written: all of it, with the last piece.
-    """
-
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    written: Completion | None = None
-
-
-class Upstream:
-    """A `Decoder`.
-
-    Attributes:
-        stamp, kv_transfer, max_model_len: as in `Decoder`; the last is known once it is connected.
-        folder: where memories are handed over.
-        timeout: seconds that the server may be silent while it works for a request.
+        stamp, kv_transfer, max_model_len: as in `TextBackend`; the last is 0 until the server is connected.
+        folder: for KV files.
+        timeout: seconds that the server may send nothing while it works for a request.
+        name, url: of the server's model and the server; the name is known once it is connected.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, kv_transfer: str = "kv", folder: Path | None = None, timeout: float = 300.0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        kv_transfer: str = "kv",
+        folder: Path | None = None,
+        timeout: float = 300.0,
+        wait: Callable[[Coroutine[Any, Any, Any]], Any] = asyncio.run,
     ) -> None:
-        """For a server that is not there yet.
+        """Prepare for a server whose address `set_url` gives later.
 
         Args:
-            model: what the server is to run, as a causal LM of transformers.
+            model: the server's model, as a causal LM of transformers.
             tokenizer: the model's.
             kv_transfer: one of KV_TRANSFERS.
-            folder: shared memory when None.
+            folder: for KV files; shared memory when None.
+            wait: runs a coroutine to its end and returns its result; called in the thread that calls `write`. Where an event
+                loop runs already, it must run the coroutine there.
 
         Raises:
-            ValueError: where the model's memories cannot be handed over, or there is no such folder.
+            LatentMASError: where the model's caches cannot be transferred, or the folder cannot be written to.
         """
-        if kv_transfer not in KV_TRANSFERS:
-            raise LatentMASError(f"got --hand-over {kv_transfer}; supported are {', '.join(KV_TRANSFERS)}")
-        if not timeout > 0:
-            raise LatentMASError(f"got --timeout {timeout}; supported are seconds, more than 0")
-        if kv_transfer == "kv":
-            check_transferable(model)
-        self.folder = shared_folder() if folder is None else folder
-        if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
-            raise LatentMASError(f"{self.folder} is no folder that can be written to; name one that vLLM can read, too")
-        sweep(self.folder)
-        self.kv_transfer, self.timeout, self.stamp, self.max_model_len = (
-            kv_transfer,
-            timeout,
-            ModelFingerprint.of(model),
-            0,
-        )
-        self.name, self.url = "", ""
-        self._embedding, self._dtype = model.get_input_embeddings(), Architecture.of(model).dtype
-        self._width = Architecture.of(model).hidden_size
-        self._probe = _Probe.of(model, tokenizer)
+        folder = shared_folder() if folder is None else folder
+        self._packer = RequestPacker(model, kv_transfer, folder)
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise LatentMASError(f"{folder} is no folder that can be written to; name one that vLLM can read, too")
+        self.stamp, self.kv_transfer, self.folder = self._packer.stamp, kv_transfer, folder
+        self.timeout, self.max_model_len, self.name, self.url = timeout, 0, "", ""
+        self._embedding, self._wait = model.get_input_embeddings(), wait
+        self._probe_text = _ProbeText.of(model, tokenizer)
         self._client: httpx.AsyncClient | None = None
         self._connected, self._connecting = False, None  # type: bool, asyncio.Task[None] | None
 
-    def at(self, url: str) -> None:
-        """Look for the server at another address.
+    def set_url(self, url: str) -> None:
+        """Set the server's address, which may have changed.
 
         Raises:
-            ValueError: where that is none.
+            LatentMASError: where that is no HTTP URL.
         """
-        self.url, self._connected, self._connecting = address_of(url), False, None
+        self.url, self._connected, self._connecting = server_address(url), False, None
         key = os.environ.get("VLLM_API_KEY")
         self._client = httpx.AsyncClient(
             base_url=self.url,
-            timeout=self._patience(self.timeout),
-            # A connection for each request: one that was kept may be to a server that is gone by now.
+            timeout=self._timeout(self.timeout),
+            # A connection for each request: one that was kept may be to a server that has ended by now.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             trust_env=False,
         )
 
     async def close(self) -> None:
+        """Close the HTTP client."""
         if self._client is not None:
             await self._client.aclose()
 
-    # ---- is it there, and the right one ----------------------------------------------------------------------------
+    # ---- the server's state ----------------------------------------------------------------------------------------
 
-    async def answers(self) -> bool:
-        """Whether the server says that it is well."""
+    async def is_healthy(self) -> bool:
+        """Return whether the server says so."""
         try:
             return (await self._http.get("/health", timeout=HEALTH_SECONDS)).status_code == 200
         except httpx.HTTPError:
             return False
 
     async def connect(self) -> None:
-        """Make sure that the server is there and goes on from our memories; does nothing where that is known.
+        """Check that the server is there and takes this model's caches; do nothing where that is known.
 
-        All that wait for it at a time share one attempt.
+        Concurrent callers share one attempt, which goes on when one of them is cancelled.
 
         Raises:
-            Unreachable: where it is not there.
-            ValueError: where it is not a vLLM that was started for this.
+            UnreachableError: where it is not there.
+            LatentMASError: where it is not a vLLM that was started for this.
             EngineError: where it fails.
         """
         if self._connected:
             return
         if self._connecting is None:
             self._connecting = asyncio.ensure_future(self._connect())
-            self._connecting.add_done_callback(self._tried)
+            self._connecting.add_done_callback(self._on_connected)
         await asyncio.shield(self._connecting)
 
-    def _tried(self, attempt: "asyncio.Task[None]") -> None:
-        well = not attempt.cancelled() and attempt.exception() is None
-        if attempt is self._connecting:  # and not one at an address before this
-            self._connecting, self._connected = None, well
+    def _on_connected(self, attempt: "asyncio.Task[None]") -> None:
+        connected = not attempt.cancelled() and attempt.exception() is None
+        if attempt is self._connecting:  # and not one at an earlier address
+            self._connecting, self._connected = None, connected
 
     async def _connect(self) -> None:
-        with self._faults(ASK_SECONDS):
-            told = await self._http.get("/v1/models", timeout=ASK_SECONDS)
-        if told.status_code == 503:
-            raise Unreachable(f"vLLM at {self.url} is not ready (503); try again in a while")
-        if told.status_code in (401, 403):
+        with self._engine_errors(ASK_SECONDS):
+            response = await self._http.get("/v1/models", timeout=ASK_SECONDS)
+        if response.status_code == 503:
+            raise UnreachableError(f"vLLM at {self.url} is not ready (503); try again in a while")
+        if response.status_code in (401, 403):
             raise LatentMASError(
-                f"{self.url} wants an API key (status {told.status_code}); set VLLM_API_KEY to that of vLLM"
+                f"{self.url} wants an API key (status {response.status_code}); set VLLM_API_KEY to that of vLLM"
             )
         try:
-            served = told.json()["data"][0]
+            served = response.json()["data"][0]
             self.name, self.max_model_len = str(served["id"]), int(served["max_model_len"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise LatentMASError(
-                f"{self.url}/v1/models gave {told.text[:200]!r} (status {told.status_code}), which is not what vLLM says; "
-                "--vllm-url is the address of a running `vllm serve`, like http://127.0.0.1:8001"
+                f"{self.url}/v1/models gave {response.text[:200]!r} (status {response.status_code}), which is not what vLLM "
+                "says; --vllm-url is the address of a running `vllm serve`, like http://127.0.0.1:8001"
             ) from error
-        await self._try_out()
+        await self._probe()
 
-    async def _try_out(self) -> None:
-        # First as tokens: a server with another model would be ended by embeddings of a width that is not its own.
-        await self._try(
-            self._probe.tokens, Sent({"prompt": self._probe.tokens.prompt}, 0, len(self._probe.tokens.prompt))
-        )
+    async def _probe(self) -> None:
+        # First as tokens: embeddings of another width would end a server that runs another model.
+        probe = self._probe_text
+        await self._probe_prompt(probe.request, PackedPrompt(probe.request.prompt))
+        prompt = probe.embeds
         if self.kv_transfer == "kv":
-            (sent,) = self.pack(self._probe.memory, [self._probe.request])
-        else:
-            sent = self._embedded(self._probe.embeds)
+            (prompt,) = self.pack(probe.cache, [probe.after_cache])
         try:
-            await self._try(self._probe.request, sent)
-        except (Unreachable, Busy, Silent):
+            await self._probe_prompt(probe.request, prompt)
+        except (UnreachableError, BusyError, SilentError):
             raise
         except EngineError as error:
             raise LatentMASError(f"{error}. {self._remedy}") from error
         finally:
-            sent.close()
+            prompt.close()
 
-    async def _try(self, request: GenerationRequest, sent: Sent) -> None:
-        written = None
-        async for piece in self.stream(request, sent, seconds=PROBE_SECONDS):
-            written = piece.written
-        assert written is not None
-        if written.ids[0] not in self._probe.likely:
+    async def _probe_prompt(self, request: GenerationRequest, prompt: PackedPrompt) -> None:
+        *_, completion = [part async for part in self.stream(request, prompt, seconds=PROBE_SECONDS)]
+        if completion.ids[0] not in self._probe_text.likely:
             raise LatentMASError(
                 f"vLLM at {self.url} ({self.name}) goes on otherwise behind {PROBE_TEXT!r} than {self.stamp.model}, so it runs "
                 "another model; serve the same model and dtype there and here (--model, --dtype)"
@@ -236,168 +197,138 @@ class Upstream:
     # ---- texts -----------------------------------------------------------------------------------------------------
 
     def write(
-        self, memory: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
+        self, cache: LatentCache | None, requests: Sequence[GenerationRequest], on_tokens: OnTokens | None = None
     ) -> list[Completion]:
-        """As `Decoder.write`; in the thread of a `Turn`, whose model others may use meanwhile."""
-        check_requests(requests, memory, self.max_model_len, self.kv_transfer)
+        """See `TextBackend.write`."""
+        check_requests(requests, cache, self.max_model_len, self.kv_transfer)
         with ExitStack() as stack:
-            sent = self.pack(memory, requests)
-            for one in sent:
-                stack.callback(one.close)
-            return Turn.wait_for(self._write(requests, sent, Steps(len(requests), on_tokens)))
+            prompts = self.pack(cache, requests)
+            for prompt in prompts:
+                stack.callback(prompt.close)
+            tokens = LockstepTokens(len(requests), on_tokens)
+            completions: list[Completion] = self._wait(self._write(requests, prompts, tokens))
+            return completions
 
     async def _write(
-        self, requests: Sequence[GenerationRequest], sent: Sequence[Sent], steps: Steps
+        self, requests: Sequence[GenerationRequest], prompts: Sequence[PackedPrompt], tokens: LockstepTokens
     ) -> list[Completion]:
-        async def one(number: int) -> Completion:
-            written = None
-            async for piece in self.stream(requests[number], sent[number]):
-                steps.add(number, piece.ids, piece.written is not None)
-                written = piece.written
-            assert written is not None
-            return written
+        async def write_one(number: int) -> Completion:
+            part: Chunk | Completion | None = None
+            async for part in self.stream(requests[number], prompts[number]):
+                ended = isinstance(part, Completion)
+                tokens.add(number, [] if ended else part.ids, ended)
+            assert isinstance(part, Completion), "a stream ends with one"
+            return part
 
         await self.connect()
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(number)) for number in range(len(requests))]
+                tasks = [group.create_task(write_one(number)) for number in range(len(requests))]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def pack(self, memory: LatentCache | None, requests: Sequence[GenerationRequest]) -> list[Sent]:
-        """What comes before each text; a memory is written to a file, which is there until all of them are closed.
+    def pack(self, cache: LatentCache | None, requests: Sequence[GenerationRequest]) -> list[PackedPrompt]:
+        """Pack the prompts; a cache is written to a file, which exists until a prompt is closed.
 
         Raises:
-            ValueError: where the memory cannot be handed over.
-            EngineError: where it cannot be written.
+            LatentMASError: where the cache cannot be transferred.
+            UnwritableError: where it cannot be written.
         """
-        if self.kv_transfer == "embeds":
-            sent = []
-            for request in requests:
-                mixed = Embeds.of(request, self._width, self._dtype)
-                if mixed is None:
-                    ids = [slot for slot in request.slot_inputs if isinstance(slot, int)] + request.prompt
-                    sent.append(Sent({"prompt": ids}, 0, len(ids)))
-                else:
-                    sent.append(self._embedded(mixed.embedded(self._embedding)))
-            return sent
-        parcel = None
-        if memory is not None:
-            try:
-                parcel = KVFile(memory, self.stamp, self.folder)
-            except (OSError, InsufficientMemoryError) as error:
-                raise Unwritable(
-                    f"the memory could not be written to {self.folder} ({error}); make room there, or start the server with "
-                    "another --folder"
-                ) from error
-        return [self._behind(parcel, request) for request in requests]
+        try:
+            return self._packer.pack(cache, requests)
+        except (OSError, InsufficientMemoryError) as error:
+            raise UnwritableError(
+                f"the memory could not be written to {self.folder} ({error}); make room there, or start the server with "
+                "another --folder"
+            ) from error
 
-    def _behind(self, parcel: KVFile | None, request: GenerationRequest) -> Sent:
-        if parcel is None or request.row is None:
-            return Sent({"prompt": request.prompt}, 0, len(request.prompt), parcel)
-        handed: KVFileRow = parcel.rows[request.row]
-        ids = [0] * handed.slots + request.prompt
-        prompt = {"prompt": ids, "cache_salt": handed.salt, "kv_transfer_params": handed.params}
-        return Sent(prompt, handed.slots, len(ids), parcel)
-
-    def _embedded(self, embeds: torch.Tensor) -> Sent:
-        file = io.BytesIO()
-        torch.save(embeds.contiguous(), file)
-        return Sent({"prompt_embeds": base64.b64encode(file.getvalue()).decode()}, 0, len(embeds))
+    def _prompt(self, prompt: PackedPrompt) -> dict[str, Any]:
+        """Return the prompt in the form of vLLM's completions API."""
+        if prompt.embeds is not None:
+            file = io.BytesIO()
+            torch.save(prompt.embeds.embed_tokens(self._embedding).contiguous(), file)
+            return {"prompt_embeds": base64.b64encode(file.getvalue()).decode()}
+        if prompt.row is None:
+            return {"prompt": prompt.token_ids}
+        row = prompt.row
+        return {"prompt": prompt.token_ids, "cache_salt": row.salt, "kv_transfer_params": row.params}
 
     async def stream(
         self,
         request: GenerationRequest,
-        sent: Sent,
+        prompt: PackedPrompt,
         *,
         stop: Sequence[str] = (),
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         seconds: float | None = None,
-    ) -> AsyncGenerator[Piece, None]:
-        """Let the server write a text; the last piece says what became of it. Closing it ends the work there.
+    ) -> AsyncGenerator[Chunk | Completion, None]:
+        """Yield a text as the server generates it, then its Completion. Closing the generator aborts the request.
 
         Args:
-            sent: what comes before it, as `pack` made it.
-            stop: strings that end it and are no part of it.
-            seconds: that the server may be silent; None for `timeout`.
+            prompt: the request's, as `pack` returns it.
+            stop: strings that end the text and are no part of it.
+            seconds: that the server may send nothing; None for `timeout`.
 
         Raises:
-            EngineError: where the server failed, or its answer is not to be trusted.
+            EngineError: where the server failed, or its answer cannot be trusted.
         """
         body = {
-            "model": self.name, **sent.prompt,
-            # All that a server or a model's generation_config could have defaults of its own for.
-            "temperature": request.temperature, "top_p": request.top_p, "top_k": -1, "min_p": 0.0,
-            "repetition_penalty": 1.0, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
-            "seed": request.seed, "max_tokens": request.max_new_tokens, "min_tokens": 0, "stop": list(stop),
-            # The ends are the model's, as everywhere here, not the tokenizer's.
-            "ignore_eos": True, "stop_token_ids": list(request.end_ids), "skip_special_tokens": True,
+            "model": self.name, **self._prompt(prompt), **sampling_params(request),
+            # Everything for which a server or a model's generation_config could have defaults of its own.
+            "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty, "min_tokens": 0, "stop": list(stop), "skip_special_tokens": True,
             "return_token_ids": True, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         ids: list[int] = []
         reason, usage = None, None
-        patience = self._patience(self.timeout if seconds is None else seconds)
-        with self._faults(seconds):
-            async with self._http.stream("POST", "/v1/completions", json=body, timeout=patience) as response:
+        timeout = self._timeout(self.timeout if seconds is None else seconds)
+        with self._engine_errors(seconds):
+            async with self._http.stream("POST", "/v1/completions", json=body, timeout=timeout) as response:
                 if response.status_code != 200:
                     await response.aread()
                     raise refusal(response)
-                async with aclosing(events(response)) as said:
-                    async for event in said:
-                        usage = event.usage or usage
-                        for choice in event.choices:
-                            ids += choice.ids
-                            reason = choice.reason or reason
-                            yield Piece(choice.text, choice.ids)
+                async with aclosing(read_chunks(response)) as chunks:
+                    async for chunk in chunks:
+                        usage, reason = chunk.usage or usage, chunk.finish_reason or reason
+                        ids += chunk.ids
+                        yield chunk
             if reason is None:
                 raise EOFError("the stream ended before the text did")
-        yield Piece(written=self._checked(sent, ids, reason, usage))
-
-    def _checked(self, sent: Sent, ids: list[int], reason: str | None, usage: Any) -> Completion:
-        if reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended a text with {reason!r}; its log says why")
         cached = ((usage or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
-        found = cached or 0
-        if cached is None and sent.slots:
-            raise EngineError(
-                "vLLM did not say how many tokens it found in its cache, so nobody knows whether it read the memory; start it "
-                "with --enable-prompt-tokens-details"
-            )
-        check_cache_hit(sent.slots, found, "a request")
+        completion = checked_completion(prompt, ids, reason, cached, "a request")
         if not ids:
             raise EngineError("vLLM wrote no tokens, or does not say which; it must support return_token_ids")
-        finish: Literal["stop", "length"] = "stop" if reason == "stop" else "length"
-        return Completion(ids, finish, sent.tokens - found)
+        yield completion
 
     # ---- HTTP ------------------------------------------------------------------------------------------------------
 
     @property
     def _http(self) -> httpx.AsyncClient:
-        assert self._client is not None, "`at` comes first"
+        assert self._client is not None, "`set_url` comes first"
         return self._client
 
     @staticmethod
-    def _patience(seconds: float) -> httpx.Timeout:
+    def _timeout(seconds: float) -> httpx.Timeout:
         return httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
 
     @contextmanager
-    def _faults(self, seconds: float | None) -> Iterator[None]:
-        """What goes wrong on the way, as an EngineError; a server that was lost must be tried out again before it is used.
+    def _engine_errors(self, seconds: float | None) -> Iterator[None]:
+        """Turn HTTP failures into EngineErrors; a server that was lost must be probed again before it is used.
 
         Args:
-            seconds: that the server may be silent; None for `timeout`.
+            seconds: that the server may send nothing; None for `timeout`.
         """
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self._connected = False
-            raise Unreachable(f"vLLM does not answer at {self.url} ({error}); try again in a while") from error
+            raise UnreachableError(f"vLLM does not answer at {self.url} ({error}); try again in a while") from error
         except httpx.TimeoutException as error:
             limit = self.timeout if seconds is None else seconds
             remedy = ", or start the server with a longer --timeout" if seconds is None else " or look at its log"
-            raise Silent(
+            raise SilentError(
                 f"vLLM said nothing for {limit:g} s, so the request was ended; it may be overloaded: try again later{remedy}"
             ) from error
         except (httpx.HTTPError, EOFError) as error:
@@ -408,32 +339,34 @@ class Upstream:
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """A text whose beginning is handed over as a memory, and what may come behind it.
+class _ProbeText:
+    """A text that tells whether a server runs our model and takes its caches.
 
     Attributes:
-        memory: a row of two slots or so.
-        request: goes on from it.
-        tokens: the same as tokens alone.
-        embeds: all of it as embeddings.
-        likely: what our model would write next.
+        request: the text as tokens.
+        cache: the text's first two tokens, as a row of a KV cache.
+        after_cache: the rest of the text, after the cache.
+        embeds: all of the text as embeddings.
+        likely: the likeliest next tokens of our model.
     """
 
-    memory: LatentCache
     request: GenerationRequest
-    tokens: GenerationRequest
-    embeds: torch.Tensor
+    cache: LatentCache
+    after_cache: GenerationRequest
+    embeds: PackedPrompt
     likely: set[int]
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> "_Probe":
+    def of(cls, model: Any, tokenizer: Any) -> "_ProbeText":
         ids = tokenizer(PROBE_TEXT).input_ids
         with torch.no_grad():
             inputs = torch.tensor([ids], device=model.device)
             logits = model(input_ids=inputs).logits[0, -1]
-            memory = generate(model, inputs[:, :2], max_new_tokens=1, engine="eager").past_key_values
+            cache = generate(model, inputs[:, :2], max_new_tokens=1, engine="eager").past_key_values
             embeds = model.get_input_embeddings()(inputs[0]).cpu()
-        tokens = GenerationRequest(ids, 1, ())
+        request, placeholders = GenerationRequest(ids, 1, ()), [0] * len(ids)
         return cls(
-            memory, replace(tokens, prompt=ids[2:], row=0), tokens, embeds, set(logits.topk(LIKELY).indices.tolist())
-        )
+            request, cache, replace(request, prompt=ids[2:], row=0),
+            PackedPrompt(placeholders, PromptEmbeds(embeds, placeholders, [False] * len(ids))),
+            set(logits.topk(LIKELY).indices.tolist()),
+        )  # fmt: skip

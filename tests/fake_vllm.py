@@ -112,7 +112,7 @@ class Served:
         self.socket.bind(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._make, self._up, self._thread = make, threading.Event(), threading.Thread(target=self._run, daemon=True)
+        self._make, self._up, self.thread = make, threading.Event(), threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         async def main() -> None:
@@ -132,13 +132,13 @@ class Served:
         asyncio.run(main())
 
     def __enter__(self) -> "Served":
-        self._thread.start()
+        self.thread.start()
         assert self._up.wait(60)
         assert not hasattr(self, "error"), self.error
         return self
 
     def __exit__(self, *error: object) -> None:
         self.server.should_exit = True
-        self._thread.join(15)
-        assert not self._thread.is_alive()
+        self.thread.join(15)
+        assert not self.thread.is_alive()
         self.socket.close()

@@ -1,0 +1,64 @@
+"""Failures of vLLM's server, and the address that it is reached at."""
+
+import json
+
+import httpx
+
+from latentmas.backends.base import EngineError
+from latentmas_kernels.errors import LatentMASError
+
+
+class UnreachableError(EngineError):
+    """No server answers at the address, or it is not ready yet."""
+
+
+class BusyError(EngineError):
+    """The server takes no request now."""
+
+
+class RefusedError(EngineError):
+    """The server does not take this request, and would not take it a second time."""
+
+
+class UnwritableError(EngineError):
+    """A KV file cannot be written to the folder."""
+
+
+class SilentError(EngineError):
+    """The server sent nothing for longer than the limit."""
+
+
+def server_address(url: str) -> str:
+    """Return the address of a server from the value of --vllm-url.
+
+    Raises:
+        LatentMASError: where that is no HTTP URL.
+    """
+    try:
+        parsed = httpx.URL(url)
+        fits = parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.query
+    except httpx.InvalidURL:
+        fits = False
+    if not fits:
+        raise LatentMASError(
+            f"got --vllm-url {url}; supported is the address of a running `vllm serve`, like http://127.0.0.1:8001"
+        )
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def refusal(response: httpx.Response) -> EngineError:
+    """Return the error for a response whose status is not 200."""
+    said = f"(status {response.status_code}): {error_message(response.content)}"
+    if response.status_code in (429, 503):
+        return BusyError(f"vLLM takes no request now {said}; try again in a while")
+    if response.status_code in (400, 413, 422):
+        return RefusedError(f"vLLM does not take this request {said}; change the request, or how vLLM was started")
+    return EngineError(f"vLLM refused a request {said}")
+
+
+def error_message(body: bytes) -> str:
+    """Return the message of an error in OpenAI's format, or the beginning of a body that is none."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:500]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return body[:500].decode(errors="replace")

@@ -1,0 +1,160 @@
+"""`latentmas serve`: what it refuses, what it listens at, how signals end it."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_vllm import Served
+from latentmas.backends.vllm.server import VllmServer
+from latentmas.serving.config import ServeConfig
+from latentmas.serving.server import Server, listen, serve
+from latentmas.serving.vllm_process import VllmProcess
+from rich.console import Console
+from served_gateway import QUESTION, SECONDS, ServedGateway, error_of, until
+from test_vllm_process import child_of
+from tokenizers_offline import character_tokenizer
+
+
+def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> None:
+    chain = "agents: [{name: a, output: text, prompt: '{question}'}]"
+    (tmp_path / "one.yaml").write_text(chain)
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "one.yaml").write_text(chain)
+    console = Console(stderr=True)
+    missing = str(tmp_path / "no-model")
+    with pytest.raises(ValueError, match="both called 'one'"):
+        serve(ServeConfig(missing, [str(tmp_path / "one.yaml"), str(tmp_path / "deeper" / "one.yaml")]), console)
+    with pytest.raises(ValueError, match="is no file"):
+        serve(ServeConfig(missing, ["nothing.yaml"]), console)
+    with pytest.raises(ValueError, match="--vllm-url and options"):
+        serve(ServeConfig(missing, vllm_url="http://x", vllm_options=["--seed", "1"]), console)
+    with pytest.raises(ValueError, match="behind --"):
+        serve(ServeConfig(missing, vllm_options=["chain.yaml"]), console)
+    with pytest.raises(ValueError, match="--max-waiting"):
+        serve(ServeConfig(missing, max_waiting=0), console)
+    with pytest.raises(ValueError, match="got --hand-over text; supported are kv, embeds"):
+        serve(ServeConfig(missing, kv_transfer="text"), console)
+    with pytest.raises(ValueError, match="got --timeout 0; supported are seconds, more than 0"):
+        serve(ServeConfig(missing, timeout=0), console)
+    for url in ("localhost:8001", "ftp://x", "http://x:bad", "127.0.0.1:8001", "", "http://", "http://:80"):
+        with pytest.raises(ValueError, match="supported is the address"):
+            serve(ServeConfig(missing, vllm_url=url), console)
+
+    async def nothing() -> Any:
+        return None
+
+    taken = Served(nothing)
+    taken.socket.listen()
+    with taken.socket, pytest.raises(ValueError, match=f"port {taken.port}"):
+        serve(ServeConfig(missing, port=taken.port), console)
+
+
+def test_vllm_that_is_not_installed_is_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentmas.backends.vllm.launch.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="vLLM is not installed here; .*--vllm-url takes a server that runs elsewhere"):
+        serve(ServeConfig(str(tmp_path / "no-model"), ["sequential"], port=0), Console(stderr=True))
+
+
+def test_two_servers_at_one_address() -> None:
+    with listen("127.0.0.1", 0) as first, pytest.raises(ValueError, match="--port"):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_one_client_for_one_address(model: Any, tmp_path: Path) -> None:
+    vllm = VllmServer(model, character_tokenizer(), folder=tmp_path)
+    for url in ("http://LOCALHOST:8001", "http://127.0.0.1:80", "http://[::1]:80/v1/"):
+        vllm.set_url(url)
+        assert vllm._http is vllm._http
+
+
+def run_server(served: ServedGateway, child: VllmProcess | None, meanwhile: Callable[[Server], None]) -> int:
+    """The command behind the loading, in this thread, which the signals go to; `meanwhile` in another one."""
+    address = listen("127.0.0.1", 0)
+    url = None if child is not None else served.below.url
+    server = Server(ServeConfig(vllm_url=url), Console(stderr=True), served.vllm, child, served.chains, address)
+    with address, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(meanwhile, server)
+        code = asyncio.run(asyncio.wait_for(server.run(), SECONDS))
+        other.result(SECONDS)
+    return code
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_requests_that_the_end_cuts_off(
+    served: ServedGateway, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signals: int
+) -> None:
+    """At the end of the time that they are given, or at once by the second signal."""
+    monkeypatch.setattr("latentmas.serving.server.GRACE_SECONDS", 1 if signals == 1 else 60)
+
+    async def wait(number: int, body: dict[str, Any]) -> None:
+        await asyncio.sleep(60 if number or not body["temperature"] else 0)
+
+    served.fake.on_token = wait
+
+    def meanwhile(server: Server) -> None:
+        port = server.address.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        body = {"model": "thinks", "messages": QUESTION}
+        with ThreadPoolExecutor() as pool, socket.create_connection(("127.0.0.1", port), SECONDS) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+
+            def ask(**fields: Any) -> httpx.Response:
+                return httpx.post(url, json={**body, **fields}, timeout=SECONDS, trust_env=False)
+
+            whole, stream = pool.submit(ask), pool.submit(ask, stream=True, temperature=1)
+            until(lambda: len(served.fake.seen) == 2)
+            time.sleep(0.2)
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+            answer = whole.result(SECONDS)
+            error = error_of(answer, 503)
+            assert (error["code"], int(answer.headers["retry-after"]) > 0) == ("server_ending", True)
+            *_, name, data = stream.result(SECONDS).text.strip().split("\n")
+            assert (name, json.loads(data.removeprefix("data: "))["error"]) == ("event: error", error)
+            assert slow.recv(1000).startswith(b"HTTP/1.1 503")
+
+    assert run_server(served, None, meanwhile) == 0
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(served.folder.iterdir())
+
+
+def test_a_second_signal_as_it_starts_ends_it_at_once(served: ServedGateway) -> None:
+    child, _ = child_of(
+        served.chains["thinks"].model, served.folder,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(1000)",
+    )  # fmt: skip
+    child.server = served.vllm
+
+    def meanwhile(server: Server) -> None:
+        until(lambda: child._last_lines)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    began = time.monotonic()
+    try:
+        assert run_server(served, child, meanwhile) == 130
+        assert time.monotonic() - began < 8
+        assert child._process is not None
+        assert child._process.returncode == -signal.SIGKILL
+    finally:
+        if child._process is not None:
+            child._process.kill()
+
+
+def test_no_chain_is_left(served: ServedGateway) -> None:
+    served.fake.max_model_len = 10
+    with pytest.raises(ValueError, match="--max-model-len"):
+        run_server(served, None, lambda server: None)
