@@ -410,6 +410,18 @@ def test_a_graph_stays_with_what_no_forward_reads():
     assert state_of(model) is state
 
 
+@torch.no_grad()
+def test_memory_report_counts_the_static_tensors():
+    model = tiny_model("olmo2")
+    assert hf_graph.memory_report(model) == {}
+    engine, _ = both(model)
+    cache = read(model, [5]).past_key_values
+    engine.extend(cache, Prompt(torch.tensor([1]), torch.tensor([[5]])), logits=True)
+    (name, size), *others = hf_graph.memory_report(model).items()
+    assert (name, others) == ("tensors of 1 x 256 slots", [])
+    assert size > 256 * cache.slot_bytes
+
+
 def test_what_is_no_candidate_says_why():
     model = tiny_model("gpt2")
     architecture = Architecture.of(model)

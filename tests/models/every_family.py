@@ -112,7 +112,7 @@ def _think(plain: Any) -> tuple[str, str]:
     ours = accelerate(copy.deepcopy(plain), aligner="identity")
     steps = {"max_new_tokens": TOKENS, "latent_steps": STEPS, "do_sample": False, "pad_token_id": 0}
     with ExitStack() as quiet:
-        for module in ("engines", "hf.decode"):
+        for module in ("engines.registry", "hf.decode"):
             quiet.enter_context(patch(f"latentmas_kernels.{module}.warn_once"))
         try:
             out = latent_generate(plain, ids, mask, latent_steps=STEPS, aligner="identity")

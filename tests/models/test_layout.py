@@ -29,7 +29,7 @@ ESCAPES = "a forward in the place of its own calls modules by another way"
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("engines", "hf.decode"):
+    for module in ("engines.registry", "hf.decode"):
         monkeypatch.setattr(f"latentmas_kernels.{module}.warn_once", lambda _: None)
 
 
