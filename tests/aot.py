@@ -1,7 +1,7 @@
-"""Compiles what a decode step launches, ahead of time and without a GPU, and reads the cubins: `python tests/aot.py 90`.
+"""Compiles the launches of a decode step, ahead of time and without a GPU, and reads the cubins: `python tests/aot.py 90`.
 
-The launches are recorded from the engine's own step on meta tensors of a real model's shapes, so what is compiled is what
-a device would run: the same arguments, specialised as Triton does (divisibility by 16, values of 1), with the same warps
+The launches are recorded from the engine's own step on meta tensors of a real model's shapes, so the kernels are those that a
+device would run: the same arguments, specialised as Triton does (divisibility by 16, values of 1), with the same warps
 and stages. Needs a process without TRITON_INTERPRET.
 """
 
@@ -98,7 +98,7 @@ def instructions(compiled: Any) -> str:
         return subprocess.run([tool("nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
 
 
-# ---- what a step launches ------------------------------------------------------------------------------------------
+# ---- the launches of a step ----------------------------------------------------------------------------------------
 
 SHAPES = {
     # Qwen3-0.6B: norms per head, tied. One layer stands for all.

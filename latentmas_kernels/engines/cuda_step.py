@@ -1,4 +1,4 @@
-"""One decode step as a sequence of launches over tensors that never move: what the CUDA engine captures in graphs.
+"""One decode step as a sequence of launches over static tensors, which the CUDA engine captures in graphs.
 
     latent step     realign(hidden) -> x                        token step     embed(token) -> x
                     advance the rows, end those that are done                  advance the rows

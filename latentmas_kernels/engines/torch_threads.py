@@ -23,7 +23,7 @@ def one_torch_thread() -> Iterator[None]:
     if runtime is None:
         yield
         return
-    before = torch.get_num_threads()  # which also does what torch does at a thread's first operator: set the number
+    before = torch.get_num_threads()  # this also sets the number, as torch does at a thread's first operator
     runtime.omp_set_num_threads(1)
     try:
         yield

@@ -138,7 +138,7 @@ def test_interpreter_rows_are_bit_identical_alone_and_in_a_batch(small):
 
 
 def test_interpreter_reads_and_writes_no_slot_but_its_own(small):
-    """Poison behind every row's end: what is read of it shows, and what is written over is gone."""
+    """Poison behind every row's end: a read of it shows in the output, a write over it shows in the buffer."""
     ids, mask = prompt([6, 3])
     read = latent_generate(small, ids, mask, latent_steps=0, max_cache_len=12)
     cache = read.past_key_values.fork(12)

@@ -254,7 +254,7 @@ def test_positions_with_gaps_and_far_out_equal_eager():
 
 
 def test_reads_and_writes_no_slot_but_its_own(run):
-    """Poison behind every row's end: what is read of it shows, and what is written over is gone."""
+    """Poison behind every row's end: a read of it shows in the output, a write over it shows in the buffer."""
     model = tiny_model("qwen2-mixed")
     engine = NativeEngine(model, Architecture.of(model))
     ids, mask = ragged([70, 3])

@@ -41,7 +41,7 @@ def gapped(lengths, slots=SLOTS, seed=3, ahead=0):
 
 
 def exact(queries, keys, values, lengths, scale, window=None, positions=None, query_positions=None):
-    """Row by row and head by head, over what a row sees and nothing else."""
+    """Row by row and head by head, over the slots that a row sees and nothing else."""
     batch, query_heads, width = queries.shape
     group = query_heads // keys.shape[1]
     out = torch.zeros(batch, query_heads, width, dtype=torch.float64, device=DEVICE)

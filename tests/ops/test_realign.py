@@ -67,7 +67,7 @@ def test_native_equals_reference(size, dtype):
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 @needs_extension
 def test_every_instruction_set(isa):
-    """The tests above once more in a process that is told which instruction set to use."""
+    """The tests above once more in a process with LATENTMAS_ISA set to each instruction set."""
     from latentmas_kernels import _C
 
     if isa not in _C.available_isas().split():

@@ -43,7 +43,7 @@ def attention_kernel(
     length = tl.load(lengths_ptr + row)
     first = 0
     if HAS_WINDOW:
-        # Positions rise from slot to slot: what is a window of slots away is at least as far in positions.
+        # Positions rise from slot to slot: a slot that is a window of slots away is at least as far in positions.
         # Down to the begin of a block; its slots outside the window are masked below.
         first = tl.maximum(length - window, 0) // BLOCK * BLOCK
     per_split = tl.cdiv(tl.cdiv(length - first, BLOCK), SPLITS) * BLOCK

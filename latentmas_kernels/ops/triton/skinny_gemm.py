@@ -31,7 +31,7 @@ def pdl_wait():
 @triton.jit
 def weight_tile(weight_ptr, stride, outs, ins, n_cols_out, stop):
     mask = (outs < n_cols_out)[:, None] & (ins < stop)[None, :]
-    # Weights are read once a step: they should leave the cache to what is read again.
+    # Weights are read once a step: they should leave the cache to data that is read again.
     return tl.load(
         weight_ptr + outs[:, None].to(tl.int64) * stride + ins[None, :],
         mask=mask,
@@ -162,9 +162,8 @@ def skinny_gemm_kernel(
             second = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             squares = tl.zeros([BLOCK_M], dtype=tl.float32)
             for i in range(SPLIT):
-                theirs = (
-                    tile_partials + i * SIZE
-                )  # .cg: past the L1, which does not see what other multiprocessors wrote
+                theirs = tile_partials + i * SIZE
+                # .cg: past the L1, which does not see the stores of other multiprocessors.
                 squares += tl.load(theirs + row, cache_modifier=".cg")
                 first += tl.load(theirs + BLOCK_M + cell, cache_modifier=".cg")
                 if GATED:
