@@ -9,7 +9,7 @@ import pytest
 from latentmas.chain.agent import Agent
 from latentmas.chain.stages import check_chain
 from latentmas.chain_files.reader import builtin_chains, read_builtin, read_chain, serial
-from test_chain_file import JUDGER
+from yaml_texts import JUDGER
 
 from latentmas_kernels.errors import LatentMASError
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import latentmas
 import pytest
 import torch
 from commands import AGENTS, FAST, assert_one_line, document_of, fail_at, model_and_tokenizer, numbers, table_of
@@ -141,6 +142,24 @@ def test_import_leaves_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_the_package_exports_is_there():
+    """Among it what README and docs import."""
+    promised = {
+        "Agent",
+        "Chain",
+        "METHODS",
+        "hierarchical_agents",
+        "latent_agents",
+        "load_model",
+        "read_chain",
+        "trace_table",
+    }
+    assert promised <= set(latentmas.__all__)
+    assert all(getattr(latentmas, name) is not None for name in latentmas.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(latentmas, "nothing")  # noqa: B009
 
 
 @pytest.mark.real_model

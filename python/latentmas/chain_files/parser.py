@@ -162,10 +162,11 @@ class _Parser:
         except ValidationError as refused:
             errors = refused.errors(include_url=False)
         missing = [str(error["loc"][0]) for error in errors if error["type"] == "missing"]
+        needed = [key for key, info in model.model_fields.items() if info.is_required()]
         unknown = any(error["type"] == "extra_forbidden" for error in errors)
-        if missing and not unknown:  # what is missing is there under a misspelled name, most likely
-            needed = ", ".join(key for key, info in model.model_fields.items() if info.is_required())
-            self.fault(node, f"{owner} has no {' and no '.join(missing)}; allowed is an entry with {needed}")
+        if missing and not (unknown and missing == needed and model is AgentEntry):  # else a misspelled group
+            allowed = f"allowed is an entry with {', '.join(needed)}"
+            self.fault(node, f"{owner} has no {' and no '.join(missing)}; {allowed}")
         for error in errors:
             if error["type"] != "missing":
                 self._value_fault(error, found, owner, model)
