@@ -1,4 +1,4 @@
-"""The pending of the connector, under a scheduler like vLLM's: prefix cache, preemption, several requests in a step."""
+"""Pending loads of the connector, under a scheduler like vLLM's: prefix cache, preemption, several requests in a step."""
 
 import re
 from dataclasses import dataclass, field

@@ -1,12 +1,14 @@
-"""Clients that disconnect: all work for their requests ends."""
+"""Requests that end before their answer: the client disconnects, or the gateway stops."""
 
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from latentmas.serving.model_lease import ModelLease
-from served_gateway import QUESTION, SECONDS, ServedGateway, until
+from served_gateway import QUESTION, SECONDS, ServedGateway, error_of, until
 
 
 def test_a_client_that_leaves_ends_the_text(served: ServedGateway) -> None:
@@ -83,3 +85,33 @@ def test_a_client_that_leaves_as_the_thinking_ends_leaves_no_file(served: Served
     line.close()
     until(lambda: served.gateway.requests == 0)
     assert served.empty()
+
+
+@pytest.mark.parametrize("chain", ["thinks", "mixes"])
+def test_a_gateway_that_stops_ends_requests_wherever_they_are(served: ServedGateway, chain: str) -> None:
+    """In latent steps, and in a text in the middle of a chain; those that come later have the same error."""
+    begun = threading.Event()
+    prepare = served.chains[chain].prepare
+
+    def thinking(questions: list[str], *, on_progress: Any, **options: Any) -> Any:
+        while chain == "thinks":
+            begun.set()
+            on_progress(None)
+            time.sleep(0.01)
+        return prepare(questions, on_progress=on_progress, **options)
+
+    async def wait(number: int, body: dict[str, Any]) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    served.chains[chain].prepare = thinking  # type: ignore[method-assign]
+    served.fake.on_token = wait
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(served.ask, model=chain)
+        assert begun.wait(SECONDS)
+        served.front.loop.call_soon_threadsafe(served.gateway.stop)
+        error = error_of(answer.result(SECONDS), 503)
+    assert error["code"] == "server_ending"
+    assert error_of(served.ask(), 503) == error
+    until(served.empty)
+    until(lambda: served.fake.left == len(served.fake.seen))
