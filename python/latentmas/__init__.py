@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Agent": "chain.agent",
     "AgentMetrics": "chain.results",
+    "AgentTurn": "chain.results",
     "Answer": "chain.results",
     "Budget": "chain.memory_policy",
     "Chain": "chain.chain",
@@ -22,7 +23,6 @@ _HOME = {
     "MemoryPolicy": "chain.memory_policy",
     "METHODS": "chain_files.methods",
     "Progress": "chain.progress",
-    "AgentTurn": "chain.results",
     "latent_agents": "chain_files.methods",
     "load_model": "loading",
     "single_agent": "chain_files.methods",
