@@ -255,7 +255,9 @@ def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: 
     check_lives(vllm, float32, ready)
 
 
-def test_too_long_a_prompt_is_refused_before_it_is_sent(vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer) -> None:
+def test_too_long_a_prompt_is_refused_before_it_is_sent(
+    vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer
+) -> None:
     assert ready.memory is not None
     room = vllm.max_model_len - int(ready.memory.lengths) - 4
     with pytest.raises(
