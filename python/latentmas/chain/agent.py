@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy
+from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy, is_integer
 from latentmas.characters import check_characters
 from latentmas_kernels.errors import LatentMASError
 
@@ -53,7 +53,7 @@ class Agent:
                 f"got latent_steps={self.latent_steps}, max_new_tokens={self.max_new_tokens}"
             )
         for what, number, least in (("latent_steps", self.latent_steps, 0), ("max_new_tokens", self.max_new_tokens, 1)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+            if number is not None and not is_integer(number, least):
                 raise LatentMASError(
                     f"agent {self.name!r}: {what} must be an integer of {least} or more; got {number!r}"
                 )

@@ -45,20 +45,19 @@ def check_recomputable(contexts: Sequence[Context], budget: Budget | None) -> No
 
 def _check_recomputable(context: Context, number: int, budget: Budget | None) -> None:
     """Check the cache before one stage."""
+    other = "What is left was computed in sight of what was cut, so its embeddings, read again without that, are another memory"
     remedy = "hand keys and values over (kv), which takes any memory as it is"
     reader = context[number]
     # The cache of another model is computed again, in one go.
     begin = max((n for n in range(1, number + 1) if context[n].model != context[n - 1].model), default=0)
     if budget is not None and number > begin:
         raise LatentMASError(
-            f"a budget may cut the memory before {reader.names}. What is left was computed in sight of what was cut, so its "
-            f"embeddings, read again without that, are another memory; {remedy}, or leave the budget out"
+            f"a budget may cut the memory before {reader.names}. {other}; {remedy}, or leave the budget out"
         )
     for stage in context[begin + 1 : number + 1]:
         if stage.memory_policy != KEEP_ALL:
             raise LatentMASError(
-                f"the memory is cut before {stage.names}. What is left was computed in sight of what was cut, so its "
-                f"embeddings, read again without that, are another memory; {remedy}, or hand on all of it (memory: all)"
+                f"the memory is cut before {stage.names}. {other}; {remedy}, or hand on all of it (memory: all)"
             )
     for stage in context[begin:number]:
         if stage.parallel:

@@ -9,6 +9,11 @@ from latentmas_kernels.errors import LatentMASError
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
+def is_integer(value: object, least: int) -> bool:
+    """Return whether a value is an integer of `least` or more; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclass(frozen=True)
 class MemoryPolicy:
     """The part of the cache before an agent that it gets. The other slots are cut out, and those that stay move together. The
@@ -29,9 +34,7 @@ class MemoryPolicy:
             raise LatentMASError(f"agents of a hand-over must be 'all' or 'last'; got {self.agents!r}")
         if self.kinds not in ("all", "latent"):
             raise LatentMASError(f"kinds of a hand-over must be 'all' or 'latent'; got {self.kinds!r}")
-        if self.slots is not None and (
-            isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1
-        ):
+        if self.slots is not None and not is_integer(self.slots, least=1):
             raise LatentMASError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
 
 
@@ -54,7 +57,7 @@ class Budget:
         if (self.bytes is None) == (self.slots is None):
             raise LatentMASError(f"a budget is either bytes or slots; got bytes={self.bytes}, slots={self.slots}")
         amount = self.bytes if self.bytes is not None else self.slots
-        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+        if not is_integer(amount, least=1):
             raise LatentMASError(f"a budget must be an integer of 1 or more; got {amount!r}")
 
     def __str__(self) -> str:

@@ -60,12 +60,6 @@ class ModelContext:
         assistant's message (a checkpoint may lack it there, and would write on into turns of its own)."""
         return text_ends(self.model, self.tokenizer)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of keys and values of one slot."""
-        a = self.architecture
-        return 2 * a.layers * a.kv_heads * a.head_dim * a.dtype.itemsize
-
     def connect(self, target: "ModelContext") -> None:
         """Make the aligner for latent steps whose cache goes on to another model; token ids go there as they are.
 

@@ -1,7 +1,7 @@
 """Plans: how long prompts, latent steps and texts become, and whether they fit the models, the budget and free memory."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.plan import SINK_SLOTS, Plan, StageTokens
@@ -10,6 +10,7 @@ from latentmas.chain.setup import ChainSetup, Prompts, StagePrompts
 from latentmas.chain.stages import Context
 from latentmas_kernels.cache.free_memory import check_free_memory
 from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.models.architecture import Architecture
 
 SHARE_FROM = 64
 """Tokens that reading a common beginning once must save. The pass of its own reads the weights once more: on SmolLM2-135M in
@@ -46,10 +47,14 @@ def make_plan(setup: ChainSetup, context: Context, prompts: Sequence[Prompts], e
     Raises:
         LatentMASError: where the context does not fit the models' positions, the decoder or the budget.
     """
-    stages = [
-        _stage_tokens(setup, context, number, [of[number] for of in prompts], 0 if number else extra)
-        for number in range(len(context))
-    ]
+    # Once per model: it is read off the model anew each time, and takes longer than the rest of a plan.
+    architectures = {name: setup.model_contexts[name].architecture for name in {stage.model for stage in context}}
+    alone_with_decoder = len(context) == 1 and setup.decoder_of(context[0]) is not None
+    stages = []
+    for number, stage in enumerate(context):
+        slot_bytes = 0 if alone_with_decoder else _slot_bytes(architectures[stage.model])
+        of_stage = [of[number] for of in prompts]
+        stages.append(_stage_tokens(context, number, slot_bytes, of_stage, 0 if number else extra))
     shared = 0
     if len(prompts) > 1:
         first = [ids for of in prompts for ids in of[0]]
@@ -60,7 +65,7 @@ def make_plan(setup: ChainSetup, context: Context, prompts: Sequence[Prompts], e
     if setup.budget is not None and setup.budget.bytes is not None:
         plan = _fit_budget(plan, setup.budget.bytes)
     _check_decoder_limit(setup, plan)
-    _check_positions(setup, plan)
+    _check_positions(architectures, plan)
     return plan
 
 
@@ -70,16 +75,20 @@ def check_plan_memory(setup: ChainSetup, plan: Plan) -> None:
     check_free_memory(plan.kv_bytes, device, f"a memory of {plan.questions} rows of {plan.most_slots} slots")
 
 
-def _stage_tokens(setup: ChainSetup, context: Context, number: int, prompts: StagePrompts, extra: int) -> StageTokens:
+def _slot_bytes(a: Architecture) -> int:
+    """Return the bytes of keys and values of one slot."""
+    return 2 * a.layers * a.kv_heads * a.head_dim * a.dtype.itemsize
+
+
+def _stage_tokens(context: Context, number: int, slot_bytes: int, prompts: StagePrompts, extra: int) -> StageTokens:
     stage, last = context[number], number + 1 == len(context)
     # Where notes are still to be written, nobody knows how far prompts begin alike: counted as if they did not at all, and
     # as if the shortest were common to all.
     common = [common_prefix_len(of) if stage.parallel and not extra else 0 for of in prompts]
     extra_common = [min(map(len, of)) + extra for of in prompts] if stage.parallel and extra else None
-    alone_with_decoder = len(context) == 1 and setup.decoder_of(stage) is not None
     return StageTokens(
         stage,
-        0 if alone_with_decoder else setup.model_contexts[stage.model].slot_bytes,
+        slot_bytes,
         common,
         [[len(ids) - start + extra for ids in of] for of, start in zip(prompts, common, strict=True)],
         # The last token of a text is not fed in, but by the next turn, or before another agent's part is put behind it.
@@ -132,7 +141,7 @@ def _check_decoder_limit(setup: ChainSetup, plan: Plan) -> None:
             )
 
 
-def _check_positions(setup: ChainSetup, plan: Plan) -> None:
+def _check_positions(architectures: Mapping[str | None, Architecture], plan: Plan) -> None:
     """Check the longest row of each model."""
     ends = [
         (end, prompt, tokens.stage)
@@ -140,8 +149,7 @@ def _check_positions(setup: ChainSetup, plan: Plan) -> None:
         for end, prompt in zip(slots.end, slots.prompts, strict=True)
     ]
     for name in dict.fromkeys(stage.model for _, _, stage in ends):
-        architecture = setup.model_contexts[name].architecture
-        limit = architecture.max_positions
+        architecture, limit = architectures[name], architectures[name].max_positions
         end, prompt, stage = max((e for e in ends if e[2].model == name), key=lambda e: e[0])
         if limit is not None and end > limit:
             raise LatentMASError(
