@@ -4,10 +4,10 @@ import sys
 
 import typer
 
-from latentmas.cli.console import fail, out
 from latentmas.cli.doctor import doctor
 from latentmas.cli.run import run
 from latentmas.cli.serve import serve
+from latentmas.console import fail, out
 from latentmas_kernels.errors import LatentMASError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

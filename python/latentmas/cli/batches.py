@@ -7,12 +7,12 @@ import torch
 
 from latentmas.chain.chain import Chain
 from latentmas.chain.results import Answer, ChainResult
-from latentmas.cli.console import err
 from latentmas.cli.live_view import Display
 from latentmas.cli.questions import Question
 from latentmas.cli.results_file import ResultsFile
 from latentmas.cli.run_config import RunConfig
 from latentmas.cli.trace_view import TOP_K, TraceFile
+from latentmas.console import err
 from latentmas_kernels.errors import LatentMASError
 
 

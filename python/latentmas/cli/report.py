@@ -11,8 +11,8 @@ from latentmas.chain.agent import Agent
 from latentmas.chain.results import AgentMetrics, Answer, ChainResult
 from latentmas.characters import visible
 from latentmas.cli.batches import records
-from latentmas.cli.console import print_json, print_whole
 from latentmas.cli.questions import Question
+from latentmas.console import print_json, print_whole
 from latentmas_kernels import Aligner
 
 PHASES = ("prefill", "latent", "decode", "other")

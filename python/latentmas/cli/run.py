@@ -5,8 +5,8 @@ from typing import Any
 
 import typer
 
-from latentmas.cli.console import quiet_libraries
 from latentmas.cli.run_config import RunConfig
+from latentmas.console import quiet_libraries
 
 
 def run(**options: Any) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from latentmas.cli import options
-from latentmas.cli.console import err, out, quiet_libraries
 from latentmas.cli.options import CHAIN, SERVER, SHIPPED, VLLM, option
+from latentmas.console import err, out, quiet_libraries
 from latentmas_kernels.errors import LatentMASError
 
 

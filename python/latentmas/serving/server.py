@@ -16,7 +16,7 @@ from latentmas.backends.base import EngineError
 from latentmas.backends.vllm.launch import check_installed, kv_config
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.chain.chain import Chain
-from latentmas.cli.console import working
+from latentmas.console import working
 from latentmas.loading import load_model
 from latentmas.serving.app import build_app
 from latentmas.serving.config import ServeConfig

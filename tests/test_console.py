@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentmas.characters import check_characters, decoded, visible, without_mark
-from latentmas.cli.console import Terminal, print_json, print_whole, without_bars, working
+from latentmas.console import Terminal, print_json, print_whole, without_bars, working
 from latentmas.faults import shortened
 from rich.live import Live
 from rich.table import Table
@@ -126,7 +126,7 @@ def test_json_stays_json():
 CODE = f"""
 import sys
 sys.path[:0] = {sys.path!r}
-from latentmas.cli.console import Terminal
+from latentmas.console import Terminal
 out, err = Terminal(), Terminal(stderr=True)
 if "needed" in sys.argv:
     out.needed = False
