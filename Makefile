@@ -69,6 +69,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: .venv/.installed-test .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks/bench_realign.py

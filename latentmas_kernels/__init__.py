@@ -17,30 +17,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Aligner": "alignment",
-    "GenerateOutput": "outputs",
-    "LatentCache": "cache",
-    "LatentOutput": "outputs",
-    "Metrics": "outputs",
-    "Report": "diagnostics",
-    "Segment": "cache",
-    "UnsupportedModelError": "models.architecture",
-    "accelerate": "hf",
-    "build_aligner": "alignment",
-    "doctor": "diagnostics",
-    "generate": "generation",
-    "latent_generate": "generation",
-    "restore": "hf",
+    "alignment": "Aligner build_aligner",
+    "cache": "LatentCache Segment",
+    "diagnostics": "Report doctor",
+    "generation": "generate latent_generate",
+    "hf": "accelerate restore",
+    "models.architecture": "UnsupportedModelError",
+    "outputs": "GenerateOutput LatentOutput Metrics",
 }
-
-__all__ = ["LatentMASError", *_MODULES]
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = ["LatentMASError", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; the command line reads chain files and prints --help without them.
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'latentmas_kernels' has no attribute {name!r}")
-    return getattr(import_module(f"latentmas_kernels.{_MODULES[name]}"), name)
+    return getattr(import_module(f"latentmas_kernels.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

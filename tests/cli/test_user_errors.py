@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 from commands import FAST, QUESTION, assert_one_line, fail_at, model_and_tokenizer
+from latentmas.backends import DECODERS
 from latentmas.backends.base import KV_TRANSFERS, EngineError
 from latentmas.chain.chain import Chain
 from latentmas.cli import options
@@ -94,6 +95,7 @@ def test_typer_refuses_a_value_that_is_none_of_an_option(command, tiny, monkeypa
         (options.DType, DTYPES),
         (options.EngineName, ENGINES),
         (options.Weights, WEIGHTS),
+        (options.Decoder, DECODERS),
         (options.KVTransfer, KV_TRANSFERS),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import typer
 
+from latentmas.backends import open_backend
 from latentmas.backends.base import EngineError
 from latentmas.chain.chain import Chain, check_request
 from latentmas.chain.decoder_check import check_recomputable
@@ -106,16 +107,20 @@ def _build_chain(config: RunConfig, arranged: ChainConfig, vllm: dict[str, Any] 
         models = {name: load_model(name, dtype=config.dtype, device=config.device) for name in arranged.models}
     decoder = None
     if vllm is not None:
-        # vLLM is optional.
-        from latentmas.backends.vllm.engine import Vllm
-
         # The stack is unwound then, too, and vLLM's processes end.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         last = serial(arranged.agents)[-1].model
         name, writer = (last, models[last][0]) if last else (config.model or str(default_model_folder()), model)
         with working(err, "starting vLLM"):
-            engine = Vllm(name, writer, kv_transfer=config.kv_transfer or "kv", settings=vllm, folder=config.folder)
-            decoder = stack.enter_context(engine)
+            backend = open_backend(
+                config.decoder,
+                name,
+                writer,
+                kv_transfer=config.kv_transfer or "kv",
+                settings=vllm,
+                folder=config.folder,
+            )
+            decoder = stack.enter_context(backend)
     with working(err, "setting up the chain, measuring how hidden states are best fed back"):
         chain = Chain(
             model, tokenizer, arranged.agents, aligner=config.aligner, engine=config.engine, weights=config.weights,

@@ -31,6 +31,7 @@ EngineName = Annotated[
     Literal["auto", "native", "cuda", "eager"], option(MODEL, "What runs latent steps and writes texts.")
 ]
 Weights = Annotated[Literal["model", "int8"], option(MODEL, "The model's, or int8: rounded by row, on the CPU.")]
+Decoder = Annotated[Literal["own", "vllm"], option(VLLM, "Who writes the texts (docs/vllm.md).")]
 KVTransfer = Annotated[
     Literal["kv", "embeds"] | None,
     option(VLLM, "Cache to vLLM: kv, keys and values as they are (the default), or embeds, read again.", "--hand-over"),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from latentmas.backends import check_installed
 from latentmas.chain.agent import Agent
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files.reader import method_names, read_builtin, read_chain, serial
@@ -87,7 +88,7 @@ class RunConfig:
     device: options.Device = None
     engine: options.EngineName = "auto"
     weights: options.Weights = "model"
-    decoder: Annotated[Literal["own", "vllm"], option(VLLM, "Who writes the texts (docs/vllm.md).")] = "own"
+    decoder: options.Decoder = "own"
     kv_transfer: options.KVTransfer = None
     vllm: Annotated[str | None, option(VLLM, 'Settings of vLLM as JSON: {"tensor_parallel_size": 2}, say.')] = None
     folder: options.Folder = None
@@ -174,10 +175,7 @@ class RunConfig:
         """
         if self.decoder == "own":
             return None
-        # torch takes seconds to import; --help answers before that.
-        from latentmas.backends.vllm.launch import check_installed
-
-        check_installed()
+        check_installed(self.decoder)
         if self.folder is not None and not os.access(self.folder, os.W_OK | os.X_OK):
             raise LatentMASError(
                 f"got --folder {self.folder}, which is no folder that can be written to; name one that is"
