@@ -26,7 +26,7 @@ from shapes import SHAPES, build_model
 from torch import Tensor
 
 from latentmas_kernels import LatentCache, build_aligner
-from latentmas_kernels.engines import ENGINES, LatentParams, open_engine
+from latentmas_kernels.engines import LatentParams, engine_names, open_engine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture, decoder_of
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--kv", type=int, default=256, help="tokens of the prompt, which the steps start behind")
     parser.add_argument("--steps", type=int, default=20, help="latent steps, and then token steps, per round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--engine", default="eager", choices=ENGINES)
+    parser.add_argument("--engine", default="eager", choices=engine_names())
     parser.add_argument("--out", metavar="JSON", help="merge the numbers into this file")
     args = parser.parse_args()
     for shape in args.shape:

@@ -1,6 +1,7 @@
 // The border to Python. It takes torch tensors and small structs, and checks dtype, shape, strides and device of every tensor
-// (tensor.h): an argument that does not fit raises a ValueError that names it.
+// (tensor.h): an argument that does not fit raises a LatentMASError that names it. So does every std::invalid_argument.
 #include <pybind11/functional.h>
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -332,8 +333,19 @@ void decode(Runner& runner, const CacheArgs& cache, const py::object& logits_arg
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of latentmas_kernels on torch tensors; arguments that do not fit raise a ValueError that names them.";
+  m.doc() = "CPU kernels of latentmas_kernels on torch tensors; what does not fit raises a LatentMASError that names it.";
   const auto none = py::none();
+
+  // What a user can mend has one type in Python. pybind11 would make a plain ValueError of it, which is a bug to the callers.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> user_error;
+  user_error.call_once_and_store_result([] { return py::module_::import("latentmas_kernels.errors").attr("LatentMASError"); });
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::invalid_argument& error) {
+      py::set_error(user_error.get_stored(), error.what());
+    }
+  });
 
   m.attr("KV_SPLIT_SLOTS") = kKVSplitSlots;
   m.attr("MIN_NORM") = kMinNorm;
@@ -341,20 +353,21 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   m.attr("MAX_SOFT_TOKENS") = kMaxSoftTokens;
 
-  m.def("realign", &realign, "ops/realign.py; writes `out`.", py::arg("hidden"), py::arg("weight"), py::arg("target_norm"),
-        py::arg("out"));
+  m.def("realign", &realign, "ops/realign.py; writes `out`.", py::kw_only(), py::arg("hidden"), py::arg("weight"),
+        py::arg("target_norm"), py::arg("out"));
   py::class_<Sampling>(m, "Sampling", "How a token is chosen; see ops/sample.py.")
       .def(py::init([](bool do_sample, float temperature, std::int64_t top_k, float top_p, float min_p,
                        float repetition_penalty, std::uint64_t seed) {
              return Sampling{do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed};
            }),
-           py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p") = 0.0f,
-           py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
+           py::kw_only(), py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+           py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
   m.def("sample", &sample_rows, "Token ids of logits float32 [rows, vocabulary].", py::arg("logits"), py::arg("sampling"),
         py::arg("draw"));
 
   py::class_<LinearArgs>(m, "Linear", "weight [out, in] and bias [out] in the model's dtype; with scales [out] int8.")
-      .def(py::init<py::object, py::object, py::object>(), py::arg("weight"), py::arg("bias") = none, py::arg("scales") = none);
+      .def(py::init<py::object, py::object, py::object>(), py::arg("weight"), py::kw_only(), py::arg("bias") = none,
+           py::arg("scales") = none);
   py::class_<LayerArgs>(m, "Layer", "models/packed_weights.py:Layer.")
       .def(py::init([](py::object input_norm, LinearArgs qkv, py::object query_norm, py::object key_norm, LinearArgs output,
                        py::object mlp_norm, LinearArgs gate_up, LinearArgs down, std::optional<std::int64_t> window,

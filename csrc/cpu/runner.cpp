@@ -50,7 +50,7 @@ const char* at(const void* data, std::int64_t element, DType dtype) {
 }
 
 // 0 where one of them is zero, NaN where one holds NaN; of the same bits exactly 1, since the root of a square is exact.
-// `cosine` of latentmas_kernels/engines is the same.
+// `cosine` of latentmas_kernels/engines/base.py is the same.
 double cosine(const std::vector<float>& a, const std::vector<float>& b) {
   double both = 0, of_a = 0, of_b = 0;
   for (std::size_t i = 0; i < a.size(); ++i) {

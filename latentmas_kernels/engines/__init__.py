@@ -5,11 +5,15 @@ from latentmas_kernels.engines.cuda import CudaEngine
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.engines.hf_graph import HFGraphEngine
 from latentmas_kernels.engines.native import NativeEngine
-from latentmas_kernels.engines.registry import ENGINES, WEIGHTS, check_engine_options, fast_engine, open_engine
+from latentmas_kernels.engines.registry import (
+    check_engine_options,
+    engine_names,
+    fast_engine,
+    open_engine,
+    weight_names,
+)
 
 __all__ = [
-    "ENGINES",
-    "WEIGHTS",
     "CudaEngine",
     "EagerEngine",
     "Engine",
@@ -20,6 +24,8 @@ __all__ = [
     "SamplingParams",
     "SupportsDecode",
     "check_engine_options",
+    "engine_names",
     "fast_engine",
     "open_engine",
+    "weight_names",
 ]  # fmt: skip

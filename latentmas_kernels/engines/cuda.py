@@ -34,7 +34,7 @@ NO_ROOM = "out of memory for the graph of even one row: this call runs on the ea
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
-    """Why this engine cannot run the model, as a clause; None where it can."""
+    """Return why this engine cannot run the model, as a clause; None where it can."""
     if architecture.device.type != "cuda" and not (architecture.device.type == "cpu" and interpreted()):
         return f"the model is on {architecture.device}, not on a CUDA device"
     return unpackable_reason(model, architecture)
@@ -125,6 +125,7 @@ def memory_report(model: Any) -> dict[str, int]:
     state = _states.get(model)
     if state is None:
         return {}
+    # A copy, since calls in other threads add and drop buckets, and no lock, which they hold to their end.
     report = {f"tensors of batch {bucket}": step.nbytes for bucket, step in sorted(state.steps.items())}
     return {**report, "graphs": state.graph_bytes}
 

@@ -180,8 +180,11 @@ _states: "weakref.WeakKeyDictionary[Any, GraphState]" = weakref.WeakKeyDictionar
 def memory_report(model: Any) -> dict[str, int]:
     """Return the bytes of the static tensors that this engine keeps for a model; those of the graphs are not counted."""
     state = _states.get(model)
-    batches = {} if state is None else state.batches
-    return {f"tensors of {rows} x {slots} slots": batch.nbytes for (rows, slots), batch in sorted(batches.items())}
+    if state is None:
+        return {}
+    # A copy, since calls in other threads add and drop batches, and no lock, which they hold to their end.
+    batches = sorted(state.batches.items())
+    return {f"tensors of {rows} x {slots} slots": batch.nbytes for (rows, slots), batch in batches}
 
 
 class HFGraphEngine:

@@ -26,7 +26,7 @@ LINEARS = ("qkv", "output", "gate_up", "down")
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
-    """Why this engine cannot run the model, as a clause; None where it can."""
+    """Return why this engine cannot run the model, as a clause; None where it can."""
     if architecture.device.type != "cpu":
         return f"the model is on {architecture.device}, not on the CPU"
     if extension() is None:
@@ -58,10 +58,10 @@ class NativeState:
 
         def linear(weight: Tensor, bias: Tensor | None) -> Any:
             if not int8:
-                return c.Linear(weight, bias)
+                return c.Linear(weight, bias=bias)
             packed, scales = quantize_rows(weight)
             self.int8 += [packed, scales]
-            return c.Linear(packed, bias, scales)
+            return c.Linear(packed, bias=bias, scales=scales)
 
         def layer_of(layer: Layer) -> Any:
             return c.Layer(
@@ -100,11 +100,9 @@ _states: "weakref.WeakKeyDictionary[Any, dict[bool, NativeState]]" = weakref.Wea
 
 
 def memory_report(model: Any) -> dict[str, int]:
-    """Bytes that this engine keeps for a model beside its weights."""
-    return {
-        "int8 weights and scratch" if int8 else "scratch": state.nbytes
-        for int8, state in _states.get(model, {}).items()
-    }
+    """Return the bytes that this engine keeps for a model beside its weights."""
+    states = list(_states.get(model, {}).items())  # a copy: another thread may open the engine with other weights
+    return {"int8 weights and scratch" if int8 else "scratch": state.nbytes for int8, state in states}
 
 
 class NativeEngine:

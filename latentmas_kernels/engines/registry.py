@@ -45,7 +45,7 @@ class EngineEntry:
         option: the value of `engine=` that asks for it. Entries that share one are tried in the table's order.
         device: type of the device where "auto" tries it, "cuda" for all but the CPU; None: not by "auto".
         module: its file. The functions are looked up at each call.
-        open: makes the engine of (model, architecture); with weights="int8" it gets int8=True.
+        open: makes the engine of (model, architecture); their name is a keyword for weights but "model": int8=True.
         summary: returns in a few words how it runs a model, for doctor().
         covers: models that it is for, for doctor(); empty: all.
         weights: the values of `weights=` that it has.
@@ -116,8 +116,9 @@ def engine_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(["auto", "eager", *(entry.option for entry in REGISTRY)]))
 
 
-ENGINES = engine_names()
-WEIGHTS = ("model", "int8")
+def weight_names() -> tuple[str, ...]:
+    """Return the values of `weights=`."""
+    return tuple(dict.fromkeys(name for entry in REGISTRY for name in entry.weights))
 
 
 def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, weights: str = "model") -> Engine:
@@ -139,9 +140,10 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
     fast = fast_engine(engine, model, architecture, weights=weights)
     if not isinstance(fast, str):
         return fast
-    if weights == "int8":
+    if weights != "model":
+        names = " and ".join(entry.name for entry in REGISTRY if weights in entry.weights)
         raise LatentMASError(
-            f"weights='int8' runs on the native engine only, and {fast}. Use weights='model', which runs everywhere"
+            f"weights={weights!r} runs on the {names} engine only, and {fast}. Use weights='model', which runs everywhere"
         )
     if engine != "auto":
         raise LatentMASError(
@@ -155,8 +157,8 @@ def check_engine_options(engine: str, weights: str) -> None:
     """Raise ValueError for an engine or weights that do not exist."""
     if engine not in engine_names():
         raise LatentMASError(f"got engine={engine!r}; supported are {', '.join(map(repr, engine_names()))}")
-    if weights not in WEIGHTS:
-        raise LatentMASError(f"got weights={weights!r}; supported are {', '.join(map(repr, WEIGHTS))}")
+    if weights not in weight_names():
+        raise LatentMASError(f"got weights={weights!r}; supported are {', '.join(map(repr, weight_names()))}")
 
 
 def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, weights: str = "model") -> Engine | str:
@@ -171,7 +173,7 @@ def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
 
 
 def _fast_engine(engine: str, model: nn.Module, architecture: Architecture, weights: str) -> Engine | str:
-    options = {"int8": True} if weights == "int8" else {}
+    options = {} if weights == "model" else {weights: True}
     reasons = []
     for entry in _candidates(engine, architecture.device, weights):
         reason = entry.module.unsupported_reason(model, architecture)

@@ -35,7 +35,9 @@ def _realign(hidden: Tensor, weight: Tensor | None, target_norm: float, out: Ten
     if hidden.device.type == "cuda":
         realign_kernel(hidden, weight, target_norm, out, target=target_of(hidden.device))
     elif hidden.device.type == "cpu" and extension() and hidden.dtype in (torch.float32, torch.bfloat16):
-        extension().realign(hidden, None if weight is None else weight.contiguous(), target_norm, out)
+        extension().realign(
+            hidden=hidden, weight=None if weight is None else weight.contiguous(), target_norm=target_norm, out=out
+        )
     else:
         out.copy_(realign_reference(hidden, weight, target_norm))
 

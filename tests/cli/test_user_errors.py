@@ -14,7 +14,7 @@ from latentmas.cli import options
 from latentmas.loading import DTYPES
 
 from latentmas_kernels.alignment import KINDS
-from latentmas_kernels.engines import ENGINES, WEIGHTS
+from latentmas_kernels.engines import engine_names, weight_names
 from latentmas_kernels.errors import LatentMASError
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
@@ -71,8 +71,8 @@ def test_user_errors_are_one_line(command, tiny, arguments, parts):
     [
         ("--aligner", "magic", KINDS),
         ("--hierarchical", "both", ("parallel", "serial")),
-        ("--engine", "magic", ENGINES),
-        ("--weights", "int4", WEIGHTS),
+        ("--engine", "magic", engine_names()),
+        ("--weights", "int4", weight_names()),
         ("--decoder", "magic", ("own", "vllm")),
         ("--hand-over", "magic", KV_TRANSFERS),
         ("--dtype", "int8", DTYPES),
@@ -93,8 +93,8 @@ def test_typer_refuses_a_value_that_is_none_of_an_option(command, tiny, monkeypa
     [
         (options.AlignerKind, KINDS),
         (options.DType, DTYPES),
-        (options.EngineName, ENGINES),
-        (options.Weights, WEIGHTS),
+        (options.EngineName, engine_names()),
+        (options.Weights, weight_names()),
         (options.Decoder, DECODERS),
         (options.KVTransfer, KV_TRANSFERS),
     ],
@@ -182,6 +182,17 @@ def test_a_chat_template_that_does_not_work_is_one_line(command, monkeypatch, te
     monkeypatch.setattr("latentmas.cli.execute.load_model", lambda *_, **__: (model, tokenizer))
     said = command("run", QUESTION, *FAST, "--method", method)
     assert_one_line(said, f"the chat template of 'some/model' {words}")
+
+
+def test_a_temperature_at_which_logits_overflow_is_a_line_and_no_traceback(command, tiny):
+    """What C++ refuses in the middle of a run, as what Python refuses before."""
+    code, _, err = command("run", QUESTION, *FAST, "--engine", "native", "--temperature", "1e-44")
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("error: "), err
+    assert "0 of 1 questions are answered" in last
+    assert "the temperature is so small that logits divided by it overflow" in last
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("method", ["single", "latent", "text"])

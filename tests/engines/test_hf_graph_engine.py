@@ -1,5 +1,6 @@
 """The HF graph engine against the eager engine, with EagerReplay for graphs: models that no packed family covers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -420,6 +421,24 @@ def test_memory_report_counts_the_static_tensors():
     (name, size), *others = hf_graph.memory_report(model).items()
     assert (name, others) == ("tensors of 1 x 256 slots", [])
     assert size > 256 * cache.slot_bytes
+
+
+@torch.no_grad()
+def test_the_report_does_not_wait_for_a_call_nor_break_where_one_adds_a_batch():
+    model = tiny_model("olmo2")
+    engine, _ = both(model)
+    batches = engine.state.batches
+
+    class Adding:
+        @property
+        def nbytes(self):
+            batches[2, 256] = self
+            return 7
+
+    batches[1, 256] = Adding()
+    with engine.state.lock, ThreadPoolExecutor(1) as pool:
+        report = pool.submit(hf_graph.memory_report, model).result(timeout=60)
+    assert report == {"tensors of 1 x 256 slots": 7}
 
 
 def test_what_is_no_candidate_says_why():

@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from latentmas_kernels import extension as native
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.native import NativeEngine, quantize_rows
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 if native.extension() is None:
@@ -20,10 +21,18 @@ MODEL = tiny_model("qwen3")
 ENGINE = NativeEngine(MODEL, Architecture.of(MODEL))
 WIDTH, VOCAB = ENGINE.weights.embedding.shape[1], ENGINE.weights.lm_head.shape[0]
 STEPS = 3
+GREEDY = C.Sampling(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
+
+
+def zeros() -> LatentCache:
+    """An empty cache whose unused slots may be read as well: they are not what lay in that memory before."""
+    cache = LatentCache.for_model(ENGINE.architecture, 2, 70)
+    cache.buffer.zero_()
+    return cache
 
 
 def kv_cache(**change: Any) -> Any:
-    cache = LatentCache.for_model(ENGINE.architecture, 2, 70)
+    cache = zeros()
     cache.lengths += 65
     given = {
         "keys": cache.keys, "values": cache.values, "positions": cache.positions, "lengths": cache.lengths,
@@ -51,7 +60,7 @@ def run_latent(**change: Any) -> None:
 
 def decode_params(**change: Any) -> Any:
     given = {
-        "sampling": C.Sampling(False, 1.0, 0, 1.0), "max_new_tokens": 3, "min_new_tokens": 0, "eos_token_ids": [],
+        "sampling": GREEDY, "max_new_tokens": 3, "min_new_tokens": 0, "eos_token_ids": [],
         "penalty_mask": torch.zeros(2, VOCAB, dtype=torch.bool),
     }  # fmt: skip
     return C.DecodeParams(**{**given, **change})
@@ -71,16 +80,17 @@ def runner(**change: Any) -> Any:
     for index, layer in enumerate(w.layers):
         parts = dict(vars(layer))
         linears = {
-            name: [parts.pop(name), parts.pop(f"{name}_bias"), None] for name in ("qkv", "output", "gate_up", "down")
+            name: {"weight": parts.pop(name), "bias": parts.pop(f"{name}_bias"), "scales": None}
+            for name in ("qkv", "output", "gate_up", "down")
         }
         if index == 1:
             for name in [name for name in change if name in parts or name.split(".")[0] in linears]:
                 first, _, field = name.partition(".")
                 if field:
-                    linears[first][["weight", "bias", "scales"].index(field)] = change.pop(name)
+                    linears[first][field] = change.pop(name)
                 else:
                     parts[first] = change.pop(name)
-        layers.append(C.Layer(**parts, **{name: C.Linear(*given) for name, given in linears.items()}))
+        layers.append(C.Layer(**parts, **{name: C.Linear(**given) for name, given in linears.items()}))
     given = {
         "embedding": w.embedding, "layers": layers, "final_norm": w.final_norm, "lm_head": C.Linear(w.lm_head),
         "inv_freq": w.inv_freq, "query_heads": w.query_heads, "kv_heads": w.kv_heads, "head_dim": w.head_dim,
@@ -102,8 +112,8 @@ TENSORS = {
     },
     decode: {"logits": torch.zeros(2, VOCAB), "token_ids": torch.zeros(2, 3, dtype=torch.int64)},
     kv_cache: {
-        "keys": LatentCache.for_model(ENGINE.architecture, 2, 70).keys,
-        "values": LatentCache.for_model(ENGINE.architecture, 2, 70).values,
+        "keys": zeros().keys,
+        "values": zeros().values,
         "positions": torch.zeros(2, 70, dtype=torch.int64), "lengths": torch.tensor([65, 65]),
         "next_position": torch.tensor([65, 65]), "prefix_row": torch.tensor([0, 0]), "prefix_len": torch.tensor([0, 64]),
     },
@@ -135,7 +145,7 @@ def test_a_wrong_tensor_is_an_error_that_names_it(call, name):
         )
         if (name == "embedding" and wrong is more) or (name == "keys" and shorter_or_longer):
             continue  # a longer embedding is right, and the other tensors of a cache are checked against the keys
-        with pytest.raises(ValueError, match=rf"{name.replace('.', '[.]')} must be"):
+        with pytest.raises(LatentMASError, match=rf"{name.replace('.', '[.]')} must be"):
             call(**{name: wrong})
 
 
@@ -144,7 +154,9 @@ def test_a_strided_tensor_is_an_error_that_names_it(call, name):
     tensor = TENSORS[call][name]
     strided = torch.stack([tensor, tensor], dim=-1)[..., 0]
     assert not strided.is_contiguous()
-    with pytest.raises(ValueError, match=rf"{name.replace('.', '[.]')} must be .*contiguous.*; got .* with strides"):
+    with pytest.raises(
+        LatentMASError, match=rf"{name.replace('.', '[.]')} must be .*contiguous.*; got .* with strides"
+    ):
         call(**{name: strided})
 
 
@@ -158,7 +170,7 @@ def test_swapped_tensors_are_an_error_where_their_types_differ_and_never_a_crash
                 continue
             call(**swapped)
         else:
-            with pytest.raises(ValueError, match="must be"):
+            with pytest.raises(LatentMASError, match="must be"):
                 call(**swapped)
 
 
@@ -180,7 +192,7 @@ def test_swapped_tensors_are_an_error_where_their_types_differ_and_never_a_crash
 )
 def test_a_cache_whose_rows_do_not_fit_is_an_error(change, words):
     tensors = TENSORS[extend]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(LatentMASError, match=words):
         ENGINE.runner.extend(kv_cache(**change), **{**tensors, "counts": torch.tensor([2, 2]), "embeds": None})
 
 
@@ -188,9 +200,9 @@ def test_a_cache_of_another_model_is_an_error():
     given = dict(TENSORS[kv_cache])
     more_heads, wider = given["keys"].repeat(1, 1, 2, 1, 1), given["keys"].repeat(1, 1, 1, 1, 2)
     for keys in (more_heads, wider, given["keys"].bfloat16(), given["keys"][:1]):
-        with pytest.raises(ValueError, match="KVCache: keys must be"):
+        with pytest.raises(LatentMASError, match="KVCache: keys must be"):
             ENGINE.runner.extend(kv_cache(keys=keys, values=keys.clone()), **TENSORS[extend], embeds=None)
-    with pytest.raises(ValueError, match="KVCache: values must be of the strides of keys"):
+    with pytest.raises(LatentMASError, match="KVCache: values must be of the strides of keys"):
         kv_cache(values=torch.zeros(*given["keys"].shape[:3], 75, given["keys"].shape[4])[:, :, :, :70])
 
 
@@ -215,7 +227,7 @@ def test_a_cache_of_another_model_is_an_error():
         (lambda: decode(params=decode_params(penalty_mask=torch.zeros(2, 3).bool())), "penalty_mask must be bool"),
         (lambda: decode(params=decode_params(max_new_tokens=-1)), "max_new_tokens must be 0 or more"),
         (lambda: decode(params=decode_params(max_new_tokens=7), token_ids=torch.zeros(2, 7).long()), "has no room for 6 more"),
-        (lambda: C.sample(torch.zeros(2, 3).double(), C.Sampling(False, 1.0, 0, 1.0), 0), "sample: logits must be float32"),
+        (lambda: C.sample(torch.zeros(2, 3).double(), GREEDY, 0), "sample: logits must be float32"),
         (lambda: C.checksum(torch.zeros(4, 4).T[:2]), "checksum: tensor must be contiguous"),
         (lambda: runner(head_dim=10), "must be float32"),
         (lambda: runner(kv_heads=3), "query heads must be a multiple of key heads"),
@@ -226,7 +238,7 @@ def test_a_cache_of_another_model_is_an_error():
     ],
 )  # fmt: skip
 def test_parameters_that_do_not_fit_are_an_error(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(LatentMASError, match=words):
         call()
 
 
@@ -238,7 +250,7 @@ def test_int8_weights_need_their_scales():
         {"qkv.weight": packed, "qkv.scales": scales[1:]},
         {"qkv.weight": packed, "qkv.scales": scales.double()},
     ):
-        with pytest.raises(ValueError, match=r"Layer 1: qkv[.](weight|scales) must be"):
+        with pytest.raises(LatentMASError, match=r"Layer 1: qkv[.](weight|scales) must be"):
             runner(**change)
 
 
@@ -247,3 +259,18 @@ def test_what_python_calls_by_another_name_is_refused():
         C.Layer(input_gain=LAYER.input_norm)
     with pytest.raises(TypeError):
         C.KVCache(1, 2, 3, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: C.Linear(*quantize_rows(LAYER.qkv)),
+        lambda: C.realign(torch.ones(2, 4), None, 1.0, torch.zeros(2, 4)),
+        lambda: C.Sampling(False, 1.0, 0, 1.0),
+    ],
+    ids=["Linear", "realign", "Sampling"],
+)
+def test_what_could_be_swapped_unseen_is_passed_by_name(call):
+    """A bias has the shape of scales, `out` of hidden states, top_p is a number as temperature is."""
+    with pytest.raises(TypeError, match="incompatible"):
+        call()

@@ -16,6 +16,7 @@ from torch import nn
 
 from latentmas_kernels import LatentCache, build_aligner, generate, latent_generate
 from latentmas_kernels.engines import EagerEngine, LatentParams, NativeEngine, SamplingParams, open_engine
+from latentmas_kernels.engines import native as native_module
 from latentmas_kernels.engines.native import memory_report, quantize_rows
 from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.inputs import Prompt
@@ -375,7 +376,7 @@ def test_hypothesis_draws_as_the_reference(vocabulary, top_k, top_p, distinct, s
     """With many equal logits and few, fewer blocks than top-k and more."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, distinct, (3, vocabulary), generator=draw).float() * (8 / distinct)
-    native_sampling = extension().Sampling(True, 0.8, top_k, top_p, seed=seed)
+    native_sampling = extension().Sampling(do_sample=True, temperature=0.8, top_k=top_k, top_p=top_p, seed=seed)
     got = extension().sample(logits, native_sampling, 7)
     assert got == sample_reference(logits, True, 0.8, top_k, top_p, seed, 7).tolist()
 
@@ -639,3 +640,17 @@ def test_scratch_is_small_and_reported():
     assert set(memory_report(model)) == {"scratch"}
     generate(model, ids, max_new_tokens=2, weights="int8")
     assert memory_report(model)["int8 weights and scratch"] > memory_report(model)["scratch"]
+
+
+def test_the_report_is_made_while_another_thread_opens_an_engine():
+    model = tiny_model("llama")
+    states = native_module._states.setdefault(model, {})
+
+    class Opening:
+        @property
+        def nbytes(self):
+            states[True] = states[False]
+            return 7
+
+    states[False] = Opening()
+    assert memory_report(model) == {"scratch": 7}

@@ -8,7 +8,7 @@ from tiny_models import ragged, tiny_model
 
 from latentmas_kernels import doctor, generate, latent_generate
 from latentmas_kernels.engines import EagerEngine, NativeEngine, check_engine_options, fast_engine, open_engine
-from latentmas_kernels.engines.registry import ENGINES, REGISTRY, EngineEntry, engine_names
+from latentmas_kernels.engines.registry import REGISTRY, EngineEntry, engine_names, weight_names
 from latentmas_kernels.models.architecture import Architecture
 
 
@@ -46,13 +46,14 @@ def test_an_engine_in_the_table_runs_calls(toy, engine):
 
 def test_it_is_a_value_of_the_option_while_it_is_in_the_table(toy):
     check_engine_options("toy", "model")
-    assert set(engine_names()) - set(ENGINES) == {"toy"}
+    assert engine_names() == ("auto", "eager", "toy", "native", "cuda")
     with pytest.raises(ValueError, match="got engine='toys'; supported are 'auto', 'eager', 'toy', 'native', 'cuda'"):
         check_engine_options("toys", "model")
 
 
 def test_the_names_are_those_of_the_table():
-    assert engine_names() == ENGINES == ("auto", "eager", "native", "cuda")
+    assert engine_names() == ("auto", "eager", "native", "cuda")
+    assert weight_names() == ("model", "int8")
     with pytest.raises(ValueError, match="got engine='toy'; supported are 'auto', 'eager', 'native', 'cuda'"):
         opened("toy", tiny_model("llama"))
 
@@ -72,6 +73,33 @@ def test_weights_that_it_does_not_have_run_on_the_engine_that_has_them(toy):
     assert opened("auto", model, weights="int8").name == "native (int8)"
     with pytest.raises(ValueError, match="runs on the native engine only, and engine='toy' was asked for"):
         opened("toy", model, weights="int8")
+
+
+def test_weights_that_only_it_has_are_a_value_of_their_option():
+    opened_with = []
+
+    class Int4Engine(EagerEngine):
+        def __init__(self, model, architecture, *, int4=False):
+            opened_with.append(int4)
+            super().__init__(model, architecture)
+
+    reasons = [None]
+    module = SimpleNamespace(unsupported_reason=lambda *_: reasons[0], memory_report=lambda _: {})
+    REGISTRY.append(EngineEntry("toy", "toy", "cpu", module, Int4Engine, summary=str, weights=("int4",)))
+    try:
+        assert weight_names() == ("model", "int8", "int4")
+        model = tiny_model("llama")
+        assert type(opened("auto", model, weights="int4")) is Int4Engine
+        assert opened_with == [True]
+        reasons[0] = "it is no toy"
+        with pytest.raises(
+            ValueError, match="weights='int4' runs on the toy engine only, and it is no toy. Use weights="
+        ):
+            opened("auto", model, weights="int4")
+    finally:
+        REGISTRY.pop()
+    with pytest.raises(ValueError, match="got weights='int4'; supported are 'model', 'int8'"):
+        opened("auto", model, weights="int4")
 
 
 def test_an_error_of_its_set_up_is_a_reason(toy):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DEVICE, poisoned
 
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.ops.realign import realign, realign_reference
 from latentmas_kernels.ops.triton.launch import target_of
@@ -139,7 +140,7 @@ def test_triton_device_equals_reference(size, dtype):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_compiles_ahead_of_time_aot(capability):
-    """In a process of its own: where the interpreter is on, nothing compiles. Within a step: see test_step."""
+    """In a process of its own: where the interpreter is on, nothing compiles. Within a step: see engines/test_cuda_step.py."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "tests/aot.py", str(capability), "realign"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -225,5 +226,5 @@ def test_the_border_checks_its_arguments(change, words):
 
     good = {"hidden": torch.zeros(1, 4), "weight": None, "target_norm": 1.0, "out": torch.zeros(1, 4)}
     _C.realign(**good)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(LatentMASError, match=words):
         _C.realign(**{**good, **change})
