@@ -25,16 +25,19 @@ _MODULES = {
     "models.architecture": "UnsupportedModelError",
     "outputs": "GenerateOutput LatentOutput Metrics",
 }
+_SUBMODULES = ("alignment", "cache", "diagnostics", "engines", "generation", "hf", "models", "ops", "outputs", "trace")
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = ["LatentMASError", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; the command line reads chain files and prints --help without them.
+    if name in _SUBMODULES:
+        return import_module(f"latentmas_kernels.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'latentmas_kernels' has no attribute {name!r}")
     return getattr(import_module(f"latentmas_kernels.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -84,18 +84,21 @@ class KVBuffer:
     def for_model(cls, architecture: Architecture, batch: int, capacity: int) -> Self:
         """Return an empty cache of the shape, dtype and device that a model writes, with zeros in the places of layers that
         the model does not run."""
-        return cls._allocate(architecture.kv_shape, batch, capacity, architecture.device, architecture.gaps)
+        return cls.allocate(architecture.kv_shape, batch, capacity, architecture.device, architecture.gaps)
 
     def new_empty(self, batch: int, capacity: int, device: torch.device | None = None) -> Self:
         """Return an empty cache for the same model, on this cache's device when `device` is None."""
-        return self._allocate(self.kv_shape, batch, capacity, device or self._buffer.device, self.gaps)
+        return self.allocate(self.kv_shape, batch, capacity, device or self._buffer.device, self.gaps)
 
     @classmethod
-    def _allocate(cls, shape: KVShape, batch: int, capacity: int, device: torch.device, gaps: Sequence[int]) -> Self:
-        return cls(
-            layers=shape.layers, batch=batch, kv_heads=shape.kv_heads, capacity=capacity, head_dim=shape.head_dim,
+    def allocate(cls, shape: KVShape, batch: int, capacity: int, device: torch.device, gaps: Sequence[int]) -> Self:
+        """Return an empty cache of a new buffer. A subclass's own __init__ is not called: it may take other arguments."""
+        cache = cls.__new__(cls)
+        KVBuffer.__init__(
+            cache, layers=shape.layers, batch=batch, kv_heads=shape.kv_heads, capacity=capacity, head_dim=shape.head_dim,
             dtype=shape.dtype, device=device, gaps=gaps,
         )  # fmt: skip
+        return cache
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_sharers"}

@@ -7,7 +7,7 @@ The file is safetensors, so it holds numbers and text and nothing that is execut
     next_position  int64 [B]
     positions      int64 [B, S]
     metadata       "latentmas": JSON with the format, the model's fingerprint and description, the segments, and, where it
-                   is not 0 in all rows, `complete_from`
+                   is not 0 in all rows, `complete_from` under the name "whole_from"
 
 Slots behind a row's length are zero in `kv` and `positions`. Nothing here modifies a cache that is given.
 """
@@ -34,7 +34,8 @@ from latentmas_kernels.storage import atomic_write
 FORMAT = "latentmas-cache-1"
 TENSORS = ("kv", "lengths", "next_position", "positions")
 REQUIRED_METADATA = {"format", "fingerprint", "model", "segments"}
-OPTIONAL_METADATA = {"complete_from"}
+COMPLETE_FROM = "whole_from"  # the field had this name before the attribute was renamed; files keep it
+OPTIONAL_METADATA = {COMPLETE_FROM}
 KINDS = get_args(get_type_hints(Segment)["kind"])
 # Bytes; the objects of JSON take twenty times its size, with which a hostile file could exhaust the memory.
 HEADER_LIMIT = 16 * 2**20
@@ -59,7 +60,7 @@ def write_cache(cache: KVBuffer, path: Path, fingerprint: ModelFingerprint) -> N
         "segments": [vars(segment) for segment in cache.segments],
     }
     if bool(cache.complete_from.any()):
-        metadata["complete_from"] = cache.complete_from.tolist()
+        metadata[COMPLETE_FROM] = cache.complete_from.tolist()
     text = json.dumps(metadata)
     if len(text) > HEADER_LIMIT // 2:  # its quotes are escaped once more in the header
         raise LatentMASError(
@@ -96,7 +97,7 @@ def load_cache(cls: type[BufferT], path: str | os.PathLike[str], model: Any) -> 
     _check_model(path, saved, model, architecture)
     lengths = saved.lengths.tolist()
     segments = _segments(path, saved.metadata["segments"], lengths)
-    complete_from = _complete_from(path, saved.metadata.get("complete_from", [0] * len(lengths)), lengths)
+    complete_from = _complete_from(path, saved.metadata.get(COMPLETE_FROM, [0] * len(lengths)), lengths)
 
     if architecture.device.type == "cpu":
         cache = cls.from_buffer(saved.kv, architecture.gaps)
@@ -114,7 +115,7 @@ class CacheFile:
 
     Attributes:
         writer: the model that wrote it.
-        metadata: its fields; the values of segments and complete_from are not checked yet.
+        metadata: its fields; the values of segments and whole_from are not checked yet.
     """
 
     writer: ModelFingerprint
@@ -184,7 +185,7 @@ def _check_model(path: Path, saved: CacheFile, model: Any, architecture: Archite
 # ---- reading content that is not trusted ----------------------------------------------------------------------------------
 
 
-def _refusal(path: Path, found: str, supported: str) -> ValueError:
+def _refusal(path: Path, found: str, supported: str) -> LatentMASError:
     return LatentMASError(
         f"{path} cannot be read as a LatentCache: found {found}; supported is {supported}. "
         "Save the cache again with LatentCache.save()."
@@ -284,6 +285,6 @@ def _complete_from(path: Path, entries: Any, lengths: list[int]) -> list[int]:
     fits = isinstance(entries, list) and len(entries) == len(lengths) and all(type(n) is int for n in entries)
     if not (fits and all(0 <= n <= length for n, length in zip(entries, lengths, strict=True))):
         raise _refusal(
-            path, f"complete_from {reprlib.repr(entries)}", f"0 to the length, for each of {len(lengths)} rows"
+            path, f"{COMPLETE_FROM} {reprlib.repr(entries)}", f"0 to the length, for each of {len(lengths)} rows"
         )
     return entries

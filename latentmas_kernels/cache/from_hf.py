@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 from latentmas_kernels.cache.buffer import KVBuffer
 from latentmas_kernels.cache.padded_cache import PaddedCache, check_agrees, is_gap, real_columns
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.architecture import Architecture, KVShape
 from latentmas_kernels.warn_once import warn_once
 
 BufferT = TypeVar("BufferT", bound=KVBuffer)
@@ -53,11 +53,13 @@ def cache_from_hf(cls: type[BufferT], cache: Cache, attention_mask: Tensor | Non
         raise LatentMASError(
             f"the cache holds up to {int(counts.max())} tokens in a row; a capacity of {capacity} is too small"
         )
-    copied = cls(
-        layers=len(layers), batch=batch, kv_heads=heads, capacity=capacity, head_dim=width,
-        dtype=keys.dtype, device=filled[0].device if cache.offloading else keys.device,
-        gaps=[place for place, layer in enumerate(layers) if not _is_filled(layer, length)],
-    )  # fmt: skip
+    copied = cls.allocate(
+        KVShape(len(layers), heads, width, keys.dtype),
+        batch,
+        capacity,
+        filled[0].device if cache.offloading else keys.device,
+        [place for place, layer in enumerate(layers) if not _is_filled(layer, length)],
+    )
     device = copied.buffer.device
     rows, columns = (mask != 0).nonzero(as_tuple=True)
     slots = ((mask != 0).cumsum(1) - 1)[rows, columns]

@@ -27,6 +27,9 @@ class LatentCache(KVBuffer, Cache):
     `model.generate(...)`, which then append to it in place; ragged rows go through `to_hf()` or this package's
     `generate()`.
 
+    Copies, branches and what the classmethods return are of the object's own class. Its `__init__` is not called for them, so
+    attributes that a subclass adds are not in them, but for `copy.deepcopy` and pickles.
+
     Attributes:
         buffer: [2, layers, B, kv_heads, capacity, head_dim], keys and values.
         keys, values: [layers, B, kv_heads, capacity, head_dim], views of it.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Default:
@@ -31,8 +32,6 @@ def load(name: str, device: Any) -> tuple[Any, Any]:
     In bfloat16 where there is a GPU, else float32; in eval mode, and the tokenizer with a padding token. Rows of the
     embedding that no token has are kept; the published code drops them.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token

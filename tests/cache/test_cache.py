@@ -236,7 +236,7 @@ def test_a_file_does_not_say_more_than_can_be(tmp_path, value):
     cache = windowed(model)
     cache.complete_from = SimpleNamespace(any=lambda: True, tolist=lambda: value)
     cache.save(tmp_path / "memory.safetensors", model)
-    with pytest.raises(ValueError, match=r"found complete_from .*0 to the length, for each of 3 rows"):
+    with pytest.raises(ValueError, match=r"found whole_from .*0 to the length, for each of 3 rows"):
         LatentCache.load(tmp_path / "memory.safetensors", model)
 
 

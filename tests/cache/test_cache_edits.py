@@ -679,3 +679,29 @@ def test_cutting_takes_no_more_memory_than_the_keys_of_one_layer():
     with Allocations() as made:
         cache.truncate(torch.tensor([100, 100]))
     assert made.largest < one / 10
+
+
+class NamedCache(LatentCache):
+    """A subclass of a user, with an __init__ of its own."""
+
+    def __init__(self, name, model):
+        super().__init__(layers=3, batch=2, kv_heads=2, capacity=20, head_dim=16, dtype=torch.float32)
+        self.name, self.model = name, model
+
+
+def test_copies_are_made_without_the_init_of_a_subclass(tmp_path):
+    model = tiny_model("llama")
+    cache = NamedCache("mine", model)
+    past = latent_generate(model, *ragged([5, 3]), latent_steps=2, past_key_values=cache.donate()).past_key_values
+    assert past is cache
+    cache.save(tmp_path / "saved", model)
+    copies = [
+        cache.fork(), cache.fork(30), cache.select([0, 1]), cache.branch(), cache.fork_rows(1, 30), copy.copy(cache),
+        copy.deepcopy(cache), NamedCache.concat([cache], model), NamedCache.load(tmp_path / "saved", model),
+        NamedCache.from_hf(cache.to_hf(), cache.attention_mask()), cache.new_empty(2, 20),
+    ]  # fmt: skip
+    assert {type(one) for one in copies} == {NamedCache}
+    for one in copies[:-1]:
+        assert one.lengths.tolist() == [7, 5]
+        assert torch.equal(one.keys[:, 1, :, :5], cache.keys[:, 1, :, :5])
+        assert len(one.layers) == 3

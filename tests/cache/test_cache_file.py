@@ -69,6 +69,34 @@ def test_any_cache_comes_back_as_it_was(data):
         assert_same(LatentCache.load(path, MODELS[dtype]), cache)
 
 
+def test_a_file_written_by_hand_has_the_names_of_the_format(tmp_path):
+    """All names in a file are part of the format: files that were saved by earlier versions stay readable."""
+    shape = Architecture.of(MODEL).kv_shape
+    kv = torch.randn(2, shape.layers, 2, shape.kv_heads, 3, shape.head_dim)
+    metadata = {
+        "format": "latentmas-cache-1", "fingerprint": model_fingerprint(MODEL), "model": "a model",
+        "segments": [{"agent": "planner", "kind": "prompt", "start": [0, 0], "stop": [3, 2]}], "whole_from": [3, 0],
+    }  # fmt: skip
+    kv[:, :, 1, :, 2] = 0
+    tensors = {
+        "kv": kv, "lengths": torch.tensor([3, 2]), "next_position": torch.tensor([3, 2]),
+        "positions": torch.tensor([[0, 1, 2], [0, 1, 0]]),
+    }  # fmt: skip
+    path, again = tmp_path / "by_hand", tmp_path / "again"
+    save_file(tensors, path, metadata={"latentmas": json.dumps(metadata)})
+    loaded = LatentCache.load(path, MODEL)
+    assert torch.equal(loaded.buffer, kv)
+    assert loaded.segments == [Segment("planner", "prompt", (0, 0), (3, 2))]
+    assert loaded.complete_from.tolist() == [3, 0]
+    loaded.save(again, MODEL)
+    with safe_open(again, framework="pt") as file:
+        written = json.loads(file.metadata()["latentmas"])
+    assert {**written, "model": "a model"} == metadata
+    assert {name: tensor.tolist() for name, tensor in load_file(again).items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+
+
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 @pytest.mark.parametrize("dtype", list(MODELS))
 def test_calls_go_on_from_a_loaded_cache_as_from_the_one_that_was_saved(tmp_path, dtype, engine):
