@@ -87,7 +87,7 @@ class Aligner:
         return realign(self.soft_embedding(seed), None, self.target_norm)
 
     def check_fits(self, architecture: Architecture) -> None:
-        """Raise ValueError where this was built for a model of another width, or is on another device."""
+        """Raise LatentMASError where this was built for a model of another width, or is on another device."""
         width = architecture.hidden_size
         if self.embedding is not None and self.embedding.embedding_dim != width:
             raise LatentMASError(
@@ -135,7 +135,7 @@ def build_aligner(model: Any, kind: str = "auto", *, ridge: float = 1e-5, target
             that both have are used), and takes "ridge" or "soft".
 
     Raises:
-        ValueError: for an unknown kind, NaN or Inf in the embeddings, or a map that cannot be built.
+        LatentMASError: for an unknown kind, NaN or Inf in the embeddings, or a map that cannot be built.
     """
     if kind not in KINDS:
         raise LatentMASError(f"got aligner={kind!r}; supported are {', '.join(map(repr, KINDS))} or an Aligner")
@@ -282,7 +282,7 @@ def solve_ridge(unembedding: nn.Linear, embedding: nn.Embedding, ridge: float) -
     directions, so that it sees errors of the Gram matrix too (TF32 in the product, say).
 
     Raises:
-        ValueError: where the float64 solve fails as well, which means NaN, Inf or weights of no rank.
+        LatentMASError: where the float64 solve fails as well, which means NaN, Inf or weights of no rank.
     """
     device = embedding.weight.device
     if device.type not in ("cpu", "cuda"):  # other devices have no float64

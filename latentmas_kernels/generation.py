@@ -89,7 +89,7 @@ def latent_generate(
         LatentOutput.
 
     Raises:
-        ValueError: where the model, an argument or the space does not fit, before any work is done; and where a hidden
+        LatentMASError: where the model, an argument or the space does not fit, before any work is done; and where a hidden
             state comes out as NaN or Inf.
     """
     architecture = Architecture.of(model)
@@ -174,7 +174,7 @@ def generate(
         GenerateOutput.
 
     Raises:
-        ValueError: as `latent_generate`.
+        LatentMASError: as `latent_generate`.
     """
     architecture = Architecture.of(model)
     clock = _Clock(architecture.device)
@@ -237,7 +237,7 @@ def prefill(engine: Engine, cache: LatentCache, prompt: Prompt, *, logits: bool)
         As `Engine.extend`: [B, V] logits or [B, D] states of each row's last position.
 
     Raises:
-        ValueError: where they hold NaN or Inf.
+        LatentMASError: where they hold NaN or Inf.
     """
     start = cache.lengths
     result = engine.extend(cache, prompt, logits=logits)
@@ -276,7 +276,7 @@ def decode_by_engine(
 
 
 def _check_target_aligners(cross: Sequence[Aligner], aligner: Aligner, architecture: Architecture) -> None:
-    """Raise ValueError for aligners that cannot read the states which this call's aligner reads."""
+    """Raise LatentMASError for aligners that cannot read the states which this call's aligner reads."""
     for other in cross:
         if not isinstance(other, Aligner) or other.needs_logits != aligner.needs_logits:
             got = other.kind if isinstance(other, Aligner) else type(other).__name__
@@ -313,7 +313,7 @@ def _cache(architecture: Architecture, prompt: Prompt, past: LatentCache | None,
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise ValueError for a temperature (0 is greedy) or a top_p with which no token can be drawn."""
+    """Raise LatentMASError for a temperature (0 is greedy) or a top_p with which no token can be drawn."""
     if not 0 <= temperature < float("inf"):
         raise LatentMASError(f"temperature must be 0 (greedy) or more; got {temperature}")
     if not 0 < top_p <= 1:

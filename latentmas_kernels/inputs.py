@@ -52,7 +52,7 @@ def read_prompt(
         The prompt, and the past as a LatentCache (the caller's own object where it was one).
 
     Raises:
-        ValueError: for every input that is not supported.
+        LatentMASError: for every input that is not supported.
     """
     given = _given(architecture, input_ids, inputs_embeds)
     batch, columns = given.shape[:2]
@@ -164,7 +164,7 @@ def steps_per_row(latent_steps: int | Sequence[int], batch: int) -> Tensor:
     """Return each row's number of latent steps, int64 [B] on the CPU.
 
     Raises:
-        ValueError: for numbers below 0, another count of them than rows, and 0 beside others.
+        LatentMASError: for numbers below 0, another count of them than rows, and 0 beside others.
     """
     given = list(latent_steps) if isinstance(latent_steps, Sequence) else [latent_steps] * batch
     try:
@@ -196,7 +196,7 @@ def needed_capacity(
         max_cache_len: slots that the caller asks for; None: as many as are needed.
 
     Raises:
-        ValueError: where max_cache_len slots or the model's positions are too few.
+        LatentMASError: where max_cache_len slots or the model's positions are too few.
     """
     zeros = torch.zeros_like(prompt.counts)
     held, position = (zeros, zeros) if past is None else (past.lengths, past.next_position)

@@ -62,7 +62,7 @@ def trace_of(model: Any, output: LatentOutput, *, top_k: int = 5) -> LatentTrace
         LatentTrace.
 
     Raises:
-        ValueError: where the states were not kept, are another model's, or top_k is out of range.
+        LatentMASError: where the states were not kept, are another model's, or top_k is out of range.
     """
     architecture = Architecture.of(model)
     vocabulary = min(architecture.vocab_size, model.get_output_embeddings().weight.shape[0])

@@ -161,7 +161,7 @@ class KVBuffer:
         return 2 * layers * heads * width * dtype.itemsize
 
     def check_fits(self, architecture: Architecture, batch: int) -> None:
-        """Raise ValueError where this cannot be the past of `batch` rows of that model."""
+        """Raise LatentMASError where this cannot be the past of `batch` rows of that model."""
         got, want = self.kv_shape._asdict(), architecture.kv_shape._asdict()
         wrong = [f"{name} {got[name]} instead of {want[name]}" for name in got if got[name] != want[name]]
         if wrong:
@@ -185,7 +185,7 @@ class KVBuffer:
             )
 
     def check_complete(self, broken: Tensor, what: str) -> None:
-        """Raise ValueError for the rows, bool [B], that would see slots which a sliding window dropped before `from_hf`."""
+        """Raise LatentMASError for the rows, bool [B], that would see slots which a sliding window dropped before `from_hf`."""
         if bool(broken.any()):
             row = int(broken.nonzero()[0])
             raise LatentMASError(
@@ -258,7 +258,7 @@ class KVBuffer:
         model, and the next one pays for a copy. This does not modify the cache.
 
         Raises:
-            ValueError: where there is no segment of that name.
+            LatentMASError: where there is no segment of that name.
         """
         with _SHARING:
             branch = type(self).from_buffer(self._buffer, self.gaps)
@@ -423,7 +423,7 @@ class KVBuffer:
         This does not modify the cache.
 
         Raises:
-            ValueError: where no segment has one of the names, or no name is given.
+            LatentMASError: where no segment has one of the names, or no name is given.
         """
         names = [names] if isinstance(names, str) else names
         if not len(names):
@@ -438,7 +438,7 @@ class KVBuffer:
         """Forget the slots of row b from lengths[b] on. This modifies the cache; nothing moves, and shorter rows stay.
 
         Raises:
-            ValueError: where later positions would see slots that `from_hf` found dropped.
+            LatentMASError: where later positions would see slots that `from_hf` found dropped.
         """
         lengths = torch.minimum(lengths, self.lengths)
         if bool((lengths == self.lengths).all()):

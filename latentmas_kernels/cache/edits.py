@@ -95,7 +95,7 @@ def slice_of(cache: KVBuffer, rows: Sequence[int], start: Tensor | None = None, 
 
 
 def check_slice(part: CacheSlice) -> None:
-    """Raise ValueError where a slice is not within its cache, as the cache is now. This does not modify it."""
+    """Raise LatentMASError where a slice is not within its cache, as the cache is now. This does not modify it."""
     cache, rows, start = part.cache, part.rows, part.start
     if not bool(((rows >= 0) & (rows < cache.batch_size)).all()):
         raise LatentMASError(f"part: got rows {rows.tolist()}; this cache has rows 0 to {cache.batch_size - 1}")

@@ -132,7 +132,7 @@ def read_file(path: Path) -> CacheFile:
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for a file that is damaged or not of this format.
+        LatentMASError: for a file that is damaged or not of this format.
     """
     metadata, tensors = _read(path)
     kv = tensors.pop("kv")
@@ -162,7 +162,7 @@ def _writer(path: Path, metadata: dict[str, Any]) -> ModelFingerprint:
 
 
 def _check_model(path: Path, saved: CacheFile, model: Any, architecture: Architecture) -> None:
-    """Raise ValueError where another model wrote the file."""
+    """Raise LatentMASError where another model wrote the file."""
     fingerprint, shape = saved.writer.fingerprint, architecture.kv_shape
     another = (
         f"{path} is the cache of another model: {saved.writer.model} wrote it (fingerprint {fingerprint[:12]}), got "
@@ -228,7 +228,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_rows(path: Path, batch: int, slots: int, lengths: Tensor, next_position: Tensor, positions: Tensor) -> None:
-    """Raise ValueError where a call that continues these rows would leave the buffer or the positions of a model."""
+    """Raise LatentMASError where a call that continues these rows would leave the buffer or the positions of a model."""
     for name, tensor, shape in (
         ("lengths", lengths, [batch]),
         ("next_position", next_position, [batch]),

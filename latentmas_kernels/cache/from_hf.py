@@ -109,7 +109,7 @@ def _is_filled(layer: Any, length: int) -> bool:
 
 
 def check_covers(cache: Cache, architecture: Architecture) -> None:
-    """Raise ValueError where a transformers cache with all of the model's layers lacks what they attend to.
+    """Raise LatentMASError where a transformers cache with all of the model's layers lacks what they attend to.
 
     transformers makes sliding layers where a configuration says so, whether the model's code reads that or not: the cache of a
     Llama with a `sliding_window` keeps the last positions only, and its layers attend to all that they are given.
@@ -159,7 +159,7 @@ def _mask(cache: Cache, given: Tensor | None, batch: int, length: int) -> Tensor
 
 
 def check_call_mask(cache: Cache, given: Tensor) -> None:
-    """Raise ValueError where the mask over the past [B, columns] of a call takes padding of the cache for tokens.
+    """Raise LatentMASError where the mask over the past [B, columns] of a call takes padding of the cache for tokens.
 
     Published code passes ones over every past, padded ones too, in caches that it put together from tensors. So a column of
     zeros is padding even where such a mask has a one, with one exception: where the zeros are the first token of every row and

@@ -12,7 +12,7 @@ from latentmas_kernels.errors import LatentMASError
 
 
 def check_counted(cache: KVBuffer, what: str) -> None:
-    """Raise ValueError where the slots of some row do not have the positions 0, 1, 2, ... This does not modify the cache."""
+    """Raise LatentMASError where the slots of some row do not have the positions 0, 1, 2, ...; leave the cache as it is."""
     if bool((cache.next_position != cache.lengths).any()):
         raise LatentMASError(
             f"{what}: the slots of this LatentCache do not have the positions 0, 1, 2, ... (lengths "
@@ -21,7 +21,7 @@ def check_counted(cache: KVBuffer, what: str) -> None:
 
 
 def uniform_length(cache: KVBuffer) -> int:
-    """Return the length of all rows; raise ValueError where lengths differ or positions have gaps. This does not modify the
+    """Return the length of all rows; raise LatentMASError where lengths differ or positions have gaps. This does not modify the
     cache."""
     check_counted(cache, "use inside a transformers model")
     length = int(cache.lengths[0])

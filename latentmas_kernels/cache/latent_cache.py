@@ -60,7 +60,7 @@ class LatentCache(KVBuffer, Cache):
         return {name: value for name, value in super().__getstate__().items() if name != "layers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and pickles get layers of their own."""
+        """Restore a copy or a pickle, with layers of its own."""
         super().__setstate__(state)
         self._make_layers()
 
@@ -76,7 +76,7 @@ class LatentCache(KVBuffer, Cache):
             what: names of segments ("planner", "planner:latent"), or bool [B, longest row], true for slots to keep.
 
         Raises:
-            ValueError: for no name, a name that no segment has, a mask of another shape, or where later positions would see
+            LatentMASError: for no name, a name that no segment has, a mask of another shape, or where later positions would see
                 slots that `from_hf` found dropped.
         """
         width = int(self.lengths.max())
@@ -99,7 +99,7 @@ class LatentCache(KVBuffer, Cache):
             model: the causal LM that wrote this cache.
 
         Raises:
-            ValueError: where the positions of that model's keys cannot be changed afterwards (anything but plain RoPE).
+            LatentMASError: where the positions of that model's keys cannot be changed afterwards (anything but plain RoPE).
         """
         edits.rebase(self, model)
 
@@ -116,7 +116,7 @@ class LatentCache(KVBuffer, Cache):
             capacity: slots per row of the result; what is in use when None.
 
         Raises:
-            ValueError: where the parts do not fit together, or keys cannot be moved (as `rebase`).
+            LatentMASError: where the parts do not fit together, or keys cannot be moved (as `rebase`).
         """
         return edits.concat(cls, parts, model, capacity)
 
@@ -125,7 +125,7 @@ class LatentCache(KVBuffer, Cache):
         cache.
 
         Raises:
-            ValueError: where there is no such row or slot.
+            LatentMASError: where there is no such row or slot.
         """
         return edits.slice_of(self, rows, start, agent)
 
@@ -149,7 +149,7 @@ class LatentCache(KVBuffer, Cache):
             model: the causal LM that wrote this cache; its fingerprint goes into the file, and no weights.
 
         Raises:
-            ValueError: where this cannot be the cache of that model.
+            LatentMASError: where this cannot be the cache of that model.
             OSError: where the file cannot be written.
         """
         save_cache(self.select(range(self.batch_size)) if bool(self.prefix_len.any()) else self, path, model)
@@ -167,7 +167,7 @@ class LatentCache(KVBuffer, Cache):
 
         Raises:
             FileNotFoundError: where there is no such file.
-            ValueError: for a file that is damaged or not of this format, or that another model wrote.
+            LatentMASError: for a file that is damaged or not of this format, or that another model wrote.
         """
         return load_cache(cls, path, model)
 
@@ -186,13 +186,13 @@ class LatentCache(KVBuffer, Cache):
 
         This package's calls take it without a mask. transformers counts positions from the mask, so plain `generate()` needs
         `attention_mask(new)`, and a plain forward its `position_ids` too: a mask or positions that do not fit the padding are a
-        ValueError there (see `PaddedCache`). Every layer is kept in full, sliding windows included, so the model's own masks
-        are right. But transformers counts a window in columns: new tokens with padding between them and the past, which would
+        LatentMASError there (see `PaddedCache`). Every layer is kept in full, sliding windows included, so the model's own
+        masks are right. But transformers counts a window in columns: new tokens with padding between them and the past, which would
         use it up, are refused as well. The places of layers that the model does not run stay empty, as the model leaves them in
         a cache of transformers, but the first, by which transformers counts.
 
         Raises:
-            ValueError: where positions have gaps, which a transformers cache cannot express.
+            LatentMASError: where positions have gaps, which a transformers cache cannot express.
         """
         check_counted(self, "to_hf")
         if bool(self.prefix_len.any()):
@@ -232,8 +232,8 @@ class LatentCache(KVBuffer, Cache):
             capacity: slots per row; what is in use when None.
 
         Raises:
-            ValueError: for other kinds of layers, an empty cache, and a mask of the wrong shape or that contradicts the padding
-                of a PaddedCache.
+            LatentMASError: for other kinds of layers, an empty cache, and a mask of the wrong shape or that contradicts the
+                padding of a PaddedCache.
         """
         return (
             cache.fork(capacity)
@@ -244,7 +244,7 @@ class LatentCache(KVBuffer, Cache):
     # ---- as a transformers Cache, while rows are uniform ------------------------------------------------------------
 
     def uniform_length(self) -> int:
-        """Return the length of all rows; raise ValueError where lengths differ or positions have gaps. This does not modify
+        """Return the length of all rows; raise LatentMASError where lengths differ or positions have gaps. This does not modify
         the cache."""
         return uniform_length(self)
 
@@ -252,8 +252,8 @@ class LatentCache(KVBuffer, Cache):
         return uniform_length(self)
 
     def look_at(self, mask: Any, columns: int, positions: Tensor | None, window: int | None = None) -> Any:
-        """Return the mask of a plain forward, as `PaddedCache.look_at`; raise ValueError where it marks padding, which is never
-        stored. This does not modify the cache."""
+        """Return the mask of a plain forward, as `PaddedCache.look_at`; raise LatentMASError where it marks padding, which is
+        never stored. This does not modify the cache."""
         if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
             raise LatentMASError(
                 f"attention_mask has {(mask != 0).sum(1).tolist()} ones in {mask.shape[1]} columns, but the "

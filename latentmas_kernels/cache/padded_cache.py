@@ -35,7 +35,7 @@ class PaddedCache(DynamicCache):
 
     Where the cache is the past of a plain transformers model, in `model(...)` and in `model.generate(...)`, transformers' mask
     functions show it the mask that they got: padding that the mask leaves out is filled in, and what would change the texts is
-    a ValueError (a mask that contradicts the cache, positions that were counted over padding). Needs layers that keep all
+    a LatentMASError (a mask that contradicts the cache, positions that were counted over padding). Needs layers that keep all
     columns.
     """
 
@@ -50,7 +50,7 @@ class PaddedCache(DynamicCache):
         not modify the cache.
 
         Raises:
-            ValueError: for an empty cache, which has no rows yet.
+            LatentMASError: for an empty cache, which has no rows yet.
         """
         real = real_columns(self)
         if real is None:
@@ -99,13 +99,13 @@ class PaddedCache(DynamicCache):
         Args:
             mask: [B, columns] or [B, held + columns], 0 for padding, or None. Any other (of four dimensions, or one per layer
                 type) is passed on unread where the cache holds no padding, and all new columns are stored as tokens; where it
-                holds some, such a mask is a ValueError.
+                holds some, such a mask is a LatentMASError.
             positions: of the new columns, [1 or B, columns], or None where the model gives none.
             window: the configuration's sliding window. transformers counts it in columns, so padding between tokens uses it up.
 
         Raises:
-            ValueError: where the mask contradicts the cached columns, positions were not counted over the real columns, or a
-                window would be used up.
+            LatentMASError: where the mask contradicts the cached columns, positions were not counted over the real columns, or
+                a window would be used up.
         """
         held, self._forward = real_columns(self), None
         two = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
@@ -201,7 +201,7 @@ def check_agrees(
     given: Tensor,
     remedy: str = "Pass the mask of the new tokens alone, or past and new as attention_mask(new) of the cache gives it",
 ) -> None:
-    """Raise ValueError where a mask over the past is not that of the padding that the cache holds; both bool [B, columns]."""
+    """Raise LatentMASError where a mask over the past is not that of the cache's padding; both bool [B, columns]."""
     if not torch.equal(held, given.to(held.device)):
         raise LatentMASError(
             f"attention_mask has {_counts(given)} ones over the past, but the cache holds {_counts(held)} tokens in its "
@@ -210,7 +210,7 @@ def check_agrees(
 
 
 def _check_window(full: Tensor, window: int | None) -> None:
-    """Raise ValueError where a row, bool [B, columns], has padding between its tokens and is longer than the window."""
+    """Raise LatentMASError where a row, bool [B, columns], has padding between its tokens and is longer than the window."""
     if not isinstance(window, int):
         return
     column = torch.arange(full.shape[1], device=full.device)

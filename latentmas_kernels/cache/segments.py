@@ -31,7 +31,7 @@ def find_segments(segments: Sequence[Segment], name: str) -> list[Segment]:
     """Return the segments of that name, in order: all of an agent's by "agent", or those of one kind by "agent:kind".
 
     Raises:
-        ValueError: where there are none; the message lists the names that there are.
+        LatentMASError: where there are none; the message lists the names that there are.
     """
     found = [s for s in segments if name in (s.name, s.agent)]
     if not found:

@@ -137,7 +137,7 @@ class CudaEngine:
     uses_thread_pool = False
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
-        """Raises UnsupportedWeights for a model that `unsupported_reason` has a reason for."""
+        """Raise UnsupportedWeights for a model that `unsupported_reason` has a reason for."""
         self.eager, self.architecture = EagerEngine(model, architecture), architecture
         self.weights = pack_weights(model, architecture)
         state = _states.get(model)

@@ -53,4 +53,4 @@ class EagerReplay:
         return body
 
     def release(self) -> None:
-        """Nothing to free."""
+        """Do nothing: plain calls keep no memory."""

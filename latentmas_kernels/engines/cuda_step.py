@@ -140,7 +140,7 @@ class DecodeStep:
         self.token_ids.zero_()
 
     def latent(self, weights: Weights, aligner: Aligner) -> None:
-        """hidden (or logits, for soft feedback) -> x -> hidden (and logits)."""
+        """Run a latent step: hidden (or logits, for soft feedback) -> x -> hidden (and logits)."""
         if aligner.needs_logits:
             mean = aligner.soft_embedding(self.logits)
             realign(mean, None, aligner.target_norm, self.x, target=self.target, step=self.realign)
@@ -155,20 +155,20 @@ class DecodeStep:
             self._lm_head(weights)
 
     def forward(self, weights: Weights) -> None:
-        """token_ids -> x -> logits."""
+        """Run a forward over one token per row: token_ids -> x -> logits."""
         embed(self.token_ids, weights.embedding, self.x, self.row_state, self.kv_table, target=self.target)
         self._layers(weights)
         self._lm_head(weights)
 
     def sample(self, *, do_sample: bool) -> None:
-        """logits -> token_ids."""
+        """Choose the next token of each row: logits -> token_ids."""
         sample(
             self.logits, self.token_ids, self.settings, self.candidates[do_sample], self.row_state, self.kv_table,
             do_sample=do_sample, target=self.target,
         )  # fmt: skip
 
     def token(self, weights: Weights, *, do_sample: bool) -> None:
-        """token_ids -> x -> logits -> token_ids."""
+        """Run a decode step: token_ids -> x -> logits -> token_ids."""
         self.forward(weights)
         self.sample(do_sample=do_sample)
 

@@ -112,9 +112,13 @@ class NativeEngine:
     uses_thread_pool = True
 
     def __init__(self, model: Any, architecture: Architecture, *, int8: bool = False) -> None:
-        """int8: products run on weights rounded to int8 by row, made once; the rest keeps the model's dtype.
+        """Open the engine on a model.
 
-        Raises UnsupportedWeights for a model that `unsupported_reason` has a reason for.
+        Args:
+            int8: products run on weights rounded to int8 by row, made once; the rest keeps the model's dtype.
+
+        Raises:
+            UnsupportedWeights: for a model that `unsupported_reason` has a reason for.
         """
         self.architecture = architecture
         self.weights = pack_weights(model, architecture)
@@ -136,7 +140,7 @@ class NativeEngine:
         return last_logits if logits else last_hidden
 
     def extend_both(self, cache: LatentCache, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """As extend: states [B, D] and logits [B, V]."""
+        """Append as `extend` and return both: states [B, D] and logits [B, V]."""
         return self._extend(cache, prompt, states=True, logits=True)
 
     def _extend(self, cache: LatentCache, prompt: Prompt, *, states: bool, logits: bool) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
         weights: "model" runs on the model's own; "int8" on a copy that is rounded by row, which the native engine has.
 
     Raises:
-        ValueError: for an unknown name, or an engine that was asked for and does not cover the model.
+        LatentMASError: for an unknown name, or an engine that was asked for and does not cover the model.
     """
     check_engine_options(engine, weights)
     if engine == "eager" and weights == "model":
@@ -154,7 +154,7 @@ def open_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
 
 
 def check_engine_options(engine: str, weights: str) -> None:
-    """Raise ValueError for an engine or weights that do not exist."""
+    """Raise LatentMASError for an engine or weights that do not exist."""
     if engine not in engine_names():
         raise LatentMASError(f"got engine={engine!r}; supported are {', '.join(map(repr, engine_names()))}")
     if weights not in weight_names():

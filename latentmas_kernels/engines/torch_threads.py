@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Inside the block torch's operators of the calling thread run on that thread alone.
+    """Run torch's operators of the calling thread on that thread alone inside the block.
 
     An operator on 32,768 elements or more, such as an argmax over logits, runs on all of torch's OpenMP threads, and those
     spin for milliseconds behind it, on the cores that the next native step needs: 12.9 ms a token instead of 6.1 (135M, two
@@ -33,7 +33,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @functools.cache
 def _openmp() -> Any:
-    """The OpenMP runtime that torch is linked with, or None where torch uses none, or has none under these names."""
+    """Return the OpenMP runtime that torch is linked with, or None where torch uses none, or has none under these names."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.omp_set_num_threads  # noqa: B018

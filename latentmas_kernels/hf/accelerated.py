@@ -140,7 +140,7 @@ def accelerate(model: Any, *, engine: str = "auto", weights: str = "model", alig
         The same object.
 
     Raises:
-        ValueError: for an object that cannot be accelerated, and unknown options.
+        LatentMASError: for an object that cannot be accelerated, and unknown options.
     """
     name = type(model).__name__
     if not isinstance(model, GenerationMixin):

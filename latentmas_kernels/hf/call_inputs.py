@@ -49,7 +49,7 @@ class CallInputs:
             past_mask: [B, past], or None.
 
         Raises:
-            ValueError: where the masks contradict each other or the past, and where the past cannot be a padded cache.
+            LatentMASError: where the masks contradict each other or the past, and where the past cannot be a padded cache.
         """
         past = as_cache(past)
         if past_mask is not None and past is not None:

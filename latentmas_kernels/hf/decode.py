@@ -73,7 +73,7 @@ def latent_decode(
         a longer one is returned, and so it is after latent steps without a cache.
 
     Raises:
-        ValueError: where latent steps were asked for and cannot be taken, and for a beam search; and what `latent_generate`
+        LatentMASError: where latent steps were asked for and cannot be taken, and for a beam search; and what `latent_generate`
             raises.
     """
     mode = generation_config.get_generation_mode()
@@ -219,7 +219,7 @@ class _Call:
         """Check the inputs and allocate the cache; or return, as a clause, why transformers has to run the call.
 
         Raises:
-            ValueError: for inputs of the caller (ids, masks, an aligner), and for weights of NaN or Inf.
+            LatentMASError: for inputs of the caller (ids, masks, an aligner), and for weights of NaN or Inf.
         """
         try:
             return self._prepare(criteria, aligner)

@@ -159,7 +159,7 @@ def as_cache(past: Any) -> Cache | None:
     """Return a past as a cache: None for an empty one of transformers, a LegacyCache for a tuple of (keys, values).
 
     Raises:
-        ValueError: for anything else.
+        LatentMASError: for anything else.
     """
     if past is None or isinstance(past, LatentCache):
         return past
@@ -180,7 +180,7 @@ def to_padded(past: Cache | None, past_mask: Tensor | None, cache_class: type[Pa
         past_mask: [B, columns], 0 for padding, which becomes zeros; None where the past has it.
 
     Raises:
-        ValueError: where layers keep less than all columns.
+        LatentMASError: where layers keep less than all columns.
     """
     if past is None or past_length(past) == 0:
         return cache_class()

@@ -16,7 +16,7 @@ SETTINGS = ("tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_cac
 
 
 def check_vllm() -> None:
-    """Raise ValueError, with what to do, where vLLM is not installed."""
+    """Raise LatentMASError, with what to do, where vLLM is not installed."""
     from latentmas.backends.vllm.launch import check_installed
 
     check_installed()
@@ -30,7 +30,7 @@ def start_vllm(name: str | None, model: Any, args: Any) -> Any:
         args: a namespace; what it has of SETTINGS goes to vLLM's engine.
 
     Raises:
-        ValueError: where vLLM cannot run this.
+        LatentMASError: where vLLM cannot run this.
     """
     from latentmas.backends.vllm.engine import Vllm
 

@@ -97,8 +97,8 @@ class ModelWrapper:
             cache: see the class. None is "latent" for a model, and "legacy" behind a name.
 
         Raises:
-            UnsupportedModelError: a ValueError, where the model cannot run here.
-            ValueError: for arguments that do not go together, and where vLLM was asked for and is not installed.
+            UnsupportedModelError: a LatentMASError, where the model cannot run here.
+            LatentMASError: for arguments that do not go together, and where vLLM was asked for and is not installed.
             OSError: where there is no model of that name.
         """
         if is_device(tokenizer) and (is_name(model) or model_name is not None):
@@ -208,7 +208,7 @@ class ModelWrapper:
             The cache: past, prompt and latent steps; with one of the return_ options (cache, the returned value).
 
         Raises:
-            ValueError: as `latent_generate`, and for arguments that exclude each other.
+            LatentMASError: as `latent_generate`, and for arguments that exclude each other.
         """
         if return_latent_embeds and return_hidden_states:
             raise LatentMASError(
@@ -251,7 +251,7 @@ class ModelWrapper:
             tokens fills the last n + latent_steps. The past is not among them.
 
         Raises:
-            ValueError: as `latent_generate`.
+            LatentMASError: as `latent_generate`.
         """
         model, inputs = self.HF_model, self._inputs(input_ids, attention_mask, past_key_values, past_attention_mask)
         cache, output = self._run_latent(model, inputs, latent_steps, None, max_cache_len)
@@ -288,7 +288,7 @@ class ModelWrapper:
             past, prompt and all new tokens but each row's last, which was not fed in.
 
         Raises:
-            ValueError: for a temperature or top_p outside of these, and as `generate`.
+            LatentMASError: for a temperature or top_p outside of these, and as `generate`.
         """
         temperature, top_p = _sampling(temperature, top_p, do_sample)
         inputs = self._inputs(input_ids, attention_mask, past_key_values, past_attention_mask)
@@ -317,7 +317,7 @@ class ModelWrapper:
             max_new_tokens, temperature, top_p: as in `generate_text_batch`.
 
         Raises:
-            ValueError: where there is no vLLM, and as `generate_text_batch`.
+            LatentMASError: where there is no vLLM, and as `generate_text_batch`.
             latentmas.backends.base.EngineError: where vLLM failed.
         """
         if self.vllm_engine is None:
@@ -335,7 +335,7 @@ class ModelWrapper:
         """Return the embeddings [B, D] that states after the final norm [B, D] are fed back as; for loops of your own.
 
         Raises:
-            ValueError: where the aligner is "soft", which starts from logits.
+            LatentMASError: where the aligner is "soft", which starts from logits.
         """
         aligner = build_aligner(model or self.model, self.aligner) if isinstance(self.aligner, str) else self.aligner
         if aligner.needs_logits:
@@ -395,8 +395,8 @@ class ModelWrapper:
             **template_options: go to the template, such as enable_thinking=False (Qwen3 writes its reasoning without it).
 
         Raises:
-            ValueError: for no messages, for something else than messages, and for options where there is no template.
-            ChatTemplateError: a ValueError, where the template refuses the messages (in the template's own words), fails on
+            LatentMASError: for no messages, for something else than messages, and for options where there is no template.
+            ChatTemplateError: a LatentMASError, where the template refuses the messages (in the template's own words), fails on
                 them, or leaves one out, whether their contents are given to it as text or as lists of parts.
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
@@ -425,7 +425,7 @@ class ModelWrapper:
             The text, input_ids and attention_mask (int64 [1, T] on the model's device), and the tokens as strings.
 
         Raises:
-            As `render_chat`; ValueError where there are no tokens.
+            As `render_chat`; LatentMASError where there are no tokens.
         """
         prompts, ids, mask, tokens = self.prepare_chat_batch([messages], add_generation_prompt, **template_options)
         return prompts[0], ids, mask, tokens[0]
@@ -446,7 +446,7 @@ class ModelWrapper:
             padding token, or 0 where it has none); and per row its tokens as strings, without padding.
 
         Raises:
-            As `render_chat`; ValueError for an empty batch and where a row has no tokens.
+            As `render_chat`; LatentMASError for an empty batch and where a row has no tokens.
         """
         if not batch_messages:
             raise LatentMASError("batch_messages is empty; every batch needs at least one conversation")
@@ -464,7 +464,7 @@ class ModelWrapper:
         without the space that SentencePiece tokenizers put before a text that stands alone.
 
         Raises:
-            ValueError: where the text has no tokens.
+            LatentMASError: where the text has no tokens.
         """
         return torch.tensor([_checked_ids(ids_behind(self.tokenizer, text), text)], device=self.device)
 

@@ -37,7 +37,7 @@ class ModelFingerprint:
         return cls(model_fingerprint(model), describe(Architecture.of(model)))
 
     def check(self, shape: KVShape) -> None:
-        """Raise ValueError where a cache does not have the shape and dtype that this model writes."""
+        """Raise LatentMASError where a cache does not have the shape and dtype that this model writes."""
         name, _, own = self.model.partition(" of ")
         if str(shape) != own:
             raise LatentMASError(
@@ -66,7 +66,7 @@ def model_fingerprint(model: Any) -> str:
     other fields.
 
     Raises:
-        ValueError: where weights are not in memory (offloaded to the meta device), or are no tensors.
+        LatentMASError: where weights are not in memory (offloaded to the meta device), or are no tensors.
     """
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

@@ -52,7 +52,7 @@ class RopeShift:
         may be gone the next time.
 
         Raises:
-            ValueError: where the keys of some layer cannot be moved by rotating halves (learned positions, other layouts of
+            LatentMASError: where the keys of some layer cannot be moved by rotating halves (learned positions, other layouts of
                 RoPE, rotation in part, frequencies that change with the length).
         """
         architecture = Architecture.of(model)

@@ -133,7 +133,7 @@ def decode_attention(
         [B, Hq hd].
 
     Raises:
-        ValueError: where shapes, dtypes or strides do not fit together.
+        LatentMASError: where shapes, dtypes or strides do not fit together.
     """
     check_buffers("decode_attention", keys, values, queries.dtype)
     batch, kv_heads, slots, head_dim = keys.shape

@@ -55,7 +55,7 @@ def gate_up_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, b
         [B, I].
 
     Raises:
-        ValueError: where shapes, dtypes or devices do not fit together.
+        LatentMASError: where shapes, dtypes or devices do not fit together.
     """
     check_norm("gate_up_swiglu", x, norm_weight)
     check_linear("gate_up_swiglu", x, weight, bias, weight.shape[0])

@@ -49,7 +49,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | 
         [B, N].
 
     Raises:
-        ValueError: where shapes, dtypes or devices do not fit together.
+        LatentMASError: where shapes, dtypes or devices do not fit together.
     """
     if x.dim() != 2 or residual.dim() != 2 or len(residual) != len(x) or residual.dtype != x.dtype:
         raise LatentMASError(

@@ -63,7 +63,7 @@ def realign(hidden: Tensor, weight: Tensor | None, target_norm: float, *, out: T
         [B, D_out] in hidden's dtype.
 
     Raises:
-        ValueError: where shapes, dtypes or devices do not fit together.
+        LatentMASError: where shapes, dtypes or devices do not fit together.
     """
     width = check(hidden, weight, out)
     if hidden.stride(-1) != 1:

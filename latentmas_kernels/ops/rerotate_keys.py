@@ -49,7 +49,7 @@ def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
         inv_freq: float32 [hd / 2], of the model's rotary module.
 
     Raises:
-        ValueError: where shapes or dtypes do not fit together.
+        LatentMASError: where shapes or dtypes do not fit together.
     """
     if keys.dim() != 5 or keys.stride()[3:] != (keys.shape[4], 1) or keys.shape[4] % 2:
         raise LatentMASError(

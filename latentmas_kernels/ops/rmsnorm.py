@@ -47,7 +47,7 @@ def rmsnorm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
         [B, D] in x's dtype.
 
     Raises:
-        ValueError: where the shapes do not fit together.
+        LatentMASError: where the shapes do not fit together.
     """
     check_norm("rmsnorm", x, norm_weight)
     return _rmsnorm(x.contiguous(), norm_weight.contiguous(), eps)

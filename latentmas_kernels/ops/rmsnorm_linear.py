@@ -70,7 +70,7 @@ def rmsnorm_linear(
         [B, N] in out_dtype.
 
     Raises:
-        ValueError: where shapes, dtypes or devices do not fit together.
+        LatentMASError: where shapes, dtypes or devices do not fit together.
     """
     check_norm("rmsnorm_linear", x, norm_weight)
     check_linear("rmsnorm_linear", x, weight, bias, weight.shape[0])

@@ -129,7 +129,7 @@ def rope_append(
         The queries, [B, Hq, hd].
 
     Raises:
-        ValueError: where shapes, dtypes or strides do not fit together.
+        LatentMASError: where shapes, dtypes or strides do not fit together.
     """
     check_buffers("rope_append", keys, values, qkv.dtype)
     batch, kv_heads, _, head_dim = keys.shape

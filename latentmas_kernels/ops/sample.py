@@ -111,7 +111,7 @@ def sample(
         int64 [B].
 
     Raises:
-        ValueError: where an argument is out of its range.
+        LatentMASError: where an argument is out of its range.
     """
     if logits.dim() != 2 or logits.dtype != torch.float32:
         raise LatentMASError(f"sample: logits must be float32 [B, V]; got {logits.dtype} {list(logits.shape)}")

@@ -33,7 +33,7 @@ def attention_kernel(
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """split_out[row, head, split] and split_lse[row, head, split] for the query heads of one KV head over one KV split."""
+    """Store split_out and split_lse[row, head, split] for the query heads of one KV head over one KV split."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.arange(0, GROUP_BLOCK)
     cols = tl.arange(0, DIM_BLOCK)
@@ -97,7 +97,7 @@ def reduce_kernel(
     split_out_ptr, split_lse_ptr, out_ptr,
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[row, head] = sum of split_out[row, head, i] 2^lse[i] / sum of 2^lse[i]; 0 where nothing was seen."""
+    """Store out[row, head] = sum of split_out[row, head, i] 2^lse[i] / sum of 2^lse[i]; 0 where nothing was seen."""
     head = tl.program_id(0)
     splits = tl.arange(0, SPLITS)
     cols = tl.arange(0, DIM_BLOCK)

@@ -90,14 +90,14 @@ _STATES: tl.constexpr = tl.constexpr(KVTable._fields.index("states"))
 
 @triton.jit
 def keys_pointer(kv_table_ptr, layer, row, head, dtype: tl.constexpr):
-    """The address of slot 0 of a head's keys."""
+    """Return the address of slot 0 of a head's keys."""
     base = tl.multiple_of(tl.load(kv_table_ptr + _KEYS).to(tl.pointer_type(dtype)), 16)
     return base + _head_offset(kv_table_ptr, layer, row, head)
 
 
 @triton.jit
 def values_pointer(kv_table_ptr, layer, row, head, dtype: tl.constexpr):
-    """The address of slot 0 of a head's values."""
+    """Return the address of slot 0 of a head's values."""
     base = tl.multiple_of(tl.load(kv_table_ptr + _VALUES).to(tl.pointer_type(dtype)), 16)
     return base + _head_offset(kv_table_ptr, layer, row, head)
 
@@ -112,13 +112,13 @@ def _head_offset(kv_table_ptr, layer, row, head):
 
 @triton.jit
 def row_offset(kv_table_ptr, rows):
-    """The distance to so many rows on (or back), in elements of keys or values."""
+    """Return the distance to the row that is `rows` rows further on (negative: before), in elements of keys or values."""
     return rows * tl.multiple_of(tl.load(kv_table_ptr + _ROW_STRIDE), 8)
 
 
 @triton.jit
 def position_pointer(kv_table_ptr, row):
-    """The address of the position of slot 0 of a row."""
+    """Return the address of the position of slot 0 of a row."""
     return tl.load(kv_table_ptr + _POSITIONS).to(tl.pointer_type(tl.int64)) + row * tl.load(
         kv_table_ptr + _POSITION_STRIDE
     )
@@ -126,17 +126,17 @@ def position_pointer(kv_table_ptr, row):
 
 @triton.jit
 def step_log_pointer(kv_table_ptr, row, dtype: tl.constexpr):
-    """The address of the step log of a row."""
+    """Return the address of the step log of a row."""
     return tl.load(kv_table_ptr + _STEP_LOG).to(tl.pointer_type(dtype)) + row * tl.load(kv_table_ptr + _STEP_LOG_STRIDE)
 
 
 @triton.jit
 def records_states(kv_table_ptr):
-    """Whether the states behind latent steps are recorded."""
+    """Return whether the states behind latent steps are recorded."""
     return tl.load(kv_table_ptr + _STATES) != 0
 
 
 @triton.jit
 def states_pointer(kv_table_ptr, row, dtype: tl.constexpr):
-    """The address of the recorded states of a row."""
+    """Return the address of the recorded states of a row."""
     return tl.load(kv_table_ptr + _STATES).to(tl.pointer_type(dtype)) + row * tl.load(kv_table_ptr + _STEP_LOG_STRIDE)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Return whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor: CUDA, or anything in the interpreter."""
+    """Return whether the Triton kernels run on this tensor: CUDA, or anything in the interpreter."""
     return tensor.is_cuda or (interpreted() and tensor.device.type == "cpu")
 
 

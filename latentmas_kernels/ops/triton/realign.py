@@ -31,7 +31,7 @@ def realign_gemv_kernel(
     hidden_stride, weight_stride, n_cols_in, n_cols_out, n_blocks,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """product[b, o] = sum_i weight[o, i] hidden[b, i]; squares[b, block] = sum of product[b, o]^2 over the block."""
+    """Store product[b, o] = sum_i weight[o, i] hidden[b, i]; squares[b, block] = sum of product[b, o]^2 over the block."""
     block, row = tl.program_id(0), tl.program_id(1)
     outs = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     partial = tl.zeros([BLOCK_OUT, BLOCK_IN], dtype=tl.float32)
@@ -50,7 +50,7 @@ def realign_gemv_kernel(
 
 @triton.jit
 def cosine_to_last(source_ptr, scale, last_ptr, n_cols, BLOCK: tl.constexpr):
-    """The cosine of the embedding source * scale to that of the step before, both in the dtype that is fed, in float32."""
+    """Return the cosine, float32, of the embedding source * scale to that of the step before, both in the dtype that is fed."""
     dot = tl.zeros([BLOCK], dtype=tl.float32)
     now = tl.zeros([BLOCK], dtype=tl.float32)
     before = tl.zeros([BLOCK], dtype=tl.float32)
@@ -74,7 +74,7 @@ def rescale_kernel(
     source_stride, out_stride, state_stride, n_cols, n_blocks,
     HAS_SQUARES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = source[b] * target_norm / max(|source[b]|, 1e-12), the norm from the partial sums where there are any."""
+    """Store out[b] = source[b] * target_norm / max(|source[b]|, 1e-12), the norm from the partial sums where there are any."""
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     if USE_PDL:

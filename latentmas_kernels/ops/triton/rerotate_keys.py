@@ -14,7 +14,7 @@ def rerotate_kernel(
     keys_ptr, shifts_ptr, inv_freq_ptr, layer_stride, row_stride, head_stride, shift_stride, n_slots, n_heads,
     HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One run of slots of one head: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s) in place."""
+    """Rotate a run of slots of one head in place: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
     block, row, layer_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     layer, head = layer_head // n_heads, layer_head % n_heads
     slots = block * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)

@@ -51,7 +51,7 @@ _STOP_COSINE: tl.constexpr = tl.constexpr(RowField.STOP_COSINE.value)
 
 @triton.jit
 def _field(row_state_ptr, state_stride, row, FIELD: tl.constexpr):
-    """The address of a field of a row."""
+    """Return the address of a field of a row."""
     return row_state_ptr + state_stride * FIELD + row
 
 
@@ -67,13 +67,13 @@ def store_active(row_state_ptr, state_stride, row, active):
 
 @triton.jit
 def load_step(row_state_ptr, state_stride, row):
-    """The number of the step to log."""
+    """Return the number of the step to log."""
     return tl.load(_field(row_state_ptr, state_stride, row, _STEP))
 
 
 @triton.jit
 def next_step(row_state_ptr, state_stride, row):
-    """The number of the step to log; counts it."""
+    """Return the number of the step to log, and count it."""
     step = load_step(row_state_ptr, state_stride, row)
     tl.store(_field(row_state_ptr, state_stride, row, _STEP), step + 1)
     return step
@@ -94,7 +94,7 @@ def advance(row_state_ptr, state_stride, row, kv_table_ptr):
 
 @triton.jit
 def load_latent_state(row_state_ptr, state_stride, row):
-    """Of the present latent step: whether the row takes part, the number of the step, and what ends the row."""
+    """Return of the present latent step whether the row takes part, the step's number, and what ends the row."""
     active = load_active(row_state_ptr, state_stride, row)
     step = load_step(row_state_ptr, state_stride, row)
     limit = tl.load(_field(row_state_ptr, state_stride, row, _LIMIT))
@@ -104,7 +104,7 @@ def load_latent_state(row_state_ptr, state_stride, row):
 
 @triton.jit
 def finished_latent_step(row_state_ptr, state_stride, row):
-    """Of the present latent step, once `end_latent_step` has counted it: whether the row takes part in it, and its number."""
+    """Return whether the row takes part in the present latent step, and its number, once `end_latent_step` has counted it."""
     slot = tl.load(_field(row_state_ptr, state_stride, row, _SLOT))
     return slot >= 0, load_step(row_state_ptr, state_stride, row) - 1
 

@@ -89,7 +89,7 @@ class Settings:
 
 @triton.jit
 def load_logits(logits_ptr, eos_ptr, row, cols, vocab_size, suppress_eos, MAX_EOS_TOKENS: tl.constexpr):
-    """Logits of a row, -inf behind the vocabulary and, with suppress_eos, for the end-of-sequence tokens."""
+    """Return the logits of a row, -inf behind the vocabulary and, with suppress_eos, for the end-of-sequence tokens."""
     x = tl.load(logits_ptr + row.to(tl.int64) * vocab_size + cols, mask=cols < vocab_size, other=float("-inf"))
     if suppress_eos:
         for i in range(MAX_EOS_TOKENS):
@@ -102,7 +102,7 @@ def maxima_kernel(
     logits_ptr, maxima_ptr, indices_ptr, ints_ptr, eos_ptr, row_state_ptr, state_stride, vocab_size,
     BLOCK: tl.constexpr, MAX_EOS_TOKENS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """maxima[row, block] and the lowest index that has it."""
+    """Store maxima[row, block] and the lowest index that has it."""
     block, row = tl.program_id(0), tl.program_id(1)
     cols = block * BLOCK + tl.arange(0, BLOCK)
     if USE_PDL:
@@ -142,7 +142,7 @@ def greedy_kernel(
     maxima_ptr, indices_ptr, token_ids_ptr, ints_ptr, eos_ptr, row_state_ptr, kv_table_ptr, state_stride, n_blocks,
     vocab_size, BLOCKS: tl.constexpr, MAX_EOS_TOKENS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """The most likely token; of equals the lowest, as in torch."""
+    """Choose the most likely token; of equals the lowest, as in torch."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCKS)
     if USE_PDL:
@@ -155,14 +155,14 @@ def greedy_kernel(
 
 @triton.jit
 def order(x):
-    """The bits of floats as int32 that compare as the floats do."""
+    """Return the bits of floats as int32 that compare as the floats do."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def count_from(values_ptr, n, least, BLOCK: tl.constexpr):
-    """The number of values that are `least` or more."""
+    """Return the number of values that are `least` or more."""
     found = tl.zeros([BLOCK], dtype=tl.int32)
     for begin in range(0, n, BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -173,7 +173,7 @@ def count_from(values_ptr, n, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def mass_from(values_ptr, n, least, top, temperature, BLOCK: tl.constexpr):
-    """Sum of exp((x - top) / temperature) over the values that are `least` or more."""
+    """Return the sum of exp((x - top) / temperature) over the values that are `least` or more."""
     mass = tl.zeros([BLOCK], dtype=tl.float32)
     for begin in range(0, n, BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -184,7 +184,7 @@ def mass_from(values_ptr, n, least, top, temperature, BLOCK: tl.constexpr):
 
 @triton.jit
 def kth_largest(values_ptr, n, k, BLOCK: tl.constexpr):
-    """order() of the k-th largest of n >= k values: the largest number that k of them reach."""
+    """Return order() of the k-th largest of n >= k values: the largest number that k of them reach."""
     low = tl.full([], -2147483648, dtype=tl.int64)
     high = tl.full([], 2147483647, dtype=tl.int64)
     for _ in range(32):

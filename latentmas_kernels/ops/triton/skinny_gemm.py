@@ -42,7 +42,7 @@ def weight_tile(weight_ptr, stride, outs, ins, n_cols_out, stop):
 
 @triton.jit
 def input_tile(x_ptr, x_stride, norm_weight_ptr, rows, ins, n_rows, stop, HAS_NORM: tl.constexpr):
-    """x and x * norm_weight, float32."""
+    """Return x and x * norm_weight, float32."""
     mask = (rows < n_rows)[:, None] & (ins < stop)[None, :]
     plain = tl.load(x_ptr + rows[:, None] * x_stride + ins[None, :], mask=mask, other=0.0).to(tl.float32)
     scaled = plain
@@ -57,7 +57,7 @@ def gemv_tile(
     HAS_NORM: tl.constexpr, GATED: tl.constexpr, USE_PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums for few rows in plain multiplications: [M, N] twice (the second for the rows of w at up_offset), squares [M].
+    """Return sums for few rows by plain multiplications: [M, N] twice (the second for the rows of w at up_offset), squares [M].
 
     The next tile of weights is loaded while this one is used, the first before the inputs are ready.
     """
@@ -93,7 +93,7 @@ def dot_tile(
     HAS_NORM: tl.constexpr, GATED: tl.constexpr, USE_PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same on tensor cores, x * norm_weight in the dtype of the weights."""
+    """Return the sums of `gemv_tile` by tensor cores, x * norm_weight in the dtype of the weights."""
     first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     second = first
     squares = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -120,7 +120,7 @@ def skinny_gemm_kernel(
     HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, USE_PDL: tl.constexpr,
     DOT: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = product + bias + residual; with GATED, w has 2 n_cols_out rows and out = silu(first half) * second half."""
+    """Store out = product + bias + residual; with GATED w has 2 n_cols_out rows, out = silu(first half) * second half."""
     block, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(0)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
