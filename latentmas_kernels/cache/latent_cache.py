@@ -187,9 +187,9 @@ class LatentCache(KVBuffer, Cache):
         This package's calls take it without a mask. transformers counts positions from the mask, so plain `generate()` needs
         `attention_mask(new)`, and a plain forward its `position_ids` too: a mask or positions that do not fit the padding are a
         LatentMASError there (see `PaddedCache`). Every layer is kept in full, sliding windows included, so the model's own
-        masks are right. But transformers counts a window in columns: new tokens with padding between them and the past, which would
-        use it up, are refused as well. The places of layers that the model does not run stay empty, as the model leaves them in
-        a cache of transformers, but the first, by which transformers counts.
+        masks are right. But transformers counts a window in columns: new tokens with padding between them and the past, which
+        would use it up, are refused as well. The places of layers that the model does not run stay empty, as the model leaves
+        them in a cache of transformers, but the first, by which transformers counts.
 
         Raises:
             LatentMASError: where positions have gaps, which a transformers cache cannot express.

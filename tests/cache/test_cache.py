@@ -138,7 +138,7 @@ def test_copies_refuse_to_truncate():
         LatentCache.from_hf(cache.to_hf(), cache.attention_mask(), capacity=4)
 
 
-def test_to_hf_and_back_is_the_same_memory():
+def test_to_hf_and_back_is_the_same_cache():
     cache = LatentCache(batch=3, capacity=16, **SHAPE)
     cache.keys.fill_(float("nan"))
     append(cache, [4, 1, 9], torch.Generator().manual_seed(0))
@@ -202,8 +202,8 @@ def test_what_a_window_dropped_does_not_come_back(tmp_path):
         copy.copy(more),
     ]  # fmt: skip
     front = torch.arange(35).expand(3, -1) > 2
-    for memory in copies:
-        assert memory.complete_from.tolist() == [30, 0, 30]
+    for one in copies:
+        assert one.complete_from.tolist() == [30, 0, 30]
         for refused in (
             lambda c: c.truncate(torch.tensor([30, 5, 29])),
             lambda c: c.crop(-6),
@@ -213,15 +213,15 @@ def test_what_a_window_dropped_does_not_come_back(tmp_path):
             lambda c: LatentCache.concat([c.part([1, 0])], model),
         ):
             with pytest.raises(ValueError, match=r"row [02] was read .* dropped .* 30 tokens.*Let the model read"):
-                refused(memory)
-        assert memory.lengths.tolist() == [35, 10, 35]
-        merged = LatentCache.concat([memory.part([1]), memory.part([1])], model)
+                refused(one)
+        assert one.lengths.tolist() == [35, 10, 35]
+        merged = LatentCache.concat([one.part([1]), one.part([1])], model)
         assert merged.lengths.tolist() == [20], "of that row all is there"
-        memory.drop("thinker:prompt")
-        memory.rebase(model)
-        assert memory.lengths.tolist() == [33, 8, 33]
-        memory.rewind("reader")
-        assert memory.lengths.tolist() == [30, 5, 30]
+        one.drop("thinker:prompt")
+        one.rebase(model)
+        assert one.lengths.tolist() == [33, 8, 33]
+        one.rewind("reader")
+        assert one.lengths.tolist() == [30, 5, 30]
     assert more.select([1, 0]).complete_from.tolist() == [0, 30]
     assert more.fork_rows(2, 60).complete_from.tolist() == [30, 30, 0, 0, 30, 30]
     more.reset()
@@ -244,29 +244,29 @@ def test_a_file_does_not_say_more_than_can_be(tmp_path, value):
 def test_works_as_a_cache_of_transformers_while_rows_are_uniform(family_model):
     """model() and model.generate() append to it in place, up to its capacity."""
     ids, _ = ragged([9, 9, 9])
-    memory = latent_generate(family_model, ids, latent_steps=5, aligner="ridge", max_cache_len=40).past_key_values
-    plain = memory.to_hf()
+    cache = latent_generate(family_model, ids, latent_steps=5, aligner="ridge", max_cache_len=40).past_key_values
+    plain = cache.to_hf()
     for columns in (4, 1, 1):
-        ours = family_model(ids[:, :columns], past_key_values=memory, use_cache=True).logits
+        ours = family_model(ids[:, :columns], past_key_values=cache, use_cache=True).logits
         theirs = family_model(ids[:, :columns], past_key_values=plain, use_cache=True).logits
         assert torch.allclose(ours, theirs, atol=1e-5)
-    assert memory.lengths.tolist() == [20] * 3
-    assert memory.get_seq_length() == 20
+    assert cache.lengths.tolist() == [20] * 3
+    assert cache.get_seq_length() == 20
     whole = torch.cat([torch.full((3, 20), 5), ids], 1)  # generate() cuts off what the cache holds
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     theirs = family_model.generate(whole, past_key_values=plain, **options)
-    ours = family_model.generate(whole, past_key_values=memory, **options)
+    ours = family_model.generate(whole, past_key_values=cache, **options)
     assert torch.equal(ours, theirs)
-    assert memory.lengths.tolist() == [34] * 3
+    assert cache.lengths.tolist() == [34] * 3
 
 
 @torch.no_grad()
 def test_as_transformers_cache_it_refuses_what_it_cannot_be():
     model = tiny_model("llama")
     ids, mask = ragged([3, 5])
-    memory = latent_generate(model, ids, mask, latent_steps=1, aligner="ridge").past_key_values
+    cache = latent_generate(model, ids, mask, latent_steps=1, aligner="ridge").past_key_values
     with pytest.raises(ValueError, match="ragged rows.*to_hf"):
-        model(ids, past_key_values=memory, use_cache=True)
+        model(ids, past_key_values=cache, use_cache=True)
     even = latent_generate(model, ids, latent_steps=1, aligner="ridge").past_key_values
     with pytest.raises(ValueError, match="capacity of 6 slots per row, 11 are needed"):
         model(ids, past_key_values=even, use_cache=True)
@@ -280,18 +280,18 @@ def test_as_transformers_cache_it_refuses_what_it_cannot_be():
 @torch.no_grad()
 def test_reordering_repeating_and_resetting(model):
     ids, _ = ragged([4, 4], side="left")
-    memory = latent_generate(model, ids, latent_steps=1, aligner="ridge").past_key_values
-    first, second = memory.keys[:, 0].clone(), memory.keys[:, 1].clone()
-    memory.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(memory.keys[:, 0], second)
-    memory.batch_repeat_interleave(2)
-    assert memory.batch_size == 4
-    assert torch.equal(memory.keys[:, 2], first)
-    memory.batch_select_indices(torch.tensor([3]))
-    assert torch.equal(memory.keys[:, 0], first)
-    assert memory.layers[0].keys.shape == (1, 2, 5, 16)
-    memory.reset()
-    assert memory.lengths.tolist() == [0]
+    cache = latent_generate(model, ids, latent_steps=1, aligner="ridge").past_key_values
+    first, second = cache.keys[:, 0].clone(), cache.keys[:, 1].clone()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(cache.keys[:, 0], second)
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4
+    assert torch.equal(cache.keys[:, 2], first)
+    cache.batch_select_indices(torch.tensor([3]))
+    assert torch.equal(cache.keys[:, 0], first)
+    assert cache.layers[0].keys.shape == (1, 2, 5, 16)
+    cache.reset()
+    assert cache.lengths.tolist() == [0]
 
 
 def test_deepcopy_is_independent():
@@ -417,9 +417,9 @@ def test_calls_go_on_from_quantized_caches(model):
     both = torch.cat([mask, more_mask], 1)
 
     def calls(past):
-        thought = latent_generate(model, more, both, past_key_values=past, latent_steps=3, aligner="ridge")
-        said = generate(model, more, both, past_key_values=past, max_new_tokens=6, eos_token_id=None)
-        return thought.latents, said.sequences, thought.past_key_values.lengths.tolist()
+        latent_output = latent_generate(model, more, both, past_key_values=past, latent_steps=3, aligner="ridge")
+        decoded = generate(model, more, both, past_key_values=past, max_new_tokens=6, eos_token_id=None)
+        return latent_output.latents, decoded.sequences, latent_output.past_key_values.lengths.tolist()
 
     ours = calls(past)
     theirs = calls(DynamicCache(ddp_cache_data=[tuple(pair) for pair in states_of(past)]))

@@ -83,7 +83,7 @@ class Plain:
 
 
 def place(cache, row, slot):
-    """The row whose memory holds this slot."""
+    """Return the row that holds this slot in the buffer."""
     return int(cache.prefix_row[row]) if slot < int(cache.prefix_len[row]) else row
 
 
@@ -455,8 +455,8 @@ def test_a_branch_that_goes_on_out_of_a_callback_leaves_the_one_that_is_thinking
 
     def call(step):
         if step == 2:
-            memory = past.branch() if inside else branch
-            inner.append(latent_generate(model, ids + 1, mask, past_key_values=memory.donate(), **options))
+            other = past.branch() if inside else branch
+            inner.append(latent_generate(model, ids + 1, mask, past_key_values=other.donate(), **options))
 
     got = latent_generate(model, ids, mask, past_key_values=past.donate(), on_step=call, **options).latents
     assert torch.equal(got, want)
@@ -469,8 +469,8 @@ def test_branches_that_are_read_by_transformers_in_turns():
     cache = filled([3, 3])
     branch, ids = cache.branch(), torch.full((2, 4), 5)
     caches, want = [cache, branch], []
-    for tokens, memory in ((ids, cache), (ids + 1, branch)):
-        alone = memory.fork()
+    for tokens, one in ((ids, cache), (ids + 1, branch)):
+        alone = one.fork()
         MODEL(tokens, past_key_values=alone, use_cache=True)
         want.append(held(alone))
 
@@ -480,8 +480,8 @@ def test_branches_that_are_read_by_transformers_in_turns():
 
     hook = MODEL.model.layers[0].register_forward_hook(read_the_other)
     MODEL(ids, past_key_values=cache, use_cache=True)
-    for memory, states in zip(caches, want, strict=True):
-        assert_holds(memory, states)
+    for one, states in zip(caches, want, strict=True):
+        assert_holds(one, states)
 
 
 @torch.no_grad()
@@ -622,7 +622,7 @@ def test_a_shallow_copy_is_a_fork():
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("make", [lambda: filled([3, 3]), forked_cache], ids=["plain", "fork_rows"])
 def test_copies_and_pickles_of_branches_are_independent(make, way):
-    """Also those of two branches in one object, whose memory the copy takes for one and the same."""
+    """Also those of two branches in one object, whose buffer the copy takes for one and the same."""
     cache = make()
     branch = cache.branch("planner")
     before, early = held(cache), held(branch)

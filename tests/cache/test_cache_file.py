@@ -108,12 +108,12 @@ def test_calls_go_on_from_a_loaded_cache_as_from_the_one_that_was_saved(tmp_path
     loaded = LatentCache.load(str(tmp_path / "memory"), model)
     more, more_mask = ragged([3, 5, 2], seed=2)
     options = {"max_new_tokens": 8, "eos_token_id": None, "engine": engine}
-    said = [generate(model, more, more_mask, past_key_values=past, **options) for past in (kept, loaded)]
-    assert torch.equal(said[0].sequences, said[1].sequences)
+    decoded = [generate(model, more, more_mask, past_key_values=past, **options) for past in (kept, loaded)]
+    assert torch.equal(decoded[0].sequences, decoded[1].sequences)
     options = {"latent_steps": 4, "aligner": "ridge", "engine": engine}
-    thought = [latent_generate(model, more, more_mask, past_key_values=past, **options) for past in (kept, loaded)]
-    assert torch.equal(thought[0].latents, thought[1].latents)
-    assert_same(thought[0].past_key_values, thought[1].past_key_values)
+    latent = [latent_generate(model, more, more_mask, past_key_values=past, **options) for past in (kept, loaded)]
+    assert torch.equal(latent[0].latents, latent[1].latents)
+    assert_same(latent[0].past_key_values, latent[1].past_key_values)
     assert_same(loaded, kept)
 
 

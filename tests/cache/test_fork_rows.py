@@ -192,22 +192,24 @@ def test_forked_rows_continue_as_copies_do_bit_for_bit(lengths, engine, threads,
     assert wide.prefix_len.any()
     ids, mask = ragged([1 + 3 * n % 5 for n in range(count)], seed=3)
     steps = [1 + n % 4 for n in range(count)]
-    thoughts, said = [], []
+    latent_outputs, texts = [], []
     for index, cache in enumerate((wide, plain, wide, plain)):
         if index > 1:
             cache.donate()
         out = latent_generate(
             model, ids, mask, latent_steps=steps, past_key_values=cache, output_states=True, **options
         )
-        thoughts.append(out)
+        latent_outputs.append(out)
         past = out.past_key_values
-        said.append(generate(model, ids, mask, past_key_values=past, max_new_tokens=5, eos_token_id=[9], engine=engine))
-    assert thoughts[2].past_key_values is wide
+        texts.append(
+            generate(model, ids, mask, past_key_values=past, max_new_tokens=5, eos_token_id=[9], engine=engine)
+        )
+    assert latent_outputs[2].past_key_values is wide
     assert wide.prefix_len.any()
-    for out, text in zip(thoughts[1:], said[1:], strict=True):
-        assert torch.equal(out.latents, thoughts[0].latents)
-        assert torch.equal(out.last_hidden, thoughts[0].last_hidden)
-        assert torch.equal(out.states, thoughts[0].states)
-        assert torch.equal(text.sequences, said[0].sequences)
-    for ours, theirs in ((thoughts[2], thoughts[3]), (said[0], said[1])):
+    for out, text in zip(latent_outputs[1:], texts[1:], strict=True):
+        assert torch.equal(out.latents, latent_outputs[0].latents)
+        assert torch.equal(out.last_hidden, latent_outputs[0].last_hidden)
+        assert torch.equal(out.states, latent_outputs[0].states)
+        assert torch.equal(text.sequences, texts[0].sequences)
+    for ours, theirs in ((latent_outputs[2], latent_outputs[3]), (texts[0], texts[1])):
         assert_holds(ours.past_key_values, held(theirs.past_key_values))

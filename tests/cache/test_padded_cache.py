@@ -23,17 +23,17 @@ CONTRADICTED = (
 )
 
 
-def remembered(name="llama"):
-    """A model that stops nowhere, and a ragged memory of it: 5, 16, 3 and 8 tokens."""
+def model_and_cache(name="llama"):
+    """A model that stops nowhere, and a ragged cache of it: 5, 16, 3 and 8 tokens."""
     model = tiny_model(name)
     model.generation_config.eos_token_id = None
     ids, mask = ragged(LENGTHS)
     return model, latent_generate(model, ids, mask, latent_steps=2, aligner="ridge").past_key_values
 
 
-def ones_over_both(memory, new_mask):
+def ones_over_both(latent_cache, new_mask):
     """The mask that published code makes."""
-    return torch.cat([torch.ones_like(memory.attention_mask()), new_mask], 1)
+    return torch.cat([torch.ones_like(latent_cache.attention_mask()), new_mask], 1)
 
 
 def new_tokens(sequences):
@@ -48,9 +48,9 @@ def new_tokens(sequences):
 @pytest.mark.filterwarnings("ignore:.*runs on the eager engine:RuntimeWarning")
 @torch.no_grad()
 def test_our_calls_need_no_mask_over_it(name, given):
-    model, memory = remembered(name)
+    model, latent_cache = model_and_cache(name)
     new, new_mask = ragged([5, 5, 5, 5] if given == "none" else NEXT, seed=2)
-    mask = {"none": None, "new": new_mask, "both": memory.attention_mask(new_mask)}[given]
+    mask = {"none": None, "new": new_mask, "both": latent_cache.attention_mask(new_mask)}[given]
     engine = "auto" if name in FAMILIES else "eager"
     wrapper = ModelWrapper(model, character_tokenizer(pad=False), aligner="ridge", engine=engine)
     for call in (
@@ -63,15 +63,15 @@ def test_our_calls_need_no_mask_over_it(name, given):
             1
         ].tolist(),
     ):
-        assert call(memory.to_hf()) == call(memory)
+        assert call(latent_cache.to_hf()) == call(latent_cache)
 
 
 @torch.no_grad()
 def test_our_calls_refuse_a_mask_that_contradicts_it():
-    model, memory = remembered()
+    model, latent_cache = model_and_cache()
     new, new_mask = ragged(NEXT, seed=2)
     wrapper = ModelWrapper(model, character_tokenizer(pad=False), aligner="ridge")
-    ones, fewer = ones_over_both(memory, new_mask), memory.attention_mask(new_mask)
+    ones, fewer = ones_over_both(latent_cache, new_mask), latent_cache.attention_mask(new_mask)
     fewer[1, 0] = 0
     for mask, words in ((ones, CONTRADICTED), (fewer, r"has \[5, 15, 3, 8\] ones .* holds \[5, 16, 3, 8\] tokens")):
         for call in (
@@ -81,17 +81,17 @@ def test_our_calls_refuse_a_mask_that_contradicts_it():
             lambda past, mask=mask: LatentCache.from_hf(past, mask[:, :16]),
         ):
             with pytest.raises(ValueError, match=words):
-                call(memory.to_hf())
+                call(latent_cache.to_hf())
 
 
 @torch.no_grad()
 def test_what_was_rebuilt_from_its_tensors_is_understood_too():
-    """Old code takes caches to pieces; columns of zeros are padding in any cache, and other padding is told by the mask."""
-    model, memory = remembered()
+    """Old code takes caches to pieces; columns of zeros are padding in any cache, other padding needs the mask."""
+    model, latent_cache = model_and_cache()
     new, new_mask = ragged(NEXT, seed=2)
-    theirs = memory.to_hf()
+    theirs = latent_cache.to_hf()
     plain = DynamicCache(ddp_cache_data=[(layer.keys.clone(), layer.values.clone()) for layer in theirs.layers])
-    want = new_tokens(generate(model, new, new_mask, past_key_values=memory, max_new_tokens=NEW).sequences)
+    want = new_tokens(generate(model, new, new_mask, past_key_values=latent_cache, max_new_tokens=NEW).sequences)
     warn_once.cache_clear()
     with pytest.warns(
         RuntimeWarning, match=r"\[11, 13, 8\] columns in the rows \[0, 2, 3\] of a DynamicCache hold zeros"
@@ -99,21 +99,21 @@ def test_what_was_rebuilt_from_its_tensors_is_understood_too():
         assert new_tokens(generate(model, new, new_mask, past_key_values=plain, max_new_tokens=NEW).sequences) == want
     assert new_tokens(generate(model, new, new_mask, past_key_values=plain, max_new_tokens=NEW).sequences) == want
     with pytest.raises(ValueError, match=CONTRADICTED):
-        generate(model, new, ones_over_both(memory, new_mask), past_key_values=plain)
+        generate(model, new, ones_over_both(latent_cache, new_mask), past_key_values=plain)
     for layer in plain.layers:  # what transformers' own forward leaves in padding
-        layer.keys = layer.keys.masked_fill((memory.attention_mask() == 0)[:, None, :, None], 0.5)
-    mask = memory.attention_mask(new_mask)
+        layer.keys = layer.keys.masked_fill((latent_cache.attention_mask() == 0)[:, None, :, None], 0.5)
+    mask = latent_cache.attention_mask(new_mask)
     assert new_tokens(generate(model, new, mask, past_key_values=plain, max_new_tokens=NEW).sequences) == want
 
 
 def test_nothing_but_zeros_and_layers_that_were_cut_apart_are_refused():
-    _, memory = remembered()
-    theirs = memory.to_hf()
+    _, latent_cache = model_and_cache()
+    theirs = latent_cache.to_hf()
     zeros = PaddedCache(ddp_cache_data=[(torch.zeros_like(x.keys), torch.zeros_like(x.values)) for x in theirs.layers])
     with pytest.raises(ValueError, match="this PaddedCache holds nothing but zeros"):
         LatentCache.from_hf(zeros)
     for columns in (15, 17):
-        theirs = memory.to_hf()
+        theirs = latent_cache.to_hf()
         layer = theirs.layers[1]
         layer.keys, layer.values = (torch.cat([s, s], 2)[:, :, :columns] for s in (layer.keys, layer.values))
         with pytest.raises(ValueError, match=f"layer 1 of this PaddedCache counts {columns} columns, layer 0 16"):
@@ -144,7 +144,7 @@ BEGINNINGS = torch.tensor([[ZERO, 5, 6, 7, 8], [ZERO, 9, ZERO, 4, 3]])
 GOES_ON = torch.tensor([[9, 10], [11, 12]])
 
 
-def said_plainly(model, ids):
+def plain_tokens(model, ids):
     ones = torch.ones_like(ids)
     return new_tokens(model.generate(ids, attention_mask=ones, **GREEDY))
 
@@ -152,14 +152,14 @@ def said_plainly(model, ids):
 @torch.no_grad()
 def test_a_mask_tells_that_columns_of_zeros_are_first_tokens():
     model = with_a_zero_token()
-    want = said_plainly(model, torch.cat([BEGINNINGS, GOES_ON], 1))
+    want = plain_tokens(model, torch.cat([BEGINNINGS, GOES_ON], 1))
     ones = torch.ones(2, 7, dtype=torch.int64)
     theirs = cached(model, BEGINNINGS)
     out = generate(model, GOES_ON, ones, past_key_values=theirs, max_new_tokens=NEW)
     assert new_tokens(out.sequences) == want
     assert out.past_key_values.lengths.tolist() == [5 + 2 + NEW - 1] * 2
-    memory = LatentCache.from_hf(theirs, ones[:, :5])
-    assert new_tokens(generate(model, GOES_ON, past_key_values=memory, max_new_tokens=NEW).sequences) == want
+    latent_cache = LatentCache.from_hf(theirs, ones[:, :5])
+    assert new_tokens(generate(model, GOES_ON, past_key_values=latent_cache, max_new_tokens=NEW).sequences) == want
     with accelerate(model):
         whole = torch.cat([BEGINNINGS, GOES_ON], 1)
         assert new_tokens(model.generate(whole, past_key_values=theirs, attention_mask=ones, **GREEDY)) == want
@@ -188,10 +188,10 @@ def test_where_a_mask_of_ones_could_be_wrong_the_conversion_takes_it():
             ValueError, match=r"pass LatentCache.from_hf\(cache, mask over the past\), which believes the mask"
         ):
             generate(model, GOES_ON, ones, past_key_values=theirs)
-        memory = LatentCache.from_hf(theirs, ones[:, :3])
+        latent_cache = LatentCache.from_hf(theirs, ones[:, :3])
         assert new_tokens(
-            generate(model, GOES_ON, past_key_values=memory, max_new_tokens=NEW).sequences
-        ) == said_plainly(model, torch.cat([ids, GOES_ON], 1))
+            generate(model, GOES_ON, past_key_values=latent_cache, max_new_tokens=NEW).sequences
+        ) == plain_tokens(model, torch.cat([ids, GOES_ON], 1))
 
 
 @pytest.mark.parametrize("way", ["to_hf", "hf", "legacy", "forward", "forward, no mask", "converted"])
@@ -219,7 +219,7 @@ def test_a_padded_cache_tells_them_from_padding(way):
     got = new_tokens(generate(model, GOES_ON, past_key_values=theirs, max_new_tokens=NEW).sequences)
     for row in range(2):
         alone = torch.cat([real(ids, mask, row), GOES_ON[row : row + 1]], 1)
-        assert got[row] == said_plainly(model, alone)[0]
+        assert got[row] == plain_tokens(model, alone)[0]
 
 
 # ---- plain transformers --------------------------------------------------------------------------------------------
@@ -228,24 +228,24 @@ def test_a_padded_cache_tells_them_from_padding(way):
 @torch.no_grad()
 def test_plain_generate_with_its_mask_gives_our_texts(family_model):
     family_model.generation_config.eos_token_id = None
-    memory = latent_generate(family_model, *ragged(LENGTHS), latent_steps=2, aligner="ridge").past_key_values
+    latent_cache = latent_generate(family_model, *ragged(LENGTHS), latent_steps=2, aligner="ridge").past_key_values
     new, _ = ragged([5, 5, 5, 5], seed=2)  # windows are counted in columns, so no padding between
-    want = generate(family_model, new, past_key_values=memory, max_new_tokens=NEW).sequences
-    theirs = memory.to_hf()
+    want = generate(family_model, new, past_key_values=latent_cache, max_new_tokens=NEW).sequences
+    theirs = latent_cache.to_hf()
     mask = theirs.attention_mask(torch.ones_like(new))
-    assert torch.equal(mask, memory.attention_mask(torch.ones_like(new)))
+    assert torch.equal(mask, latent_cache.attention_mask(torch.ones_like(new)))
     assert torch.equal(family_model.generate(new, past_key_values=theirs, attention_mask=mask, **GREEDY), want)
-    assert theirs.attention_mask().sum(1).tolist() == [n + 5 + NEW - 1 for n in memory.lengths.tolist()]
+    assert theirs.attention_mask().sum(1).tolist() == [n + 5 + NEW - 1 for n in latent_cache.lengths.tolist()]
 
 
 @pytest.mark.parametrize("given", ["ones", "new", "none"])
 @torch.no_grad()
 def test_plain_generate_refuses_other_masks(family_model, given):
-    memory = latent_generate(family_model, *ragged(LENGTHS), latent_steps=2, aligner="ridge").past_key_values
+    latent_cache = latent_generate(family_model, *ragged(LENGTHS), latent_steps=2, aligner="ridge").past_key_values
     new, new_mask = ragged([5, 5, 5, 5], seed=2)
-    theirs = memory.to_hf()
+    theirs = latent_cache.to_hf()
     mask = {
-        "ones": {"attention_mask": ones_over_both(memory, new_mask)},
+        "ones": {"attention_mask": ones_over_both(latent_cache, new_mask)},
         "new": {"attention_mask": new_mask},
         "none": {},
     }
@@ -259,20 +259,20 @@ def test_plain_generate_refuses_other_masks(family_model, given):
 @pytest.mark.parametrize("given", ["both", "new", "none"])
 @torch.no_grad()
 def test_a_plain_forward_needs_positions_and_no_mask(family_model, given):
-    memory = latent_generate(family_model, *ragged(LENGTHS), latent_steps=2, aligner="ridge").past_key_values
+    latent_cache = latent_generate(family_model, *ragged(LENGTHS), latent_steps=2, aligner="ridge").past_key_values
     new, new_mask = ragged([5, 5, 5, 5], seed=2)
-    full = memory.attention_mask(new_mask)
+    full = latent_cache.attention_mask(new_mask)
     inputs = {"both": {"attention_mask": full}, "new": {"attention_mask": new_mask}, "none": {}}[given]
     with pytest.raises(ValueError, match=r"position_ids that begin with \[16\]; behind \[5, 16, 3, 8\]"):
-        family_model(new, past_key_values=memory.to_hf(), **inputs)
-    theirs = memory.to_hf()
+        family_model(new, past_key_values=latent_cache.to_hf(), **inputs)
+    theirs = latent_cache.to_hf()
     out = family_model(new, past_key_values=theirs, position_ids=(full.cumsum(1) - 1)[:, -5:], **inputs)
-    want = generate(family_model, new, past_key_values=memory, max_new_tokens=1, eos_token_id=None)
+    want = generate(family_model, new, past_key_values=latent_cache, max_new_tokens=1, eos_token_id=None)
     assert torch.equal(out.logits[:, -1].argmax(-1), want.sequences[:, -1])
-    assert_same_memory(LatentCache.from_hf(theirs), want.past_key_values)
+    assert_same_cache(LatentCache.from_hf(theirs), want.past_key_values)
 
 
-def assert_same_memory(got, want):
+def assert_same_cache(got, want):
     assert torch.equal(got.lengths, want.lengths)
     for row, length in enumerate(want.lengths.tolist()):
         for ours, theirs in ((got.keys, want.keys), (got.values, want.values)):
@@ -281,19 +281,19 @@ def assert_same_memory(got, want):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_among_new_tokens_is_remembered(side):
+def test_padding_among_new_tokens_is_known_from_then_on(side):
     """Also where nothing held was padding before."""
     model = tiny_model("llama")
     for lengths in (LENGTHS, [6, 6, 6, 6]):
-        memory = latent_generate(model, *ragged(lengths), latent_steps=2, aligner="ridge").past_key_values
+        latent_cache = latent_generate(model, *ragged(lengths), latent_steps=2, aligner="ridge").past_key_values
         new, new_mask = ragged(NEXT, side=side, seed=2)
-        full = memory.attention_mask(new_mask)
-        theirs = memory.to_hf()
+        full = latent_cache.attention_mask(new_mask)
+        theirs = latent_cache.to_hf()
         positions = (full.cumsum(1) - 1).clamp_min(0)[:, -5:]
         model(new, past_key_values=theirs, attention_mask=full, position_ids=positions)
         assert torch.equal(theirs.attention_mask(), full)
-        want = latent_generate(model, new, new_mask, latent_steps=0, past_key_values=memory).past_key_values
-        assert_same_memory(LatentCache.from_hf(theirs), want)
+        want = latent_generate(model, new, new_mask, latent_steps=0, past_key_values=latent_cache).past_key_values
+        assert_same_cache(LatentCache.from_hf(theirs), want)
         ones = torch.ones(4, theirs.get_seq_length() + 5, dtype=torch.int64)
         with pytest.raises(
             ValueError, match=rf"(behind|holds) {re.escape(str(full.sum(1).tolist()))}( cached)? tokens"
@@ -305,11 +305,11 @@ def test_padding_among_new_tokens_is_remembered(side):
 @torch.no_grad()
 def test_padding_that_would_use_a_window_up_is_refused(name):
     """Windows of 8 columns; within them padding does no harm."""
-    model, memory = remembered(name)
+    model, latent_cache = model_and_cache(name)
     new, new_mask = ragged(NEXT, seed=2)
-    mask = memory.attention_mask(new_mask)
+    mask = latent_cache.attention_mask(new_mask)
     with pytest.raises(ValueError, match=r"row 0 has 7 tokens in 10 columns, .* sliding window of 8 in columns"):
-        model.generate(new, past_key_values=memory.to_hf(), attention_mask=mask, **GREEDY)
+        model.generate(new, past_key_values=latent_cache.to_hf(), attention_mask=mask, **GREEDY)
     short = latent_generate(model, torch.tensor([[5, 6, 7], [8, 9, 10]]), latent_steps=0).past_key_values
     new, new_mask = ragged([3, 1], seed=2)
     one = {**GREEDY, "max_new_tokens": 1}
@@ -322,26 +322,26 @@ def test_padding_that_would_use_a_window_up_is_refused(name):
 def test_where_nothing_is_padding_it_is_a_cache_like_any_other():
     model = tiny_model("llama")
     ids, _ = ragged([5, 5])
-    memory = latent_generate(model, ids, latent_steps=2, aligner="ridge").past_key_values
-    plain = DynamicCache(ddp_cache_data=[(layer.keys, layer.values) for layer in memory.to_hf().layers])
+    latent_cache = latent_generate(model, ids, latent_steps=2, aligner="ridge").past_key_values
+    plain = DynamicCache(ddp_cache_data=[(layer.keys, layer.values) for layer in latent_cache.to_hf().layers])
     for mask in (None, torch.ones(2, 12, dtype=torch.int64)):
         want = model(ids, past_key_values=copy.deepcopy(plain), attention_mask=mask).logits
-        assert torch.equal(model(ids, past_key_values=memory.to_hf(), attention_mask=mask).logits, want)
+        assert torch.equal(model(ids, past_key_values=latent_cache.to_hf(), attention_mask=mask).logits, want)
     seen = torch.ones(5, 12, dtype=torch.bool).tril(7)[None, None].expand(2, 1, 5, 12)
-    assert torch.allclose(model(ids, past_key_values=memory.to_hf(), attention_mask=seen).logits, want, atol=1e-5)
+    assert torch.allclose(model(ids, past_key_values=latent_cache.to_hf(), attention_mask=seen).logits, want, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_mask_that_it_cannot_read_and_a_forward_that_does_not_ask_are_refused():
-    model, memory = remembered()
+    model, latent_cache = model_and_cache()
     new, new_mask = ragged([5, 5, 5, 5], seed=2)
-    positions = (memory.attention_mask(new_mask).cumsum(1) - 1)[:, -5:]
+    positions = (latent_cache.attention_mask(new_mask).cumsum(1) - 1)[:, -5:]
     four = torch.ones(4, 1, 5, 21, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"must be \[4, 5\] \(new tokens\) or \[4, 21\] .*; got \[4, 1, 5, 21\]"):
-        model(new, past_key_values=memory.to_hf(), attention_mask=four, position_ids=positions)
+        model(new, past_key_values=latent_cache.to_hf(), attention_mask=four, position_ids=positions)
     with pytest.raises(ValueError, match=r"got \[4, 9\]"):
-        model(new, past_key_values=memory.to_hf(), attention_mask=torch.ones(4, 9), position_ids=positions)
-    theirs = memory.to_hf()
+        model(new, past_key_values=latent_cache.to_hf(), attention_mask=torch.ones(4, 9), position_ids=positions)
+    theirs = latent_cache.to_hf()
     with pytest.raises(ValueError, match="the model did not ask transformers' mask functions"):
         theirs.update(torch.ones(4, 2, 5, 16), torch.ones(4, 2, 5, 16), 0)
     assert theirs.get_seq_length() == 16
@@ -358,12 +358,12 @@ def test_a_uniform_latent_cache_refuses_a_mask_with_padding():
     """generate() of transformers takes the placeholders of what is cached for padding where they equal pad_token_id."""
     model = tiny_model("llama")
     ids, _ = ragged([5, 5])
-    memory = latent_generate(model, ids, latent_steps=2, aligner="ridge", max_cache_len=40).past_key_values
+    latent_cache = latent_generate(model, ids, latent_steps=2, aligner="ridge", max_cache_len=40).past_key_values
     whole = torch.cat([torch.zeros(2, 7, dtype=torch.int64), ids], 1)
-    for past in (memory, memory.to_hf()):
+    for past in (latent_cache, latent_cache.to_hf()):
         with pytest.raises(ValueError, match=r"attention_mask has \[[05], [05]\] ones"):
             model.generate(whole, past_key_values=past, **GREEDY)
-    assert memory.lengths.tolist() == [7, 7]
+    assert latent_cache.lengths.tolist() == [7, 7]
 
 
 # ---- accelerated models --------------------------------------------------------------------------------------------
@@ -372,12 +372,12 @@ def test_a_uniform_latent_cache_refuses_a_mask_with_padding():
 @pytest.mark.parametrize("given", ["none", "new", "both", "whole"])
 @torch.no_grad()
 def test_accelerated_generate_needs_no_mask_over_it(given, monkeypatch):
-    model, memory = remembered()
+    model, latent_cache = model_and_cache()
     left = []
     monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", left.append)
     new, new_mask = ragged([20] * 4 if given == "none" else [2, 20, 1, 3], seed=2)
-    want = new_tokens(generate(model, new, new_mask, past_key_values=memory, max_new_tokens=NEW).sequences)
-    theirs, both = memory.to_hf(), memory.attention_mask(new_mask)
+    want = new_tokens(generate(model, new, new_mask, past_key_values=latent_cache, max_new_tokens=NEW).sequences)
+    theirs, both = latent_cache.to_hf(), latent_cache.attention_mask(new_mask)
     inputs = {
         "none": {},
         "new": {"attention_mask": new_mask},
@@ -388,18 +388,18 @@ def test_accelerated_generate_needs_no_mask_over_it(given, monkeypatch):
     assert new_tokens(accelerate(model).generate(ids, past_key_values=theirs, **inputs[given], **GREEDY)) == want
     assert not left
     assert torch.equal(theirs.attention_mask()[:, : 16 + new.shape[1]], both)
-    want = generate(model, new, new_mask, past_key_values=memory, max_new_tokens=NEW).past_key_values
-    assert_same_memory(LatentCache.from_hf(theirs), want)
+    want = generate(model, new, new_mask, past_key_values=latent_cache, max_new_tokens=NEW).past_key_values
+    assert_same_cache(LatentCache.from_hf(theirs), want)
 
 
 @torch.no_grad()
 def test_accelerated_generate_refuses_ones_over_it():
-    model, memory = remembered()
+    model, latent_cache = model_and_cache()
     new, new_mask = ragged(NEXT, seed=2)
-    theirs = memory.to_hf()
+    theirs = latent_cache.to_hf()
     with pytest.raises(ValueError, match=CONTRADICTED):
         accelerate(model).generate(
-            new, past_key_values=theirs, attention_mask=ones_over_both(memory, new_mask), **GREEDY
+            new, past_key_values=theirs, attention_mask=ones_over_both(latent_cache, new_mask), **GREEDY
         )
     assert theirs.get_seq_length() == 16
 
@@ -422,35 +422,35 @@ def chosen(rows):
     ids=["select", "reorder", "repeat", "crop"],
 )
 def test_what_transformers_does_to_a_cache_keeps_the_padding_known(change):
-    _, memory = remembered()
-    cache = memory.to_hf()
-    mask = change(cache, memory.attention_mask())
+    _, latent_cache = model_and_cache()
+    cache = latent_cache.to_hf()
+    mask = change(cache, latent_cache.attention_mask())
     assert torch.equal(cache.attention_mask(), mask)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_copies_know_it_too(copied):
-    model, memory = remembered()
-    cache = copied(memory.to_hf())
+    model, latent_cache = model_and_cache()
+    cache = copied(latent_cache.to_hf())
     assert isinstance(cache, PaddedCache)
-    assert torch.equal(cache.attention_mask(), memory.attention_mask())
+    assert torch.equal(cache.attention_mask(), latent_cache.attention_mask())
     new, new_mask = ragged(NEXT, seed=2)
     with pytest.raises(ValueError, match=CONTRADICTED):
-        model.generate(new, past_key_values=cache, attention_mask=ones_over_both(memory, new_mask), **GREEDY)
+        model.generate(new, past_key_values=cache, attention_mask=ones_over_both(latent_cache, new_mask), **GREEDY)
 
 
 def test_columns_cut_by_hand_keep_the_padding_known():
-    _, memory = remembered()
-    cache = memory.to_hf()
+    _, latent_cache = model_and_cache()
+    cache = latent_cache.to_hf()
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[..., 4:, :].contiguous(), layer.values[..., 4:, :].contiguous()
-    assert torch.equal(cache.attention_mask(), memory.attention_mask()[:, 4:])
+    assert torch.equal(cache.attention_mask(), latent_cache.attention_mask()[:, 4:])
 
 
 def test_after_a_reset_nothing_in_it_is_a_token():
     """Older versions of transformers fill it with zeros, newer ones empty it."""
-    _, memory = remembered()
-    cache = memory.to_hf()
+    _, latent_cache = model_and_cache()
+    cache = latent_cache.to_hf()
     cache.reset()
     assert cache.get_seq_length() == 0 or not cache.attention_mask().any()
     assert real_columns(PaddedCache()) is None
@@ -460,22 +460,22 @@ def test_after_a_reset_nothing_in_it_is_a_token():
 
 @torch.no_grad()
 def test_an_empty_one_learns_the_padding_of_its_first_prompt():
-    model, _ = remembered()
+    model, _ = model_and_cache()
     ids, mask = ragged(LENGTHS)
     cache, plain = PaddedCache(), DynamicCache()
     got = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert torch.equal(got, model.generate(ids, attention_mask=mask, past_key_values=plain, **GREEDY))
     assert torch.equal(cache.attention_mask()[:, :14], mask)
     want = generate(model, ids, mask, max_new_tokens=NEW)
-    assert_same_memory(LatentCache.from_hf(cache), want.past_key_values)
+    assert_same_cache(LatentCache.from_hf(cache), want.past_key_values)
 
 
 @torch.no_grad()
 def test_whether_new_columns_hold_padding_is_asked_once_per_forward(monkeypatch):
     """And not in every layer, where a GPU would wait for the answer."""
-    model, memory = remembered()
+    model, latent_cache = model_and_cache()
     new, new_mask = ragged(NEXT, seed=2)
-    full, theirs = memory.attention_mask(new_mask), memory.to_hf()
+    full, theirs = latent_cache.attention_mask(new_mask), latent_cache.to_hf()
     asked, whole = [], PaddedCache.update
 
     def update(self, *args, **kwargs):
@@ -491,17 +491,17 @@ def test_whether_new_columns_hold_padding_is_asked_once_per_forward(monkeypatch)
 
 
 @torch.no_grad()
-def test_beams_behind_a_ragged_memory():
+def test_beams_behind_a_ragged_cache():
     """reorder_cache in the middle of transformers' own loop."""
-    model, memory = remembered()
+    model, latent_cache = model_and_cache()
     new, new_mask = ragged([5, 5, 5, 5], seed=2)
     beams = {**GREEDY, "num_beams": 3}
-    theirs = memory.to_hf()
+    theirs = latent_cache.to_hf()
     theirs.batch_repeat_interleave(3)
-    got = model.generate(new, past_key_values=theirs, attention_mask=memory.attention_mask(new_mask), **beams)
+    got = model.generate(new, past_key_values=theirs, attention_mask=latent_cache.attention_mask(new_mask), **beams)
     for row in range(4):
-        alone = memory.select([row]).to_hf()
+        alone = latent_cache.select([row]).to_hf()
         alone.batch_repeat_interleave(3)
-        mask = memory.select([row]).attention_mask(new_mask[row : row + 1])
+        mask = latent_cache.select([row]).attention_mask(new_mask[row : row + 1])
         want = model.generate(real(new, new_mask, row), past_key_values=alone, attention_mask=mask, **beams)
         assert torch.equal(got[row], want[0])

@@ -342,7 +342,7 @@ def test_a_step_is_captured_again_where_the_model_was_edited(edit):
     model = tiny_model("gemma2")
     aligner = build_aligner(model, "identity")
 
-    def thoughts():
+    def state_and_latents():
         engine, eager = both(model)
         start = read(model, [12, 5])
         ours, theirs = (
@@ -352,13 +352,13 @@ def test_a_step_is_captured_again_where_the_model_was_edited(edit):
         assert_same_steps(ours, theirs)
         return engine.state, ours.latents
 
-    state, latents = thoughts()
-    assert thoughts()[0] is state
+    state, latents = state_and_latents()
+    assert state_and_latents()[0] is state
     edit(model)
-    edited, other = thoughts()
+    edited, other = state_and_latents()
     assert edited is not state
     assert not torch.allclose(other, latents, atol=1e-3)
-    assert thoughts()[0] is edited
+    assert state_and_latents()[0] is edited
 
 
 def steered_below(model, monkeypatch):

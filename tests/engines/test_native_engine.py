@@ -217,7 +217,7 @@ def test_hypothesis_float32_rows_are_bit_identical_alone_and_in_a_batch(lengths,
         patch.setenv("LATENTMAS_ISA", data[0])
         patch.setenv("LATENTMAS_NUM_THREADS", data[1])
         together = latent_generate(model, ids, mask, latent_steps=steps, weights=weights, aligner="ridge")
-        spoken = generate(model, ids, mask, max_new_tokens=3, eos_token_id=None, weights=weights)
+        batch_text = generate(model, ids, mask, max_new_tokens=3, eos_token_id=None, weights=weights)
         row = len(lengths) - 1
         patch.setenv("LATENTMAS_NUM_THREADS", "1")
         own = ids[row : row + 1, mask[row].bool()]
@@ -225,7 +225,7 @@ def test_hypothesis_float32_rows_are_bit_identical_alone_and_in_a_batch(lengths,
         assert torch.equal(alone.latents[0], together.latents[row])
         assert torch.equal(alone.last_hidden[0], together.last_hidden[row])
         text = generate(model, own, max_new_tokens=3, eos_token_id=None, weights=weights)
-        assert torch.equal(text.sequences[0, -3:], spoken.sequences[row, -3:])
+        assert torch.equal(text.sequences[0, -3:], batch_text.sequences[row, -3:])
 
 
 HYPOTHESIS_MODEL = tiny_model("qwen3-mixed")
@@ -560,15 +560,15 @@ def test_calls_from_several_threads_do_not_mix(monkeypatch):
         ids, mask = ragged([9 + number, 5], seed=number)
         weights = ("model", "int8")[number % 2]
         out = latent_generate(model, ids, mask, latent_steps=2 + number % 3, weights=weights, aligner="identity")
-        said = generate(model, ids[:, -3:], past_key_values=out.past_key_values, max_new_tokens=5, weights=weights)
-        return out.latents, said.sequences
+        tokens = generate(model, ids[:, -3:], past_key_values=out.past_key_values, max_new_tokens=5, weights=weights)
+        return out.latents, tokens.sequences
 
     alone = [call(number) for number in range(8)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(call, [*range(8)] * 3))
-    for (latents, said), (latents_alone, said_alone) in zip(together, alone * 3, strict=True):
+    for (latents, tokens), (latents_alone, tokens_alone) in zip(together, alone * 3, strict=True):
         assert torch.equal(latents, latents_alone)
-        assert torch.equal(said, said_alone)
+        assert torch.equal(tokens, tokens_alone)
 
 
 def test_a_call_out_of_a_callback_does_not_disturb_the_one_around_it():

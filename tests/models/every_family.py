@@ -71,7 +71,7 @@ def row_of(family: str, plain: Any) -> Row:
         return Row(family, FAMILIES[family], "skipped", "skipped", SKIPPED[family])
     name = type(plain).__name__
     generate_runs = _generate(plain)
-    latent, why = _think(plain)
+    latent, why = _run_latent(plain)
     assert latent == "refused" or doctor(plain).engines["eager"].on
     assert latent != "refused" or why in str(doctor(plain).engines["eager"])
     why = why.removeprefix(name).strip().partition("; supported")[0].partition(". ")[0]
@@ -83,11 +83,11 @@ def _generate(plain: Any) -> str:
     ours, left = accelerate(copy.deepcopy(plain)), []
     ids, mask = ragged(LENGTHS, vocab=VOCAB)
     options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
-    told = {"return_dict_in_generate": True, "output_logits": True}
+    outputs = {"return_dict_in_generate": True, "output_logits": True}
     calls: list[dict[str, Any]] = [
         {"input_ids": ids[1:]},
         {"input_ids": ids, "attention_mask": mask},
-        {"input_ids": ids, "attention_mask": mask, **told},
+        {"input_ids": ids, "attention_mask": mask, **outputs},
     ]
     for number, call in enumerate(calls, start=1):
         torch.manual_seed(0)  # Reformer draws its hashes
@@ -105,7 +105,7 @@ def _generate(plain: Any) -> str:
     return "transformers" if left else "native"
 
 
-def _think(plain: Any) -> tuple[str, str]:
+def _run_latent(plain: Any) -> tuple[str, str]:
     """Hold latent steps and the text behind them, in a ragged batch, against each row alone; or why there are none."""
     ids, mask = ragged(LENGTHS, vocab=VOCAB)
     more = ragged([3, 3], vocab=VOCAB, seed=2)[0]
@@ -120,7 +120,7 @@ def _think(plain: Any) -> tuple[str, str]:
             with pytest.raises(ValueError, match="latent_steps=2 cannot be taken in this call, since "):
                 ours.generate(ids, attention_mask=mask, **steps)
             return "refused", str(error)
-        said = generate(plain, more, past_key_values=out.past_key_values, max_new_tokens=TOKENS, eos_token_id=None)
+        decoded = generate(plain, more, past_key_values=out.past_key_values, max_new_tokens=TOKENS, eos_token_id=None)
         at_once = ours.generate(ids, attention_mask=mask, **steps)
     for row in range(len(ids)):
         with torch.no_grad():
@@ -129,7 +129,7 @@ def _think(plain: Any) -> tuple[str, str]:
             tokens = loop.decode(more[row : row + 1], TOKENS)
         assert _apart(out.latents[row], latents) < TOLERANCE, f"latents of row {row}"
         assert _apart(out.last_hidden[row], hidden) < TOLERANCE, f"last hidden state of row {row}"
-        assert said.sequences[row, 3:].tolist() == tokens, f"tokens of row {row}"
+        assert decoded.sequences[row, 3:].tolist() == tokens, f"tokens of row {row}"
     assert at_once.shape == (2, ids.shape[1] + TOKENS)
     return out.metrics.engine, ""
 

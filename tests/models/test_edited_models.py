@@ -37,18 +37,18 @@ def close(got: Tensor, want: Tensor) -> bool:
 
 
 @torch.no_grad()
-def plain_thoughts(model: Any) -> tuple[Tensor, Tensor]:
+def plain_latents(model: Any) -> tuple[Tensor, Tensor]:
     """Latents [B, steps, D] and the state [B, D] behind the prompt: each row by itself, over its whole sequence every time."""
     decoder, latents, first = model.get_decoder(), [], []
     for row in range(len(IDS)):
-        sequence, thought = model.get_input_embeddings()(real(IDS, MASK, row)), []
+        sequence, own = model.get_input_embeddings()(real(IDS, MASK, row)), []
         back = feed_back(model, "identity")
         for _ in range(STEPS):
             state = decoder(inputs_embeds=sequence, use_cache=False).last_hidden_state[:, -1]
-            first += [] if thought else [state]
-            thought.append(back(state, state))
-            sequence = torch.cat([sequence, thought[-1][:, None]], dim=1)
-        latents.append(torch.cat(thought))
+            first += [] if own else [state]
+            own.append(back(state, state))
+            sequence = torch.cat([sequence, own[-1][:, None]], dim=1)
+        latents.append(torch.cat(own))
     return torch.stack(latents), torch.cat(first)
 
 
@@ -61,7 +61,7 @@ def plain_scores(model: Any) -> Tensor:
     return torch.stack(out.logits, dim=1)
 
 
-def thoughts(model: Any, engine: str) -> tuple[Tensor, str]:
+def latents_and_engine(model: Any, engine: str) -> tuple[Tensor, str]:
     """Latents of the engine, and which one ran."""
     out = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity", engine=engine)
     return out.latents, out.metrics.engine
@@ -76,7 +76,7 @@ def first_call(model: Any) -> None:
     with accelerate(model):  # first: leaving the block moves the weights, and what was kept of them counts no more
         plain_scores(model)
     for engine in ("eager", "native"):
-        thoughts(model, engine)
+        latents_and_engine(model, engine)
         tokens(model, engine)
 
 
@@ -239,14 +239,17 @@ def test_an_edited_model_gives_what_transformers_gives(name, moment):
         if moment == "after one":
             first_call(model)
         edit(model)
-    got = {engine: (thoughts(model, engine)[0], tokens(model, engine)[:, -TOKENS:]) for engine in ("auto", "eager")}
-    latents, scores = plain_thoughts(model)[0], plain_scores(model)
+    got = {
+        engine: (latents_and_engine(model, engine)[0], tokens(model, engine)[:, -TOKENS:])
+        for engine in ("auto", "eager")
+    }
+    latents, scores = plain_latents(model)[0], plain_scores(model)
     assert (scores - unedited).abs().max() > EFFECT, "the edit has no effect"
-    for engine, (thought, said) in got.items():
-        assert close(thought, latents), engine
-        assert torch.equal(said, scores.argmax(-1)), engine
-    if not refusal(thoughts, model, "native"):
-        assert close(thoughts(model, "native")[0], latents)
+    for engine, (ours, token_ids) in got.items():
+        assert close(ours, latents), engine
+        assert torch.equal(token_ids, scores.argmax(-1)), engine
+    if not refusal(latents_and_engine, model, "native"):
+        assert close(latents_and_engine(model, "native")[0], latents)
     with accelerate(model):
         assert close(plain_scores(model), scores)
 
@@ -398,8 +401,8 @@ def test_whatever_the_forwards_read_may_be_edited(family, moment):
             apply(model, path, name, number)
         except Exception:  # transformers' own checks do not let it be set
             continue
-        got = {engine: outcome(only, thoughts, model, engine) for engine in ("native", "eager")}
-        want = outcome(only, plain_thoughts, model)
+        got = {engine: outcome(only, latents_and_engine, model, engine) for engine in ("native", "eager")}
+        want = outcome(only, plain_latents, model)
         scores = outcome(plain_scores, model)
         with accelerate(model):
             got["accelerate"] = outcome(plain_scores, model)
@@ -469,10 +472,10 @@ def test_a_model_with_other_layers_gives_what_its_forward_gives(name, moment):
         first_call(model)
     edit(model)
     assert Architecture.of(model).slots == slots
-    got = {engine: thoughts(model, engine) for engine in ("auto", "native", "eager")}
-    latents = plain_thoughts(model)[0]
-    for engine, (thought, ran) in got.items():
-        assert close(thought, latents), engine
+    got = {engine: latents_and_engine(model, engine) for engine in ("auto", "native", "eager")}
+    latents = plain_latents(model)[0]
+    for engine, (ours, ran) in got.items():
+        assert close(ours, latents), engine
         assert ran == ("eager" if engine == "eager" else "native")
     want = outcome(plain_scores, model)  # transformers' cache has no place behind those of the configuration
     if isinstance(want, Tensor):
@@ -481,7 +484,7 @@ def test_a_model_with_other_layers_gives_what_its_forward_gives(name, moment):
 
 
 @torch.no_grad()
-def test_a_memory_of_a_model_without_one_of_its_layers_goes_to_transformers_and_back():
+def test_a_cache_of_a_model_without_one_of_its_layers_goes_to_transformers_and_back():
     """The place of the layer that was taken out stays empty in transformers' cache; in ours nothing reads it."""
     model = tiny_model("llama")
     del model.model.layers[1]
@@ -519,11 +522,11 @@ def lines(*rows: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_ragged_memory_without_one_of_its_layers_keeps_its_padding_known():
+def test_a_ragged_cache_without_one_of_its_layers_keeps_its_padding_known():
     model, new = pruned(), lines([5, 6, 7], [8, 9, 10])
-    memory = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity").past_key_values
-    want = generate(model, new, past_key_values=memory, max_new_tokens=TOKENS).sequences
-    theirs = memory.to_hf()
+    latent_cache = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity").past_key_values
+    want = generate(model, new, past_key_values=latent_cache, max_new_tokens=TOKENS).sequences
+    theirs = latent_cache.to_hf()
     full = theirs.attention_mask(torch.ones_like(new))
     model(new, past_key_values=theirs, attention_mask=full, position_ids=(full.cumsum(1) - 1)[:, -3:])
     assert columns_of(theirs) == [17, None, 17]
@@ -545,16 +548,16 @@ def test_zeros_that_the_other_layers_have_outgrown_are_a_place_without_a_layer()
     model, new = pruned(), lines([5, 6, 7], [8, 9, 10])
     wrapper = ModelWrapper(model, character_tokenizer(pad=False), aligner="identity", cache="legacy")
     theirs = wrapper.generate_latent_batch(IDS, MASK, latent_steps=STEPS)
-    memory = LatentCache.from_hf(theirs)
+    latent_cache = LatentCache.from_hf(theirs)
     theirs = LegacyCache.of(list(theirs))
     assert columns_of(theirs) == [14, 14, 14]
     full = theirs.attention_mask(torch.ones_like(new))
     model(new, past_key_values=theirs, attention_mask=full, position_ids=(full.cumsum(1) - 1)[:, -3:])
     assert columns_of(theirs) == [17, 14, 17]
     assert torch.equal(theirs.attention_mask(), full)
-    said = wrapper.generate_text_batch(new, past_key_values=theirs, max_new_tokens=TOKENS, temperature=0)[0]
-    read = latent_generate(model, new, latent_steps=0, past_key_values=memory).past_key_values
-    assert said == wrapper.generate_text_batch(new, past_key_values=read, max_new_tokens=TOKENS, temperature=0)[0]
+    texts = wrapper.generate_text_batch(new, past_key_values=theirs, max_new_tokens=TOKENS, temperature=0)[0]
+    read = latent_generate(model, new, latent_steps=0, past_key_values=latent_cache).past_key_values
+    assert texts == wrapper.generate_text_batch(new, past_key_values=read, max_new_tokens=TOKENS, temperature=0)[0]
 
 
 @pytest.mark.parametrize("filled", [True, False], ids=["filled by the model", "empty"])
@@ -569,30 +572,31 @@ def test_a_pruned_models_cache_holds_what_plain_transformers_leaves_in_it(filled
             model(ids[:, :5], past_key_values=cache)
         if fast:
             accelerate(model)
-        said, counts = ids, []
+        new_ids, counts = ids, []
         for _ in range(2):
-            said = model.generate(said, attention_mask=torch.ones_like(said), **options)
+            new_ids = model.generate(new_ids, attention_mask=torch.ones_like(new_ids), **options)
             counts.append(columns_of(cache))
-            model(said[:, -1:], past_key_values=cache)
-            said = torch.cat([said, lines([5, 6])], 1)
+            model(new_ids[:, -1:], past_key_values=cache)
+            new_ids = torch.cat([new_ids, lines([5, 6])], 1)
             counts.append(columns_of(cache))
-        results.append((said.tolist(), counts))
+        results.append((new_ids.tolist(), counts))
     assert results[0] == results[1]
 
 
 @torch.no_grad()
-def test_places_without_a_layer_are_zeros_however_a_memory_is_copied(tmp_path, monkeypatch):
+def test_places_without_a_layer_are_zeros_however_a_cache_is_copied(tmp_path, monkeypatch):
     """Memory that was not set would travel on: here it is NaN."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **of: empty(*size, **of).fill_(float("nan")))
     model = pruned()
-    memory = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity").past_key_values
-    memory.save(tmp_path / "memory.safetensors", model)
-    theirs = memory.to_hf()
+    latent_cache = latent_generate(model, IDS, MASK, latent_steps=STEPS, aligner="identity").past_key_values
+    latent_cache.save(tmp_path / "memory.safetensors", model)
+    theirs = latent_cache.to_hf()
     for copied in (
-        memory, memory.fork(40), memory.select([1, 0]), memory.fork_rows(2, capacity=40), memory.branch(),
-        copy.deepcopy(memory),
-        LatentCache.load(tmp_path / "memory.safetensors", model), LatentCache.concat([memory], model),
+        latent_cache, latent_cache.fork(40), latent_cache.select([1, 0]), latent_cache.fork_rows(2, capacity=40),
+        latent_cache.branch(),
+        copy.deepcopy(latent_cache),
+        LatentCache.load(tmp_path / "memory.safetensors", model), LatentCache.concat([latent_cache], model),
         LatentCache.from_hf(theirs, capacity=40), latent_generate(model, IDS, past_key_values=theirs).past_key_values,
     ):  # fmt: skip
         assert copied.gaps == (1,)
@@ -613,13 +617,13 @@ def test_layers_that_share_a_place_in_the_cache_are_refused_with_the_remedy(how)
         with pytest.raises(
             UnsupportedModelError, match="layer_idx 1. Give each layer of the list an object and a layer_idx"
         ):
-            thoughts(model, engine)
+            latents_and_engine(model, engine)
     want = outcome(plain_scores, model)
     with accelerate(model):
         assert not verdict(want, outcome(plain_scores, model))
     model.model.layers[3] = copy.deepcopy(layer)
     renumbered(model)
-    assert close(thoughts(model, "native")[0], plain_thoughts(model)[0])
+    assert close(latents_and_engine(model, "native")[0], plain_latents(model)[0])
 
 
 # ---- settings that the model's code does not read ---------------------------------------------------------------------
@@ -647,7 +651,7 @@ def test_layout_are_those_of_the_code_and_not_of_the_configuration(family, entri
         set_config(**entries)(model)
     assert Architecture.of(model).windows == windows
     for engine in ("native", "eager"):
-        assert close(thoughts(model, engine)[0], plain_thoughts(model)[0])
+        assert close(latents_and_engine(model, engine)[0], plain_latents(model)[0])
     want = outcome(plain_scores, model)
     with accelerate(model):
         got = outcome(plain_scores, model)
@@ -682,7 +686,7 @@ def test_a_past_that_lacks_what_layers_attend_to_is_refused():
     assert generate(mistral, ids[:, :2], past_key_values=past, max_new_tokens=1).sequences[0, -1] == want
 
 
-# ---- how it is said ---------------------------------------------------------------------------------------------------
+# ---- warnings and errors ---------------------------------------------------------------------------------------------
 
 
 def test_an_edited_model_runs_on_eager_with_one_warning_that_says_why():
@@ -691,14 +695,14 @@ def test_an_edited_model_runs_on_eager_with_one_warning_that_says_why():
     warn_once.cache_clear()
     words = r"runs on the eager engine, since model.layers.1.self_attn.scaling is 0.5, that of the first layer 0.25"
     with pytest.warns(RuntimeWarning, match=words):
-        assert thoughts(model, "auto")[1] == "eager"
+        assert latents_and_engine(model, "auto")[1] == "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        thoughts(model, "auto")
+        latents_and_engine(model, "auto")
     with pytest.raises(
         ValueError, match="engine='native' does not cover this LlamaForCausalLM: model.layers.1.self_attn.scal"
     ):
-        thoughts(model, "native")
+        latents_and_engine(model, "native")
 
 
 def test_what_was_refused_is_looked_at_again():
@@ -706,15 +710,15 @@ def test_what_was_refused_is_looked_at_again():
     right = model.model.layers[1].self_attn.q_proj
     model.model.layers[1].self_attn.head_dim = 15
     with pytest.raises(UnsupportedModelError, match="its forward does not run over 2 tokens"):
-        thoughts(model, "eager")
+        latents_and_engine(model, "eager")
     model.model.layers[1].self_attn.head_dim = 16
     model.model.layers[1].self_attn.q_proj = nn.Linear(40, 64)
     with pytest.raises(RuntimeError):
-        plain_thoughts(model)
+        plain_latents(model)
     with pytest.raises((ValueError, RuntimeError)):
-        thoughts(model, "auto")
+        latents_and_engine(model, "auto")
     model.model.layers[1].self_attn.q_proj = right
-    assert close(thoughts(model, "native")[0], plain_thoughts(model)[0])
+    assert close(latents_and_engine(model, "native")[0], plain_latents(model)[0])
 
 
 @pytest.mark.parametrize("moment", ["before a first call", "after one"])
@@ -726,6 +730,6 @@ def test_functions_of_a_family_that_were_replaced_are_run(moment, monkeypatch):
     right = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: right(q, k, cos, -sin * 0.5))
     assert "apply_rotary_pos_emb of transformers.models.llama.modeling_llama was replaced" in refusal(
-        thoughts, model, "native"
+        latents_and_engine, model, "native"
     )
-    assert close(thoughts(model, "auto")[0], plain_thoughts(model)[0])
+    assert close(latents_and_engine(model, "auto")[0], plain_latents(model)[0])

@@ -71,7 +71,7 @@ def test_sampling_draws_what_the_model_without_them_draws(engine, options):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["auto", "soft", "ridge"])
-def test_thoughts_are_those_of_the_model_without_them(kind, engine):
+def test_latents_are_those_of_the_model_without_them(kind, engine):
     plain, padded = padded_model()
     ids, mask = ragged([3, 7, 5])
     want, got = (
@@ -100,7 +100,7 @@ def test_auto_begins_with_a_token_that_there_is(bos):
     assert build_aligner(padded, "auto").kl_nats
 
 
-def test_thoughts_that_cross_are_made_of_tokens_that_there_are():
+def test_latents_for_another_model_are_made_of_tokens_that_there_are():
     """Of the first step and of all others alike, although the other model has an embedding for each row."""
     plain, padded = padded_model()
     other = tiny_model("llama", vocab_size=VOCAB + MORE)
@@ -127,16 +127,16 @@ def test_accelerated_models_write_the_same_and_leave_scores_to_transformers():
 
 
 def test_a_smaller_lm_head_is_as_it_was():
-    """The embedding may have more rows than the lm_head: those are never said."""
+    """The embedding may have more rows than the lm_head: no token is chosen of those."""
     model = tiny_model("llama")
     model.lm_head = nn.Linear(model.config.hidden_size, VOCAB - 20, bias=False)
     model.eval()
     model.generation_config.eos_token_id = None
     ids, mask = ragged([3, 7])
-    said = [generate(model, ids, mask, max_new_tokens=6, engine=engine).sequences for engine in ENGINES]
-    assert torch.equal(*said)
-    thought = [latent_generate(model, ids, mask, latent_steps=4, aligner="soft", engine=e).latents for e in ENGINES]
-    torch.testing.assert_close(*thought, rtol=1e-4, atol=1e-5)
+    token_ids = [generate(model, ids, mask, max_new_tokens=6, engine=engine).sequences for engine in ENGINES]
+    assert torch.equal(*token_ids)
+    latents = [latent_generate(model, ids, mask, latent_steps=4, aligner="soft", engine=e).latents for e in ENGINES]
+    torch.testing.assert_close(*latents, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -149,8 +149,8 @@ def test_the_generic_tier_leaves_them_out():
         engine = kind(model, Architecture.of(model))
         cache = latent_generate(model, ids, mask, latent_steps=0, max_cache_len=20, engine="eager").past_key_values
         logits = engine.extend(cache, Prompt(torch.ones(2, dtype=torch.int64), ids[:, -1:]), logits=True)
-        thinking = LatentParams(torch.tensor([3, 3]))
-        thought = engine.run_latent(cache, logits, build_aligner(model, "soft"), thinking, None)
-        outcomes.append((logits, thought.latents))
+        latent_params = LatentParams(torch.tensor([3, 3]))
+        latent_output = engine.run_latent(cache, logits, build_aligner(model, "soft"), latent_params, None)
+        outcomes.append((logits, latent_output.latents))
     for want, got in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)

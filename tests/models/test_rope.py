@@ -1,4 +1,4 @@
-"""Cuts and merges of a memory: goes on exactly like one that was built at those positions, or at the old ones with gaps."""
+"""Cuts and merges of caches: they go on exactly like one that was built at those positions, or at the old ones with gaps."""
 
 import copy
 import inspect
@@ -157,7 +157,7 @@ def test_scaled_frequencies_can_be_moved(rope):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_that_cannot_be_moved_are_refused_with_the_reason(name, overrides, words, dtype):
-    """And only where something has to move; the memory stays as it was."""
+    """And only where something has to move; the cache stays as it was."""
     model = tiny_model(name, **overrides).to(dtype)
     with pytest.raises(ValueError, match=f"{words}.*Cut without rebase\\(\\), which keeps positions"):
         RopeShift.probe(model)
@@ -182,10 +182,10 @@ def test_a_cache_of_another_model_is_not_rotated(model):
             cache.rebase(other)
 
 
-# ---- against a memory that the model built at those positions ------------------------------------------------------
+# ---- against a cache that the model built at those positions -------------------------------------------------------
 
 
-class PlainMemory:
+class PlainCache:
     """One row on transformers' own forward and cache, with the position of each slot and masks written out."""
 
     def __init__(self, model):
@@ -268,22 +268,22 @@ STEPS = [3, 4]
 
 
 def agents(model, engine, turns=TURNS, **options):
-    """The memory of two agents, planner and critic, the second behind the first."""
-    memory = None
+    """The cache of two agents, planner and critic, the second behind the first."""
+    cache = None
     for name, (ids, mask), steps in zip(("planner", "critic"), turns, STEPS, strict=False):
         out = latent_generate(
-            model, ids, mask, latent_steps=steps, past_key_values=memory, aligner="ridge", engine=engine, **options
+            model, ids, mask, latent_steps=steps, past_key_values=cache, aligner="ridge", engine=engine, **options
         )
-        memory = out.past_key_values
-        memory.name_segments(name)
-    return memory
+        cache = out.past_key_values
+        cache.name_segments(name)
+    return cache
 
 
 def plain_agents(model, turns=TURNS):
-    plain = [PlainMemory(model) for _ in turns[0][0]]
+    plain = [PlainCache(model) for _ in turns[0][0]]
     for (ids, mask), steps in zip(turns, STEPS, strict=False):
-        for row, memory in enumerate(plain):
-            memory.run_latent(real(ids, mask, row), steps)
+        for row, alone in enumerate(plain):
+            alone.run_latent(real(ids, mask, row), steps)
     return plain
 
 
@@ -291,28 +291,33 @@ def relative(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def assert_goes_on_like(model, engine, memory, plain, tolerance, turns=TURNS):
-    """Three latent steps and six greedy tokens behind the memory."""
-    thought = latent_generate(
-        model, *turns[2], latent_steps=3, past_key_values=memory, aligner="ridge", engine=engine, output_states=True
+def assert_goes_on_like(model, engine, cache, plain, tolerance, turns=TURNS):
+    """Three latent steps and six greedy tokens behind the cache."""
+    latent_output = latent_generate(
+        model, *turns[2], latent_steps=3, past_key_values=cache, aligner="ridge", engine=engine, output_states=True
     )
-    said = generate(
-        model, *turns[3], past_key_values=thought.past_key_values, max_new_tokens=6, eos_token_id=None, engine=engine
+    decoded = generate(
+        model,
+        *turns[3],
+        past_key_values=latent_output.past_key_values,
+        max_new_tokens=6,
+        eos_token_id=None,
+        engine=engine,
     )
     for row, alone in enumerate(plain):
         latents, last = alone.run_latent(real(*turns[2], row), 3)
-        assert relative(thought.latents[row], latents) < tolerance
-        assert relative(thought.last_hidden[row], last) < tolerance
-        assert said.sequences[row, -6:].tolist() == alone.decode(real(*turns[3], row), 6)
+        assert relative(latent_output.latents[row], latents) < tolerance
+        assert relative(latent_output.last_hidden[row], last) < tolerance
+        assert decoded.sequences[row, -6:].tolist() == alone.decode(real(*turns[3], row), 6)
 
 
-def cut(memory, plain, *, close, model):
-    """Drop an agent's thoughts by name, then every third slot of what is left and the first of the second row."""
-    memory.drop("planner:latent")
-    kept = torch.arange(int(memory.lengths.max())).expand(len(plain), -1) % 3 != 1
+def cut(cache, plain, *, close, model):
+    """Drop an agent's latent steps by name, then every third slot of what is left and the first of the second row."""
+    cache.drop("planner:latent")
+    kept = torch.arange(int(cache.lengths.max())).expand(len(plain), -1) % 3 != 1
     kept = kept.clone()
     kept[-1, 0] = False
-    memory.keep(kept)
+    cache.keep(kept)
     for row, alone in enumerate(plain):
         first = int(TURNS[0][1][row].sum())
         slots = [i for i in range(len(alone.positions)) if not first <= i < first + STEPS[0]]
@@ -321,37 +326,37 @@ def cut(memory, plain, *, close, model):
         if close:
             alone.rebase()
     if close:
-        memory.rebase(model)
+        cache.rebase(model)
     for row, alone in enumerate(plain):
-        assert memory.positions[row, : memory.lengths[row]].tolist() == alone.positions.tolist()
-        assert int(memory.next_position[row]) == alone.next
+        assert cache.positions[row, : cache.lengths[row]].tolist() == alone.positions.tolist()
+        assert int(cache.next_position[row]) == alone.next
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["rebased", "gaps"])
 @pytest.mark.parametrize(("name", "engine"), [*BOTH_ENGINES, *((name, "eager") for name in MOVABLE)])
-def test_a_cut_memory_goes_on_like_one_built_at_those_positions(name, engine, close):
+def test_a_cut_cache_goes_on_like_one_built_at_those_positions(name, engine, close):
     model = tiny_model(name)
-    memory, plain = agents(model, engine), plain_agents(model)
-    cut(memory, plain, close=close, model=model)
-    assert_goes_on_like(model, engine, memory, plain, TOLERANCE)
+    cache, plain = agents(model, engine), plain_agents(model)
+    cut(cache, plain, close=close, model=model)
+    assert_goes_on_like(model, engine, cache, plain, TOLERANCE)
 
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("engine", ["eager", "native"])
-def test_a_cut_memory_of_scaled_frequencies(rope, engine):
+def test_a_cut_cache_of_scaled_frequencies(rope, engine):
     """yarn scales the keys as well."""
     model = tiny_model("qwen3-mixed", rope_parameters=ROPES[rope])
-    memory, plain = agents(model, engine), plain_agents(model)
-    cut(memory, plain, close=True, model=model)
-    assert_goes_on_like(model, engine, memory, plain, TOLERANCE)
+    cache, plain = agents(model, engine), plain_agents(model)
+    cut(cache, plain, close=True, model=model)
+    assert_goes_on_like(model, engine, cache, plain, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["cohere2", "gpt2"])
 def test_gaps_of_models_whose_keys_cannot_be_moved(name):
     model = tiny_model(name)
-    memory, plain = agents(model, "eager"), plain_agents(model)
-    cut(memory, plain, close=False, model=model)
-    assert_goes_on_like(model, "eager", memory, plain, TOLERANCE)
+    cache, plain = agents(model, "eager"), plain_agents(model)
+    cut(cache, plain, close=False, model=model)
+    assert_goes_on_like(model, "eager", cache, plain, TOLERANCE)
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["rebased", "gaps"])
@@ -361,19 +366,19 @@ def test_far_positions(name, close):
     model = tiny_model(name, max_position_embeddings=4096)
     turns = [ragged([3880, 1200]), *TURNS[1:]]
     turns = [(ids[:2], mask[:2]) for ids, mask in turns]
-    memory, plain = agents(model, "native", turns[:1]), plain_agents(model, turns[:1])
-    width = int(memory.lengths.max())
-    kept = (torch.arange(width) < 20) | (torch.arange(width) >= memory.lengths[:, None] - 30)
-    memory.keep(kept & (torch.arange(width) < memory.lengths[:, None]))
+    cache, plain = agents(model, "native", turns[:1]), plain_agents(model, turns[:1])
+    width = int(cache.lengths.max())
+    kept = (torch.arange(width) < 20) | (torch.arange(width) >= cache.lengths[:, None] - 30)
+    cache.keep(kept & (torch.arange(width) < cache.lengths[:, None]))
     for row, alone in enumerate(plain):
         alone.cut(kept[row, : len(alone.positions)].nonzero()[:, 0])
         if close:
             alone.rebase()
     if close:
-        memory.rebase(model)
-    assert memory.next_position.tolist() == ([50, 50] if close else [3883, 1203])
+        cache.rebase(model)
+    assert cache.next_position.tolist() == ([50, 50] if close else [3883, 1203])
     for engine in ("native", "eager"):
-        assert_goes_on_like(model, engine, memory, copy.deepcopy(plain), 4 * TOLERANCE if close else TOLERANCE, turns)
+        assert_goes_on_like(model, engine, cache, copy.deepcopy(plain), 4 * TOLERANCE if close else TOLERANCE, turns)
 
 
 @pytest.mark.parametrize("engine", ["eager", "native"])
@@ -382,11 +387,11 @@ def test_bfloat16_error_is_that_of_plain_bfloat16(name, engine):
     """Against float32 on the same rounded weights, the errors of three rows together."""
     half = tiny_model(name).bfloat16()
     full = copy.deepcopy(half).float()
-    memory = agents(half, engine)
+    cache = agents(half, engine)
     plain, exact = plain_agents(half), plain_agents(full)
-    cut(memory.fork(), exact, close=True, model=half)
-    cut(memory, plain, close=True, model=half)
-    ours = latent_generate(half, *TURNS[2], latent_steps=1, past_key_values=memory, aligner="ridge", engine=engine)
+    cut(cache.fork(), exact, close=True, model=half)
+    cut(cache, plain, close=True, model=half)
+    ours = latent_generate(half, *TURNS[2], latent_steps=1, past_key_values=cache, aligner="ridge", engine=engine)
     theirs, want = (
         torch.stack([alone.run_latent(real(*TURNS[2], row), 1)[1] for row, alone in enumerate(each)]).double()
         for each in (plain, exact)
@@ -399,8 +404,8 @@ def test_bfloat16_error_is_that_of_plain_bfloat16(name, engine):
 
 @pytest.mark.parametrize("engine", ["eager", "native"])
 @pytest.mark.parametrize("name", [*FAMILIES, "gemma3"])
-def test_a_merged_memory_goes_on_like_one_built_at_those_positions(name, engine):
-    """Agents that thought apart; in the middle one that was cut, its gaps are closed as well."""
+def test_a_merged_cache_goes_on_like_one_built_at_those_positions(name, engine):
+    """Agents that ran apart; in the middle one that was cut, its gaps are closed as well."""
     if name == "gemma3" and engine == "native":
         pytest.skip("the native engine does not cover it")
     model = tiny_model(name)
@@ -417,11 +422,11 @@ def test_a_merged_memory_goes_on_like_one_built_at_those_positions(name, engine)
         want.append(first)
     assert merged.capacity == 60
     assert merged.lengths.tolist() == merged.next_position.tolist() == [len(m.positions) for m in want]
-    for row, memory in enumerate(want):
-        length = len(memory.positions)
-        assert merged.positions[row, :length].tolist() == memory.positions.tolist()
-        keys = torch.stack([layer.keys[0] for layer in memory.cache.layers])
-        values = torch.stack([layer.values[0] for layer in memory.cache.layers])
+    for row, alone in enumerate(want):
+        length = len(alone.positions)
+        assert merged.positions[row, :length].tolist() == alone.positions.tolist()
+        keys = torch.stack([layer.keys[0] for layer in alone.cache.layers])
+        values = torch.stack([layer.values[0] for layer in alone.cache.layers])
         assert relative(merged.keys[:, row, :, :length], keys) < 1e-5
         assert relative(merged.values[:, row, :, :length], values) < 1e-5
     assert_goes_on_like(model, engine, merged, want, TOLERANCE)
@@ -449,7 +454,7 @@ def test_slices_of_rows_with_a_shared_prefix_merge_to_what_each_row_holds(engine
         assert int(merged.lengths[row]) == first + second - end
         assert torch.equal(merged.buffer[:, :, row, :, :first], one.buffer[:, :, 0, :, :first])
         assert torch.equal(merged.values[:, row, :, first : first + second - end], one.values[:, 1, :, end:second])
-        tail = PlainMemory(model)
+        tail = PlainCache(model)
         states = [one.buffer[:, layer, 1, :, end:second] for layer in range(3)]
         tail.cache = DynamicCache(ddp_cache_data=[(keys[None], values[None]) for keys, values in states])
         moved = torch.arange(first, first + second - end)
