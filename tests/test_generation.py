@@ -32,16 +32,16 @@ def test_ragged_chain_equals_plain_loop(family_model, kind):
     """Three agents over a ragged batch of 5: every row has the latents and the text of the plain loop for it alone."""
     model, steps = family_model, 6
     turns = [ragged(LENGTHS, seed=1), ragged([4, 2, 9, 5, 1], seed=2), ragged([5, 6, 2, 1, 8], seed=3)]
-    cache, thoughts = None, []
+    cache, latent_outputs = None, []
     for ids, mask in turns[:2]:
         out = latent_generate(model, ids, mask, latent_steps=steps, past_key_values=cache, aligner=kind)
         cache = out.past_key_values
-        thoughts.append(out)
+        latent_outputs.append(out)
     decoded = generate(model, *turns[2], past_key_values=cache, max_new_tokens=10, eos_token_id=None)
 
     for row in range(len(LENGTHS)):
         alone = PlainLoop(model, feed_back(model, "identity" if kind == "ridge" and is_tied(model) else kind))
-        for (ids, mask), out in zip(turns[:2], thoughts, strict=True):
+        for (ids, mask), out in zip(turns[:2], latent_outputs, strict=True):
             latents, last = alone.run_latent(real(ids, mask, row), steps)
             assert_latents_close(out.latents[row], latents)
             assert_latents_close(out.last_hidden[row], last)
@@ -76,7 +76,9 @@ def test_other_families_equal_plain_loop(name):
 def test_row_alone_equals_row_in_batch(family_model):
     ids, mask = ragged(LENGTHS)
     batch = latent_generate(family_model, ids, mask, latent_steps=5, aligner="ridge")
-    said = generate(family_model, ids, mask, past_key_values=batch.past_key_values, max_new_tokens=8, eos_token_id=None)
+    decoded = generate(
+        family_model, ids, mask, past_key_values=batch.past_key_values, max_new_tokens=8, eos_token_id=None
+    )
     for row in range(len(LENGTHS)):
         alone_ids = real(ids, mask, row)
         alone = latent_generate(family_model, alone_ids, latent_steps=5, aligner="ridge")
@@ -84,7 +86,7 @@ def test_row_alone_equals_row_in_batch(family_model):
         text = generate(
             family_model, alone_ids, past_key_values=alone.past_key_values, max_new_tokens=8, eos_token_id=None
         )
-        assert said.sequences[row, -8:].tolist() == text.sequences[0, -8:].tolist()
+        assert decoded.sequences[row, -8:].tolist() == text.sequences[0, -8:].tolist()
 
 
 @torch.no_grad()
@@ -183,7 +185,7 @@ def test_bfloat16_error_is_that_of_plain_bfloat16(family_model, kind):
     assert (ours - want).norm() <= 2 * (plain - want).norm()
 
 
-def in_one_pass(model, back, turns, thoughts, said):
+def in_one_pass(model, back, turns, latents_by_turn, new_ids):
     """What the plain model makes of one row's whole chain, all of its positions in one forward without a cache.
 
     It reads the embeddings that the engine fed back and the tokens that the engine wrote, so that no step inherits the
@@ -192,8 +194,8 @@ def in_one_pass(model, back, turns, thoughts, said):
     Args:
         back: what `feed_back` made of the model.
         turns: the row's own ids, [1, T] each, of the agents with latent steps and of the one that decodes.
-        thoughts: the latents of the former, [steps, D] each.
-        said: the tokens of the one that writes, [n].
+        latents_by_turn: the latents of the former, [steps, D] each.
+        new_ids: the tokens of the one that writes, [n].
 
     Returns:
         What `back` makes of every position that a latent came from, [all steps, D], and the logits that the tokens were
@@ -201,7 +203,7 @@ def in_one_pass(model, back, turns, thoughts, said):
     """
     embed = model.get_input_embeddings()
     parts, came_from, end = [], [], 0
-    for ids, latents in zip(turns, [*thoughts, embed(said[:-1])], strict=True):
+    for ids, latents in zip(turns, [*latents_by_turn, embed(new_ids[:-1])], strict=True):
         parts += [embed(ids)[0], latents.to(model.dtype)]
         came_from.append(torch.arange(len(latents)) + end + ids.shape[1] - 1)
         end += ids.shape[1] + len(latents)
@@ -244,9 +246,9 @@ def test_default_model_ragged_chain(default_model, default_tokenizer):
         backs = [feed_back(model, kind) for model in (exact, *orders)]
         for row in range(5):
             turns, latents = [real(ids, mask, row)] * 3, [first.latents[row], second.latents[row]]
-            said = decoded.sequences[row, -12:]
+            new_ids = decoded.sequences[row, -12:]
             (want, logits), *plain = (
-                in_one_pass(model, back, turns, latents, said)
+                in_one_pass(model, back, turns, latents, new_ids)
                 for model, back in zip((exact, *orders), backs, strict=True)
             )
             noise, logit_noise = (
@@ -255,7 +257,7 @@ def test_default_model_ragged_chain(default_model, default_tokenizer):
             )
             assert_latents_close(torch.cat(latents), want, 4 * noise)
             # Greedy: no other token is better by more than the rounding of two logits.
-            behind = logits.amax(-1) - logits.gather(-1, said[:, None])[:, 0]
+            behind = logits.amax(-1) - logits.gather(-1, new_ids[:, None])[:, 0]
             assert behind.max() <= 2 * logit_noise
 
 
@@ -494,10 +496,10 @@ def test_rows_report_how_long_they_are_and_why_they_ended(lengths, new, ends, di
 def test_an_end_token_at_the_limit_is_an_end(model):
     """The text is whole, so it was not cut."""
     ids, mask = ragged([5, 3])
-    said = generate(model, ids, mask, max_new_tokens=4, eos_token_id=None)
-    assert said.finish_reasons == ["length", "length"]
-    end = int(said.sequences[0, -1])
-    assert end not in said.sequences[0, 5:-1].tolist() + said.sequences[1, 5:].tolist()
+    decoded = generate(model, ids, mask, max_new_tokens=4, eos_token_id=None)
+    assert decoded.finish_reasons == ["length", "length"]
+    end = int(decoded.sequences[0, -1])
+    assert end not in decoded.sequences[0, 5:-1].tolist() + decoded.sequences[1, 5:].tolist()
     out = generate(model, ids, mask, max_new_tokens=4, eos_token_id=end)
     assert out.finish_reasons == ["stop", "length"]
     assert out.new_tokens == [4, 4]

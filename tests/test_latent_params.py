@@ -399,7 +399,7 @@ def test_what_another_model_is_fed_equals_float64(name, engine, kind):
 
 @pytest.mark.parametrize("kind", ["ridge", "soft"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_another_model_is_fed_nothing_where_nothing_was_thought(model, engine, kind):
+def test_another_model_is_fed_nothing_where_there_were_no_latent_steps(model, engine, kind):
     ids, mask = ragged([3, 14])
     cross = [build_aligner(model, kind, target_model=tiny_model("llama", hidden_size=64))]
     out = latent_generate(

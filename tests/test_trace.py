@@ -21,7 +21,7 @@ STEPS = [5, 2, 3]
 NUMBERS = ("probabilities", "norms", "distances", "cosines")
 
 
-def thought_of(model: Any, steps: Any = STEPS, **options: Any) -> LatentOutput:
+def latent_output_of(model: Any, steps: Any = STEPS, **options: Any) -> LatentOutput:
     ids, mask = ragged([3, 9, 1])
     return latent_generate(model, ids, mask, latent_steps=steps, output_states=True, **{**EAGER, **options})
 
@@ -86,7 +86,7 @@ def equal(a: LatentTrace, b: LatentTrace) -> None:
 def test_steps_are_as_the_formulas_say(name, aligner):
     """Rows of different lengths; scaled embeddings, capped and scaled logits among the families."""
     model = tiny_model(name)
-    output = thought_of(model, aligner=aligner)
+    output = latent_output_of(model, aligner=aligner)
     got = trace_of(model, output, top_k=TOP)
     assert got.steps == STEPS
     assert_reference(got, model, output)
@@ -94,7 +94,7 @@ def test_steps_are_as_the_formulas_say(name, aligner):
 
 
 def test_shapes_and_dtypes(model):
-    got = trace_of(model, thought_of(model), top_k=TOP)
+    got = trace_of(model, latent_output_of(model), top_k=TOP)
     want = {
         "tokens": (torch.int64, (3, 5, TOP)),
         "probabilities": (torch.float32, (3, 5, TOP)),
@@ -108,7 +108,7 @@ def test_shapes_and_dtypes(model):
 
 
 def test_behind_the_end_of_a_row_is_nothing(model):
-    output = thought_of(model)
+    output = latent_output_of(model)
     for row, count in enumerate(STEPS):  # whatever lies there is not looked at
         output.states[row, count:] = output.latents[row, count:] = torch.nan
     got = trace_of(model, output)
@@ -117,11 +117,11 @@ def test_behind_the_end_of_a_row_is_nothing(model):
         assert (got.nearest[row, count:] == -1).all()
         assert all(getattr(got, name)[row, count:].isnan().all() for name in NUMBERS)
     assert got.finite.all()
-    equal(got, trace_of(model, thought_of(model)))
+    equal(got, trace_of(model, latent_output_of(model)))
 
 
 def test_rows_are_as_they_are_alone(model):
-    output = thought_of(model)
+    output = latent_output_of(model)
     got = trace_of(model, output)
     for row, count in enumerate(STEPS):
         alone = dataclasses.replace(
@@ -137,7 +137,7 @@ def test_rows_are_as_they_are_alone(model):
 
 
 def test_a_row_that_settles_has_fewer_steps(model):
-    output = thought_of(model, 6, settle=-1.0)
+    output = latent_output_of(model, 6, settle=-1.0)
     assert output.latent_steps == [2, 2, 2]
     got = trace_of(model, output, top_k=TOP)
     assert got.norms.shape == (3, 2)
@@ -145,7 +145,7 @@ def test_a_row_that_settles_has_fewer_steps(model):
 
 
 def test_cosines_are_those_that_settle_sees(model):
-    output = thought_of(model, 6)
+    output = latent_output_of(model, 6)
     for row, taken in enumerate(output.latent_steps):
         output.latents[row, taken // 2] = output.latents[row, taken // 2 - 1]
     output.latents[0, :2] = 0
@@ -157,21 +157,21 @@ def test_cosines_are_those_that_settle_sees(model):
 
 
 def test_no_steps_at_all(model):
-    got = trace_of(model, thought_of(model, 0))
+    got = trace_of(model, latent_output_of(model, 0))
     assert got.steps == [0, 0, 0]
     assert got.tokens.shape == (3, 0, 5)
     assert got.norms.shape == got.nearest.shape == got.finite.shape == (3, 0)
 
 
 def test_the_whole_vocabulary_sums_to_one(model):
-    got = trace_of(model, thought_of(model, 3), top_k=VOCAB)
+    got = trace_of(model, latent_output_of(model, 3), top_k=VOCAB)
     torch.testing.assert_close(got.probabilities.sum(-1), torch.ones(3, 3))
     assert torch.equal(got.tokens.sort(-1).values, torch.arange(VOCAB).expand(3, 3, VOCAB))
 
 
 def test_embeddings_are_taken_as_the_module_gives_them(model):
     """A module that gives rows of its weight in another order: the token is the one it gives the row for."""
-    output = thought_of(model)
+    output = latent_output_of(model)
     before = trace_of(model, output)
     plain = model.get_input_embeddings().weight.detach().clone()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: plain[VOCAB - 1 - inputs[0]])
@@ -183,7 +183,7 @@ def test_embeddings_are_taken_as_the_module_gives_them(model):
 
 def test_a_token_that_is_fed_is_nearest_to_itself(model):
     """And a token whose embedding is zero has no direction: it is nearest to nothing."""
-    output = thought_of(model, 33)
+    output = latent_output_of(model, 33)
     ids = 1 + torch.arange(3 * 33).view(3, 33) % (VOCAB - 1)
     ids[1, 1] = ids[1, 0]
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_token_that_is_fed_is_nearest_to_itself(model):
 @pytest.mark.parametrize(("steps", "rows"), [(1, 1), (2, 10), (7, 96), (1000, 1000)])
 def test_pieces_of_any_size_give_the_same(name, steps, rows, monkeypatch):
     model = tiny_model(name)
-    output = thought_of(model)
+    output = latent_output_of(model)
     whole = trace_of(model, output)
     monkeypatch.setattr(trace, "STEPS", steps)
     monkeypatch.setattr(trace, "VOCABULARY_ROWS", rows)
@@ -212,7 +212,7 @@ def test_logits_and_embeddings_are_made_in_pieces(model, monkeypatch):
     """Never more steps through the lm_head, nor more rows of the embedding, than a piece has."""
     monkeypatch.setattr(trace, "STEPS", 3)
     monkeypatch.setattr(trace, "VOCABULARY_ROWS", 20)
-    output, heads, rows = thought_of(model), [], []
+    output, heads, rows = latent_output_of(model), [], []
     model.get_output_embeddings().register_forward_hook(lambda m, inputs, out: heads.append(len(inputs[0])))
     model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: rows.append(len(inputs[0])))
     trace_of(model, output)
@@ -223,7 +223,7 @@ def test_logits_and_embeddings_are_made_in_pieces(model, monkeypatch):
 def test_bfloat16_is_read_in_float32():
     """Probabilities sum to one and cosines are those of the embeddings that were fed, finer than bfloat16 could tell."""
     model = tiny_model("llama").bfloat16()
-    output = thought_of(model)
+    output = latent_output_of(model)
     assert output.states.dtype == torch.bfloat16
     got = trace_of(model, output, top_k=VOCAB)
     torch.testing.assert_close(got.probabilities[0].sum(-1), torch.ones(5))
@@ -231,7 +231,7 @@ def test_bfloat16_is_read_in_float32():
 
 
 def test_the_output_stays_as_it_was(model):
-    output = thought_of(model)
+    output = latent_output_of(model)
     states, latents = output.states.clone(), output.latents.clone()
     trace_of(model, output)
     assert torch.equal(output.states, states)
@@ -262,7 +262,7 @@ def test_caps_and_scales_that_matter(name, option):
     got = logits_of(model, states)
     assert torch.equal(got, model(input_ids=ids).logits)
     assert not torch.allclose(got, model.get_output_embeddings()(states), atol=1e-2)
-    output = thought_of(model)
+    output = latent_output_of(model)
     assert_reference(trace_of(model, output, top_k=TOP), model, output)
 
 
@@ -270,7 +270,7 @@ def test_caps_and_scales_that_matter(name, option):
 
 
 @torch.no_grad()
-def broken_thought(model: Any, steps: int, at: int, value: float) -> LatentOutput:
+def broken_output(model: Any, steps: int, at: int, value: float) -> LatentOutput:
     """Latent steps of a plain loop, whose state becomes `value` in one place at step `at` and is fed back."""
     ids, _ = ragged([6])
     loop, back = PlainLoop(model, feed_back(model, "identity")), feed_back(model, "identity")
@@ -300,8 +300,8 @@ def broken_thought(model: Any, steps: int, at: int, value: float) -> LatentOutpu
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_state_that_breaks_is_seen_where_it_does(model, value):
     """The step whose state breaks was fed a good embedding; the ones behind it were not. Those before are as ever."""
-    got = trace_of(model, broken_thought(model, 6, at=4, value=value))
-    good = trace_of(model, broken_thought(model, 6, at=99, value=value))
+    got = trace_of(model, broken_output(model, 6, at=4, value=value))
+    good = trace_of(model, broken_output(model, 6, at=99, value=value))
     assert good.finite.all()
     assert got.finite.tolist() == [[True, True, True, False, False, False]]
     assert (got.tokens[0, 3:] == -1).all()
@@ -316,7 +316,7 @@ def test_a_state_that_breaks_is_seen_where_it_does(model, value):
 
 
 def test_a_row_that_breaks_leaves_the_others_alone(model):
-    output = thought_of(model, 3)
+    output = latent_output_of(model, 3)
     good = trace_of(model, output)
     output.states[1, 1, 5] = torch.nan
     output.latents[1, 2, 0] = torch.inf
@@ -330,7 +330,7 @@ def test_a_row_that_breaks_leaves_the_others_alone(model):
 @torch.no_grad()
 def test_logits_that_overflow_are_no_tokens(model):
     """The state is finite and stays so; what the lm_head makes of it is not."""
-    output = thought_of(model, 2)
+    output = latent_output_of(model, 2)
     model.get_output_embeddings().weight[9] = 3e38
     output.states[0, 0] = 10.0
     got = trace_of(model, output)
@@ -355,11 +355,11 @@ def test_top_k_out_of_range(model, top_k):
     with pytest.raises(
         ValueError, match=f"top_k must be an integer from 1 to {VOCAB}, the size of the vocab.*{top_k!r}"
     ):
-        trace_of(model, thought_of(model, 1), top_k=top_k)
+        trace_of(model, latent_output_of(model, 1), top_k=top_k)
 
 
 def test_another_model_is_refused(model):
     with pytest.raises(
         ValueError, match="the states have a width of 48, but LlamaForCausalLM has 32: pass the model tha"
     ):
-        trace_of(tiny_model("llama", hidden_size=32), thought_of(model, 1))
+        trace_of(tiny_model("llama", hidden_size=32), latent_output_of(model, 1))

@@ -32,9 +32,9 @@ def test_conversation_in_one_cache_changing_hands(monkeypatch, name, kind):
     pair = Pair(name, monkeypatch)
     turns = [ragged([6, 6], seed=s)[0] for s in range(4)]
     histories = []
-    for speakers in ((pair.plain,) * 4, (pair.ours, pair.plain) * 2, (pair.plain, pair.ours) * 2, (pair.ours,) * 4):
+    for models in ((pair.plain,) * 4, (pair.ours, pair.plain) * 2, (pair.plain, pair.ours) * 2, (pair.ours,) * 4):
         cache, history = caches(pair.plain)[kind], torch.empty(2, 0, dtype=torch.int64)
-        for model, turn in zip(speakers, turns, strict=True):
+        for model, turn in zip(models, turns, strict=True):
             whole = torch.cat([history, turn], dim=1)
             history = model.generate(
                 whole, past_key_values=cache, max_new_tokens=5, eos_token_id=[12, 30], pad_token_id=1

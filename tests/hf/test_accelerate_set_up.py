@@ -81,13 +81,13 @@ def test_without_a_fast_engine_the_eager_one_runs_and_says_why(model: Any, monke
     where, error, words = PLACES[place]
     want = latent_generate(model, IDS, MASK, latent_steps=2, aligner="ridge", engine="eager")
     monkeypatch.setattr(where, raising(error))
-    said: list[str] = []
-    monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", said.append)
+    warned: list[str] = []
+    monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", warned.append)
     got = latent_generate(model, IDS, MASK, latent_steps=2, aligner="ridge")
     assert torch.equal(got.latents, want.latents)
     assert got.metrics.engine == "eager"
-    assert len(said) == 1
-    assert words in said[0]
+    assert len(warned) == 1
+    assert words in warned[0]
 
 
 @pytest.mark.parametrize("call", [latent_generate, generate])
@@ -248,12 +248,12 @@ def test_heads_that_differ_by_layer_are_left_to_transformers(monkeypatch: pytest
         "hidden_size_per_layer_input": 0,
     }
     plain = causal("gemma4_text", **options)
-    said: list[str] = []
-    monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", said.append)
+    warned: list[str] = []
+    monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", warned.append)
     monkeypatch.setattr("latentmas_kernels.engines.registry.warn_once", lambda _: None)
     ours = accelerate(copy.deepcopy(plain))
     assert torch.equal(ours.generate(**BATCH), plain.generate(**BATCH))
-    assert "different shapes (2 heads of width 16, 2 heads of width 32)" in said[0]
+    assert "different shapes (2 heads of width 16, 2 heads of width 32)" in warned[0]
     for call in (lambda: latent_generate(plain, IDS, MASK), lambda: ours.generate(**BATCH, latent_steps=2)):
         with pytest.raises(ValueError, match="keys and values of different shapes"):
             call()

@@ -69,9 +69,9 @@ def model() -> Any:
 @pytest.fixture
 def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Why calls were left to transformers."""
-    said: list[str] = []
-    monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", said.append)
-    return said
+    warned: list[str] = []
+    monkeypatch.setattr("latentmas_kernels.hf.decode.warn_once", warned.append)
+    return warned
 
 
 # ---- the same object, and back again --------------------------------------------------------------------------------
