@@ -7,12 +7,14 @@ import io
 import json
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from latentmas.backends.base import PromptEmbeds
 from served_gateway import QUESTION, SECONDS, ServedGateway, error_of, until
 
 
@@ -202,6 +204,28 @@ def test_embeddings_are_what_the_memory_was_fed(model: Any, tmp_path: Path) -> N
         torch.testing.assert_close(embeds[-len(last) :], table[last], rtol=0, atol=0)
         assert served.ask(model="alone").status_code == 200
         assert served.fake.seen[-1]["prompt"] == served.tokenizer("Why? Answer.\n\n").input_ids
+
+
+def test_embeddings_are_encoded_in_the_thread_of_the_model(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the event loop they would hold up the texts of all other requests: 0.2 s for 8k tokens of 4096."""
+    in_loop: list[bool] = []
+
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*given: Any) -> Any:
+            in_loop.append(asyncio._get_running_loop() is not None)
+            return function(*given)
+
+        return record
+
+    with ServedGateway(model, tmp_path, kv_transfer="embeds") as served:
+        monkeypatch.setattr(PromptEmbeds, "embed_tokens", recording(PromptEmbeds.embed_tokens))
+        for module, name in ((torch, "save"), (base64, "b64encode")):
+            monkeypatch.setattr(module, name, recording(getattr(module, name)))
+        for stream in (False, True):
+            assert served.ask(stream=stream).status_code == 200
+    assert in_loop == [False] * 6
 
 
 def test_models_and_health(served: ServedGateway) -> None:

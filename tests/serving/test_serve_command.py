@@ -1,6 +1,7 @@
 """`latentmas serve`: what it refuses, what it listens at, how signals end it."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -15,13 +16,16 @@ import httpx
 import pytest
 from fake_vllm import Served
 from latentmas.backends.vllm.server import VllmServer
-from latentmas.serving.config import ServeConfig
-from latentmas.serving.server import Server, listen, serve
+from latentmas.cli.serve import ServeConfig
+from latentmas.serving.server import Server, listen, print_kv_config, serve
 from latentmas.serving.vllm_process import VllmProcess
 from rich.console import Console
 from served_gateway import QUESTION, SECONDS, ServedGateway, error_of, until
 from test_vllm_process import child_of
 from tokenizers_offline import character_tokenizer
+
+from latentmas_kernels.errors import LatentMASError
+from latentmas_kernels.models.fingerprint import ModelFingerprint
 
 
 def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> None:
@@ -45,7 +49,10 @@ def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> No
         serve(ServeConfig(missing, kv_transfer="text"), console)
     with pytest.raises(ValueError, match="got --timeout 0; supported are seconds, more than 0"):
         serve(ServeConfig(missing, timeout=0), console)
-    for url in ("localhost:8001", "ftp://x", "http://x:bad", "127.0.0.1:8001", "", "http://", "http://:80"):
+    for url in (
+        "localhost:8001", "ftp://x", "http://x:bad", "127.0.0.1:8001", "", "http://", "http://:80", "http://x:99999999",
+        "http://x:65536", "http://127.0.0.1:0", "http://xn--a:80",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="supported is the address"):
             serve(ServeConfig(missing, vllm_url=url), console)
 
@@ -64,6 +71,45 @@ def test_vllm_that_is_not_installed_is_said_before_the_model_is_loaded(
     monkeypatch.setattr("latentmas.backends.vllm.launch.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vLLM is not installed here; .*--vllm-url takes a server that runs elsewhere"):
         serve(ServeConfig(str(tmp_path / "no-model"), ["sequential"], port=0), Console(stderr=True))
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "sesame\n", " sesame", "a\tb", "\udcff"])
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:8001"])
+def test_a_key_that_no_header_can_carry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, url: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "VLLM_API_KEY": key})
+    with pytest.raises(LatentMASError, match="got a VLLM_API_KEY with characters") as error:
+        serve(ServeConfig(str(tmp_path / "no-model"), vllm_url=url, port=0), Console(stderr=True))
+    assert key not in str(error.value)
+
+
+def test_the_key_of_vllm_is_sent(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = VllmServer(model, character_tokenizer(), folder=tmp_path)
+    monkeypatch.setenv("VLLM_API_KEY", "one two~")
+    vllm.set_url("http://127.0.0.1:8001")
+    assert vllm._http.headers["Authorization"] == "Bearer one two~"
+
+
+def test_the_connector_is_configured_whatever_a_server_would_refuse(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--kv-config starts no server, so it reads only the options of the model and of the folder."""
+    monkeypatch.setattr("latentmas.serving.server.load_model", lambda *_, **__: (model, character_tokenizer()))
+    monkeypatch.setattr(os, "environ", {**os.environ, "VLLM_API_KEY": "schlüssel"})
+    out = io.StringIO()
+    config = ServeConfig(
+        folder=tmp_path, vllm_url="nowhere", max_waiting=0, timeout=0, vllm_options=["chain.yaml"], kv_config=True
+    )
+    print_kv_config(config, Console(file=out))
+    extra = json.loads(out.getvalue())["kv_connector_extra_config"]
+    assert extra == {"folder": str(tmp_path), "fingerprint": ModelFingerprint.of(model).fingerprint}
+
+
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 64}.org", "no such host"])
+def test_a_host_that_is_none(host: str) -> None:
+    with pytest.raises(LatentMASError, match=f"cannot listen at {host} port 0: .*--host"):
+        listen(host, 0)
 
 
 def test_two_servers_at_one_address() -> None:

@@ -76,14 +76,16 @@ class Gateway:
             finally:
                 self._scopes.discard(scope)
         if scope.cancelled_caught:
-            raise ApiError("the server is ending; send the request again once it runs", code="server_ending")
+            raise ApiError(
+                "the server is ending; send the request again once it runs", status=503, code="server_ending"
+            )
 
     def chain(self, name: str) -> Chain:
         """Return the chain of that name. Raises ApiError where there is none."""
         if name not in self.chains:
             raise ApiError(
                 f"there is no chain {short_repr(name)} here; model names one of {', '.join(self.chains)}",
-                code="model_not_found", param="model",
+                status=404, code="model_not_found", param="model",
             )  # fmt: skip
         return self.chains[name]
 
@@ -99,6 +101,7 @@ class Gateway:
         if self.requests >= self.max_waiting:
             raise ApiError(
                 f"{self.requests} requests are being answered or wait, and no more at a time (--max-waiting); try again later",
+                status=429,
                 code="too_many_requests",
             )
         self.requests += 1

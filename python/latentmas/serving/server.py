@@ -6,31 +6,34 @@ import signal
 import socket
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from rich.console import Console
 from rich.text import Text
 
-from latentmas.backends.base import EngineError
+from latentmas.backends.base import KV_TRANSFERS, EngineError
+from latentmas.backends.vllm.http_errors import authorization_header, server_address
 from latentmas.backends.vllm.launch import check_installed, kv_config
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.chain.chain import Chain
 from latentmas.console import working
 from latentmas.loading import load_model
 from latentmas.serving.app import build_app
-from latentmas.serving.config import ServeConfig
 from latentmas.serving.gateway import Gateway
 from latentmas.serving.load_chains import build_chains, check_chains, read_chain_files
 from latentmas.serving.model_lease import ModelLease
 from latentmas.serving.vllm_process import VllmProcess
 from latentmas_kernels.errors import LatentMASError
 
+if TYPE_CHECKING:
+    from latentmas.cli.serve import ServeConfig
+
 GRACE_SECONDS, DRAIN_SECONDS = 10, 5
 """For requests that are being answered when the server is told to end; and for their error responses after that."""
 
 
-def serve(config: ServeConfig, console: Console) -> int:
+def serve(config: "ServeConfig", console: Console) -> int:
     """Serve until a signal; return the exit code.
 
     Raises:
@@ -38,7 +41,7 @@ def serve(config: ServeConfig, console: Console) -> int:
             taken, or a vLLM that does not start.
         OSError: where a file cannot be read.
     """
-    config.check()
+    _check(config)
     files = read_chain_files(config)
     with listen(config.host, config.port) as address:
         if config.vllm_url is None:
@@ -51,7 +54,7 @@ def serve(config: ServeConfig, console: Console) -> int:
             vllm, process = _vllm_server(config, model, tokenizer), None
             if config.vllm_url is None:
                 process = VllmProcess(
-                    config.model_path, model, vllm, config.vllm_options, lambda line: _log(console, line)
+                    config.model_path, model, vllm, config.vllm_options or (), lambda line: _log(console, line)
                 )
             chains = build_chains(config, files, model, tokenizer, vllm, lambda line: _warn(console, line))
         try:
@@ -60,9 +63,8 @@ def serve(config: ServeConfig, console: Console) -> int:
             raise LatentMASError(str(error)) from error
 
 
-def print_kv_config(config: ServeConfig, out: Console) -> None:
+def print_kv_config(config: "ServeConfig", out: Console) -> None:
     """Print the JSON for vLLM's --kv-transfer-config."""
-    config.check()
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
     vllm = _vllm_server(config, model, tokenizer)
     out.print(json.dumps(kv_config(vllm.stamp, vllm.folder)), soft_wrap=True)
@@ -77,7 +79,7 @@ class Server:
 
     def __init__(
         self,
-        config: ServeConfig,
+        config: "ServeConfig",
         console: Console,
         vllm: VllmServer,
         process: VllmProcess | None,
@@ -196,15 +198,37 @@ def listen(host: str, port: int) -> socket.socket:
         bound.bind(address)
         bound.listen(2048)  # an address that is only bound is not taken yet
         return bound
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise LatentMASError(
             f"cannot listen at {host} port {port}: {error}; name others with --host and --port"
         ) from error
 
 
-def _vllm_server(config: ServeConfig, model: Any, tokenizer: Any) -> VllmServer:
+def _check(config: "ServeConfig") -> None:
+    """Raise LatentMASError for options of a server that are not supported, or not together."""
+    if config.vllm_url is not None and config.vllm_options:
+        raise LatentMASError(
+            f"got --vllm-url and options for vLLM ({' '.join(config.vllm_options)}); give those to the server that runs"
+        )
+    if config.vllm_url is not None:
+        server_address(config.vllm_url)
+    authorization_header()
+    if config.vllm_options and not config.vllm_options[0].startswith("-"):
+        raise LatentMASError(
+            f"got {config.vllm_options[0]!r}; supported are options, and behind -- options of `vllm serve`, like -- "
+            "--max-model-len 4096"
+        )
+    if config.max_waiting < 1:
+        raise LatentMASError(f"--max-waiting must be 1 or more; got {config.max_waiting}")
+    if config.kv_transfer not in (None, *KV_TRANSFERS):
+        raise LatentMASError(f"got --hand-over {config.kv_transfer}; supported are {', '.join(KV_TRANSFERS)}")
+    if not config.timeout > 0:
+        raise LatentMASError(f"got --timeout {config.timeout}; supported are seconds, more than 0")
+
+
+def _vllm_server(config: "ServeConfig", model: Any, tokenizer: Any) -> VllmServer:
     return VllmServer(
-        model, tokenizer, kv_transfer=config.kv_transfer, folder=config.folder, timeout=config.timeout,
+        model, tokenizer, kv_transfer=config.kv_transfer or "kv", folder=config.folder, timeout=config.timeout,
         wait=ModelLease.wait,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Failures of vLLM's server, and the address that it is reached at."""
 
 import json
+import os
 
 import httpx
 
@@ -37,13 +38,31 @@ def server_address(url: str) -> str:
     try:
         parsed = httpx.URL(url)
         fits = parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.query
-    except httpx.InvalidURL:
+        fits = fits and parsed.port in (None, *range(1, 2**16))
+    except (httpx.InvalidURL, UnicodeError):  # the second for a host that begins with xn--
         fits = False
     if not fits:
         raise LatentMASError(
             f"got --vllm-url {url}; supported is the address of a running `vllm serve`, like http://127.0.0.1:8001"
         )
     return url.rstrip("/").removesuffix("/v1")
+
+
+def authorization_header() -> dict[str, str]:
+    """Return the header that carries VLLM_API_KEY; an empty dict where that is not set.
+
+    Raises:
+        LatentMASError: for a key that no header can carry.
+    """
+    key = os.environ.get("VLLM_API_KEY")
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise LatentMASError(
+            "got a VLLM_API_KEY with characters that an HTTP header cannot carry; supported are printable ASCII characters, "
+            "without spaces or line ends around them: set it to the key of vLLM"
+        )
+    return {"Authorization": f"Bearer {key}"}
 
 
 def refusal(response: httpx.Response) -> EngineError:
