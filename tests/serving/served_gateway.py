@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fake_vllm import Fake, Served
+from fake_vllm import FakeVllm, ServedApp
 from latentmas import Agent, Chain
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.serving.app import build_app
@@ -33,7 +33,7 @@ class ServedGateway:
         self.vllm = VllmServer(
             model, self.tokenizer, kv_transfer=kv_transfer, folder=folder, timeout=timeout, wait=ModelLease.wait
         )
-        self.fake, self.folder = Fake(next(iter(self.vllm._probe_text.likely))), folder
+        self.fake, self.folder = FakeVllm(next(iter(self.vllm._probe_text.likely))), folder
         self.chains = {
             name: Chain(model, self.tokenizer, agents, aligner="identity", decoder=self.vllm)
             for name, agents in {
@@ -47,15 +47,17 @@ class ServedGateway:
             return self.fake.app
 
         async def gateway() -> Any:
-            self.vllm.set_url(self.below.url)
+            self.vllm.set_url(self.vllm_app.url)
             await self.vllm.connect()
             self.gateway = Gateway(self.chains, self.vllm, **self.options)
             return build_app(self.gateway)
 
         with contextlib.ExitStack() as stack:
-            self.below = stack.enter_context(Served(fake))
-            self.front = stack.enter_context(Served(gateway))
-            self.client = stack.enter_context(httpx.Client(base_url=self.front.url, timeout=SECONDS, trust_env=False))
+            self.vllm_app = stack.enter_context(ServedApp(fake))
+            self.gateway_app = stack.enter_context(ServedApp(gateway))
+            self.client = stack.enter_context(
+                httpx.Client(base_url=self.gateway_app.url, timeout=SECONDS, trust_env=False)
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -65,10 +67,10 @@ class ServedGateway:
     def ask(self, **fields: Any) -> httpx.Response:
         return self.client.post("/v1/chat/completions", json={"model": "thinks", "messages": QUESTION, **fields})
 
-    def call(self, **fields: Any) -> socket.socket:
+    def send(self, **fields: Any) -> socket.socket:
         """Ask, and do not wait; closing it is how a client goes away."""
         body = json.dumps({"model": "thinks", "messages": QUESTION, **fields})
-        line = socket.create_connection(("127.0.0.1", self.front.port), SECONDS)
+        line = socket.create_connection(("127.0.0.1", self.gateway_app.port), SECONDS)
         line.sendall(
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )

@@ -52,7 +52,7 @@ def test_an_answer(served: ServedGateway) -> None:
 
 
 def test_a_stream_is_the_answer_in_pieces(served: ServedGateway) -> None:
-    served.fake.only = 3
+    served.fake.stop_after = 3
     (role, *words, ending, usage, done) = served.events(stream_options={"include_usage": True})
     assert role[1]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert [event["choices"][0]["delta"] for _, event in words] == [{"content": f" w{n}"} for n in range(3)]
@@ -148,8 +148,8 @@ def test_a_request_that_fails_leaves_what_others_draw_alone(served: ServedGatewa
 
 
 def test_characters_that_some_take_for_ends_of_lines(served: ServedGateway) -> None:
-    served.fake.behind = "\u2028\u2029\x85\x0b\x1c\xe9\U0001f600"
-    want = "".join(f" w{number}{served.fake.behind}" for number in range(6))
+    served.fake.suffix = "\u2028\u2029\x85\x0b\x1c\xe9\U0001f600"
+    want = "".join(f" w{number}{served.fake.suffix}" for number in range(6))
     assert served.ask().json()["choices"][0]["message"]["content"] == want
     events = served.client.post("/v1/chat/completions", json={"model": "thinks", "messages": QUESTION, "stream": True})
     lines = [line.removeprefix("data: ") for line in events.iter_lines() if line.startswith("data: {")]
@@ -233,7 +233,7 @@ def test_models_and_health(served: ServedGateway) -> None:
     assert served.client.get("/v1/models/mixes").json()["id"] == "mixes"
     assert error_of(served.client.get("/v1/models/x"), 404)["code"] == "model_not_found"
     assert served.client.get("/health").status_code == 200
-    served.below.__exit__()
+    served.vllm_app.__exit__()
     assert error_of(served.client.get("/health"), 503)["code"] == "vllm_unreachable"
 
 
@@ -243,5 +243,5 @@ def test_health_of_a_server_that_hangs(served: ServedGateway, monkeypatch: pytes
     async def hang() -> None:
         await asyncio.sleep(60)
 
-    served.fake.on_question = hang
+    served.fake.on_get = hang
     assert "its log" in error_of(served.client.get("/health"), 503)["message"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_vllm import Served
+from fake_vllm import ServedApp
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.cli.serve import ServeConfig
 from latentmas.serving.server import Server, listen, print_kv_config, serve
@@ -59,7 +59,7 @@ def test_what_the_command_refuses_before_it_loads_anything(tmp_path: Path) -> No
     async def nothing() -> Any:
         return None
 
-    taken = Served(nothing)
+    taken = ServedApp(nothing)
     taken.socket.listen()
     with taken.socket, pytest.raises(ValueError, match=f"port {taken.port}"):
         serve(ServeConfig(missing, port=taken.port), console)
@@ -127,7 +127,7 @@ def test_one_client_for_one_address(model: Any, tmp_path: Path) -> None:
 def run_server(served: ServedGateway, child: VllmProcess | None, meanwhile: Callable[[Server], None]) -> int:
     """The command behind the loading, in this thread, which the signals go to; `meanwhile` in another one."""
     address = listen("127.0.0.1", 0)
-    url = None if child is not None else served.below.url
+    url = None if child is not None else served.vllm_app.url
     server = Server(ServeConfig(vllm_url=url), Console(stderr=True), served.vllm, child, served.chains, address)
     with address, ThreadPoolExecutor(1) as pool:
         other = pool.submit(meanwhile, server)

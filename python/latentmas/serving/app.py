@@ -43,7 +43,7 @@ def build_app(gateway: Gateway) -> Starlette:
             with gateway.until_stopped():
                 body = await _read_body(request)
         except ClientDisconnect:
-            return Response()  # which nobody reads
+            return Response()  # to a client that has disconnected
         response = await with_cancellation(request.receive, partial(_respond, gateway, body))
         return Response() if response is None else response
 
@@ -99,7 +99,7 @@ async def with_cancellation(receive: Receive, work: Callable[[], Awaitable[T]]) 
 
 
 async def _read_body(request: Request) -> bytes:
-    """Raises ApiError where the body is too large, ClientDisconnect where the client leaves."""
+    """Return the body. Raises ApiError where it is too large, ClientDisconnect where the client disconnects."""
     body = b""
     async for chunk in request.stream():
         body += chunk

@@ -92,7 +92,7 @@ class ApiError(Exception):
 
 
 def api_error(error: Exception, request_id: str) -> ApiError:
-    """Return what a client is told about an exception. A bug goes to the log with its traceback, and the client gets its id."""
+    """Return the error for an exception. A bug goes to the log with its traceback, and the client gets its id."""
     if isinstance(error, ApiError):
         return error
     for kind, failure in FAILURES.items():

@@ -46,7 +46,7 @@ class Gateway:
     """
 
     def __init__(self, chains: Mapping[str, Chain], vllm: VllmServer, *, max_waiting: int = 256) -> None:
-        """Must be called in the event loop that answers.
+        """Set up the gateway, in the event loop that answers.
 
         Args:
             chains: of one model, each with `vllm` as its decoder.

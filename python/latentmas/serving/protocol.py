@@ -22,7 +22,7 @@ REMEDIES = {
     "logprobs": "no log-probabilities; leave it out",
     "response_format": 'text, {"type": "text"}; leave it out and check the answer yourself',
 }
-"""What is supported of fields that have one value; pydantic says it of all others."""
+"""Supported values of fields that have one; those of all others are in pydantic's message."""
 ROLES = (
     "supported is one user message, and one system or developer message before it: agents answer one question, so put what was "
     "said before into it"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from latentmas.cli.serve import ServeConfig
 
 GRACE_SECONDS, DRAIN_SECONDS = 10, 5
-"""For requests that are being answered when the server is told to end; and for their error responses after that."""
+"""For requests that are being answered when the server begins to end; and for their error responses after that."""
 
 
 def serve(config: "ServeConfig", console: Console) -> int:

@@ -67,12 +67,12 @@ def authorization_header() -> dict[str, str]:
 
 def refusal(response: httpx.Response) -> EngineError:
     """Return the error for a response whose status is not 200."""
-    said = f"(status {response.status_code}): {error_message(response.content)}"
+    reason = f"(status {response.status_code}): {error_message(response.content)}"
     if response.status_code in (429, 503):
-        return BusyError(f"vLLM takes no request now {said}; try again in a while")
+        return BusyError(f"vLLM takes no request now {reason}; try again in a while")
     if response.status_code in (400, 413, 422):
-        return RefusedError(f"vLLM does not take this request {said}; change the request, or how vLLM was started")
-    return EngineError(f"vLLM refused a request {said}")
+        return RefusedError(f"vLLM does not take this request {reason}; change the request, or how vLLM was started")
+    return EngineError(f"vLLM refused a request {reason}")
 
 
 def error_message(body: bytes) -> str:

@@ -114,7 +114,7 @@ class VllmServer:
     # ---- the server's state ----------------------------------------------------------------------------------------
 
     async def is_healthy(self) -> bool:
-        """Return whether the server says so."""
+        """Return whether the server answers /health with 200."""
         try:
             return (await self._http.get("/health", timeout=HEALTH_SECONDS)).status_code == 200
         except httpx.HTTPError:
