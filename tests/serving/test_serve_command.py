@@ -21,7 +21,7 @@ from latentmas.serving.server import Server, listen, print_kv_config, serve
 from latentmas.serving.vllm_process import VllmProcess
 from rich.console import Console
 from served_gateway import QUESTION, SECONDS, ServedGateway, error_of, until
-from test_vllm_process import child_of
+from test_vllm_process import SERVER, child_of
 from tokenizers_offline import character_tokenizer
 
 from latentmas_kernels.errors import LatentMASError
@@ -198,6 +198,58 @@ def test_a_second_signal_as_it_starts_ends_it_at_once(served: ServedGateway) -> 
     finally:
         if child._process is not None:
             child._process.kill()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_as_it_starts(served: ServedGateway, number: int, code: int) -> None:
+    child, _ = child_of(
+        served.chains["thinks"].model, served.folder, "import time; print('slow', flush=True); time.sleep(1000)"
+    )
+
+    def meanwhile(server: Server) -> None:
+        until(lambda: child._last_lines)
+        os.kill(os.getpid(), number)
+
+    assert run_server(served, child, meanwhile) == code
+    assert child._process is not None
+    assert child._process.returncode == -signal.SIGTERM
+    assert served.fake.models_requests == 1, "it was connected once, before this"
+
+
+def test_vllm_that_does_not_start(served: ServedGateway) -> None:
+    child, _ = child_of(served.chains["thinks"].model, served.folder, "print('no gpu'); raise SystemExit(3)")
+    with pytest.raises(LatentMASError, match=r"vLLM ended as it started \(exit code 3\)(.|\n)*no gpu"):
+        run_server(served, child, lambda server: None)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_vllm_ends_with_the_server_and_the_server_with_vllm(
+    served: ServedGateway, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str], dies: bool
+) -> None:
+    """Its process is one that is healthy; the requests are answered by the other fake."""
+    folder = tmp_path_factory.mktemp("process")
+    child, _ = child_of(served.chains["thinks"].model, served.folder, SERVER.replace("FOLDER", str(folder)))
+
+    def meanwhile(server: Server) -> None:
+        until(lambda: server._http is not None and server._http.started)
+        port = server.address.getsockname()[1]
+        body = {"model": "thinks", "messages": QUESTION}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        assert httpx.post(url, json=body, timeout=SECONDS, trust_env=False).status_code == 200
+        if not dies:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        (folder / "broken").touch()
+        assert child._process is not None
+        os.kill(child._process.pid, signal.SIGKILL)
+
+    assert run_server(served, child, meanwhile) == (1 if dies else 0)
+    assert child._process is not None
+    assert child._process.poll() is not None
+    assert (folder / "tidy").exists()
+    output = capfd.readouterr().err
+    assert "Traceback" not in output
+    assert ("the server ends: vLLM did not start 3 times in a row" in output) == dies
 
 
 def test_no_chain_is_left(served: ServedGateway) -> None:
