@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from latentmas.backends.base import EngineError
@@ -49,19 +48,6 @@ FAILURES: Mapping[type[Exception], Failure] = {
 """Of each type of exception; the first that fits."""
 
 
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """OpenAI's error object."""
-
-    error: ErrorBody
-
-
 class ApiError(Exception):
     """An error that a client gets in place of an answer.
 
@@ -79,16 +65,17 @@ class ApiError(Exception):
         self.status, self.code, self.param, self.final = status, code, param, final
 
     @property
-    def body(self) -> ErrorResponse:
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
         client = "rate_limit_error" if self.status == 429 else "invalid_request_error"
         kind = client if self.status < 500 else "server_error"
-        return ErrorResponse(error=ErrorBody(message=str(self), type=kind, param=self.param, code=self.code))
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """Return a response of the error's status."""
         retry = {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
         final = {"x-should-retry": "false"} if self.final else {}
-        return JSONResponse(self.body.model_dump(), self.status, {**(headers or {}), **retry, **final})
+        return JSONResponse(self.body, self.status, {**(headers or {}), **retry, **final})
 
 
 def api_error(error: Exception, request_id: str) -> ApiError:

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from anyio import CancelScope, CapacityLimiter, Semaphore, to_thread
 
@@ -14,7 +15,7 @@ from latentmas.chain.chain import Chain
 from latentmas.chain.run import PendingAnswer
 from latentmas.serving.errors import ApiError
 from latentmas.serving.model_lease import ModelLease
-from latentmas.serving.protocol import ChatCompletionRequest, UsageInfo, short_repr
+from latentmas.serving.protocol import ChatCompletionRequest, short_repr, usage_info
 from latentmas_kernels.errors import LatentMASError
 
 CHECKS = 2
@@ -29,11 +30,11 @@ class Finish:
 
     Attributes:
         reason: "stop" or "length".
-        usage: of all agents.
+        usage: of all agents, as `usage_info` returns it.
     """
 
     reason: str
-    usage: UsageInfo
+    usage: dict[str, Any]
 
 
 class Gateway:
@@ -125,7 +126,7 @@ class Gateway:
                             break
                         if part.text:
                             yield part.text
-                yield Finish(part.finish_reason, UsageInfo.of(pending.finish([part])))
+                yield Finish(part.finish_reason, usage_info(pending.finish([part])))
             finally:
                 prompt.close()
         finally:
