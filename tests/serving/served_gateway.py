@@ -68,34 +68,34 @@ class ServedGateway:
         return self.client.post("/v1/chat/completions", json={"model": "thinks", "messages": QUESTION, **fields})
 
     def send(self, **fields: Any) -> socket.socket:
-        """Ask, and do not wait; closing it is how a client goes away."""
+        """Send a request and return its connection; to close that is to disconnect."""
         body = json.dumps({"model": "thinks", "messages": QUESTION, **fields})
-        line = socket.create_connection(("127.0.0.1", self.gateway_app.port), SECONDS)
-        line.sendall(
+        connection = socket.create_connection(("127.0.0.1", self.gateway_app.port), SECONDS)
+        connection.sendall(
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
-        return line
+        return connection
 
     def events(self, **fields: Any) -> list[tuple[str, Any]]:
-        """(name, data) of each event of a stream."""
+        """Return (name, data) of each event of a stream."""
         response = self.ask(stream=True, **fields)
         assert response.status_code == 200, response.text
         found = []
         for block in response.text.removesuffix("\n\n").split("\n\n"):
             *name, data = block.split("\n")
-            said = data.removeprefix("data: ")
-            found.append((name[0] if name else "", said if said == "[DONE]" else json.loads(said)))
+            content = data.removeprefix("data: ")
+            found.append((name[0] if name else "", content if content == "[DONE]" else json.loads(content)))
         return found
 
     def empty(self) -> bool:
-        """Nothing is left of any request."""
+        """Return whether no request is in progress and no KV file exists."""
         return not list(self.folder.iterdir()) and self.gateway.requests == 0
 
 
-def until(true: Callable[[], Any], seconds: float = SECONDS) -> None:
+def until(condition: Callable[[], Any], seconds: float = SECONDS) -> None:
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
+    while not condition():
+        assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.01)
 
 

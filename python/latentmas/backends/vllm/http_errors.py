@@ -38,7 +38,7 @@ def server_address(url: str) -> str:
     try:
         parsed = httpx.URL(url)
         fits = parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.query
-        fits = fits and parsed.port in (None, *range(1, 2**16))
+        fits = fits and (parsed.port is None or 0 < parsed.port < 2**16)
     except (httpx.InvalidURL, UnicodeError):  # the second for a host that begins with xn--
         fits = False
     if not fits:
