@@ -1,4 +1,4 @@
-"""A server that speaks as much of vLLM's API as the gateway uses, and misbehaves on demand; and any app in a thread."""
+"""A server with the part of vLLM's API that the gateway uses, with failures that tests switch on; and any app in a thread."""
 
 import asyncio
 import json
@@ -14,32 +14,36 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 
-class Fake:
-    """Writes " w0 w1 w2 ..." with the tokens 40, 41, 42, ... until the limit.
+class FakeVllm:
+    """Generates " w0 w1 w2 ..." with the tokens 40, 41, 42, ... until the limit.
 
     Attributes:
-        probe_token: that it writes behind the gateway's probe.
-        seen: bodies of requests, without those of probes; probes: how many of those.
-        ended: streams that were written to their end; left: those that the client left.
+        probe_token: generated for the gateway's probe.
+        seen: bodies of requests, without those of probes.
+        probes: number of probes.
+        ended, disconnected: number of streams that were sent to their end, and of those that the client left.
         on_token: awaited before each token of a text, with its number and the request.
-        cached: tokens that it says it found, given those of the memory; None says nothing.
-        refuse: a status to answer with; error_at: the token at which it reports an error; cut_at: at which it breaks off.
-        only: tokens after which a text ends by itself ("stop").
-        behind: of each token's text; raw: what it sends in place of a text's events.
-        max_model_len: that it says it was started for; asked: how often.
-        on_question: awaited before it says how it is and what it serves.
+        cached: returns the cached tokens of `usage` for the slots of the KV file; None leaves them out.
+        refuse: status of the response to every request.
+        error_at, disconnect_at: number of the token at which the stream reports an error, or breaks off.
+        stop_after: tokens after which a text ends by itself ("stop").
+        suffix: of each token's text.
+        raw_stream: sent in place of a text's events.
+        max_model_len: in the answer to /v1/models.
+        models_requests: number of requests for /v1/models.
+        on_get: awaited before the answers to /health and /v1/models.
     """
 
     def __init__(self, probe_token: int) -> None:
         self.probe_token = probe_token
         self.seen: list[dict[str, Any]] = []
-        self.probes, self.ended, self.left = 0, 0, 0
+        self.probes, self.ended, self.disconnected = 0, 0, 0
         self.on_token: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None
         self.cached: Callable[[int], int | None] = lambda slots: slots
-        self.refuse = self.error_at = self.cut_at = self.only = None  # type: Any
-        self.behind, self.max_model_len, self.asked = "", 400, 0
-        self.raw: str | None = None
-        self.on_question: Callable[[], Awaitable[None]] | None = None
+        self.refuse = self.error_at = self.disconnect_at = self.stop_after = None  # type: Any
+        self.suffix, self.max_model_len, self.models_requests = "", 400, 0
+        self.raw_stream: str | None = None
+        self.on_get: Callable[[], Awaitable[None]] | None = None
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -49,14 +53,14 @@ class Fake:
         )
 
     async def _health(self, request: Request) -> Response:
-        if self.on_question is not None:
-            await self.on_question()
+        if self.on_get is not None:
+            await self.on_get()
         return Response()
 
     async def _models(self, request: Request) -> Response:
-        self.asked += 1
-        if self.on_question is not None:
-            await self.on_question()
+        self.models_requests += 1
+        if self.on_get is not None:
+            await self.on_get()
         return JSONResponse({"data": [{"id": "fake", "max_model_len": self.max_model_len}]})
 
     async def _complete(self, request: Request) -> Response:
@@ -75,10 +79,10 @@ class Fake:
 
     async def _events(self, body: dict[str, Any], probe: bool) -> AsyncIterator[str]:
         slots = (body.get("kv_transfer_params") or {}).get("latentmas_slots", 0)
-        count = body["max_tokens"] if self.only is None else min(self.only, body["max_tokens"])
+        count = body["max_tokens"] if self.stop_after is None else min(self.stop_after, body["max_tokens"])
         whole = False
-        if self.raw is not None and not probe:
-            yield self.raw
+        if self.raw_stream is not None and not probe:
+            yield self.raw_stream
             return
         try:
             for number in range(count):
@@ -87,11 +91,11 @@ class Fake:
                 if number == self.error_at and not probe:
                     yield 'data: {"error": {"message": "the engine burns", "code": 500}}\n\ndata: [DONE]\n\n'
                     return
-                if number == self.cut_at and not probe:
+                if number == self.disconnect_at and not probe:
                     raise ConnectionError("the server dies")
                 token = self.probe_token if probe else 40 + number
                 reason = None if number + 1 < count else "length" if count == body["max_tokens"] else "stop"
-                choice = {"index": 0, "text": f" w{number}{self.behind}", "token_ids": [token], "finish_reason": reason}
+                choice = {"index": 0, "text": f" w{number}{self.suffix}", "token_ids": [token], "finish_reason": reason}
                 yield f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n"  # as vLLM does
             cached = self.cached(slots)
             details = None if cached is None else {"cached_tokens": cached}
@@ -100,10 +104,10 @@ class Fake:
             whole = True
             self.ended += 1
         finally:
-            self.left += not whole
+            self.disconnected += not whole
 
 
-class Served:
+class ServedApp:
     """An app on a port of its own, in a thread with a loop of its own. A context manager."""
 
     def __init__(self, make: Callable[[], Awaitable[Any]], port: int = 0) -> None:
@@ -131,7 +135,7 @@ class Served:
 
         asyncio.run(main())
 
-    def __enter__(self) -> "Served":
+    def __enter__(self) -> "ServedApp":
         self.thread.start()
         assert self._up.wait(60)
         assert not hasattr(self, "error"), self.error

@@ -1,12 +1,15 @@
 """Backends by name, and the import paths that users write: in their code, and in vLLM's configuration."""
 
+import contextlib
+import inspect
 import sys
 import types
 from importlib import import_module
 from unittest.mock import MagicMock
 
 import pytest
-from latentmas.backends import DECODERS, check_installed, open_backend
+from latentmas.backends import BACKENDS, DECODERS, check_installed, open_backend
+from latentmas.backends.base import Completion, GenerationRequest
 from latentmas.backends.vllm.launch import kv_config
 from tiny_models import tiny_model
 
@@ -23,6 +26,31 @@ def test_a_backend_is_opened_by_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "latentmas.backends.vllm.engine", module)
     open_backend("vllm", "a/model", "loaded", kv_transfer="embeds", folder=None, settings={})
     assert made == [(("a/model", "loaded"), {"kv_transfer": "embeds", "folder": None, "settings": {}})]
+
+
+def test_a_backend_that_is_not_vllm_is_opened_and_ended(monkeypatch):
+    """Callers know no more of it than the protocol, and that it is a context manager."""
+    ended = []
+
+    class Backend(contextlib.AbstractContextManager):
+        stamp, max_model_len = None, 100
+
+        def __init__(self, name, model, *, kv_transfer):
+            self.kv_transfer = kv_transfer
+
+        def write(self, cache, requests, on_tokens=None):
+            return [Completion([1], "stop", 1) for _ in requests]
+
+        def __exit__(self, *error):
+            ended.append(self)
+
+    monkeypatch.setitem(sys.modules, "other_backend", types.SimpleNamespace(Other=Backend))
+    monkeypatch.setitem(BACKENDS, "other", ("other_backend", "Other"))
+    with open_backend("other", "a/model", "loaded", kv_transfer="kv") as backend:
+        assert backend.write(None, [GenerationRequest([5], 1, ())]) == [Completion([1], "stop", 1)]
+        assert not ended
+    assert ended == [backend]
+    assert inspect.signature(open_backend).return_annotation == "AbstractContextManager[TextBackend]"
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,7 @@ def row_of(memory, row):
 
 @pytest.fixture
 def kv_file(tmp_path):
-    with KVFile(ragged_memory(), STAMP, tmp_path) as kv_file:
+    with closing(KVFile(ragged_memory(), STAMP, tmp_path)) as kv_file:
         yield kv_file
 
 
@@ -99,7 +100,7 @@ def test_a_kv_file_holds_what_the_memory_held(tmp_path, name, dtype):
     """Bit for bit, and the memory is as it was."""
     memory = MEMORIES[name](dtype)
     before = memory.buffer.clone(), memory.lengths.clone(), memory.prefix_len.clone(), list(memory.segments)
-    with KVFile(memory, STAMPS[dtype], tmp_path) as kv_file:
+    with closing(KVFile(memory, STAMPS[dtype], tmp_path)) as kv_file:
         assert [(source.row, source.slots) for source in kv_file.rows] == list(enumerate(memory.lengths.tolist()))
         for row, source in enumerate(kv_file.rows):
             got = read_kv_rows(tmp_path, source, STAMPS[dtype].fingerprint)
@@ -323,7 +324,7 @@ def test_no_two_rows_have_the_same_salt(tmp_path):
 
 
 def test_the_file_is_there_within_the_block_only_and_for_its_owner_only(tmp_path):
-    with KVFile(ragged_memory(), STAMP, tmp_path) as kv_file:
+    with closing(KVFile(ragged_memory(), STAMP, tmp_path)) as kv_file:
         assert list(tmp_path.iterdir()) == [kv_file.path]
         assert stat.S_IMODE(kv_file.path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == []
@@ -332,7 +333,7 @@ def test_the_file_is_there_within_the_block_only_and_for_its_owner_only(tmp_path
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_the_file_is_gone_behind_an_error(tmp_path, error):
-    with pytest.raises(error), KVFile(ragged_memory(), STAMP, tmp_path):
+    with pytest.raises(error), closing(KVFile(ragged_memory(), STAMP, tmp_path)):
         raise error
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_vllm import Fake, Served
+from fake_vllm import FakeVllm, ServedApp
 from latentmas import Agent, Chain
 from latentmas.backends.base import GenerationRequest
 from latentmas.backends.vllm import VllmServer
@@ -22,12 +22,12 @@ def test_a_chain_decodes_at_a_server_without_an_event_loop(model: Any, tmp_path:
     """`wait` is asyncio.run: each text of the chain has a loop of its own."""
     tokenizer = character_tokenizer()
     server = VllmServer(model, tokenizer, kv_transfer=kv_transfer, folder=tmp_path)
-    fake = Fake(next(iter(server._probe_text.likely)))
+    fake = FakeVllm(next(iter(server._probe_text.likely)))
 
     async def app() -> Any:
         return fake.app
 
-    with Served(app) as below:
+    with ServedApp(app) as below:
         server.set_url(below.url)
         with pytest.raises(ValueError, match="started for 0 together"):  # it is not connected yet
             server.write(None, [GenerationRequest([5], 4, ())])

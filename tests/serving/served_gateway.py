@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fake_vllm import Fake, Served
+from fake_vllm import FakeVllm, ServedApp
 from latentmas import Agent, Chain
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.serving.app import build_app
@@ -33,7 +33,7 @@ class ServedGateway:
         self.vllm = VllmServer(
             model, self.tokenizer, kv_transfer=kv_transfer, folder=folder, timeout=timeout, wait=ModelLease.wait
         )
-        self.fake, self.folder = Fake(next(iter(self.vllm._probe_text.likely))), folder
+        self.fake, self.folder = FakeVllm(next(iter(self.vllm._probe_text.likely))), folder
         self.chains = {
             name: Chain(model, self.tokenizer, agents, aligner="identity", decoder=self.vllm)
             for name, agents in {
@@ -47,15 +47,17 @@ class ServedGateway:
             return self.fake.app
 
         async def gateway() -> Any:
-            self.vllm.set_url(self.below.url)
+            self.vllm.set_url(self.vllm_app.url)
             await self.vllm.connect()
             self.gateway = Gateway(self.chains, self.vllm, **self.options)
             return build_app(self.gateway)
 
         with contextlib.ExitStack() as stack:
-            self.below = stack.enter_context(Served(fake))
-            self.front = stack.enter_context(Served(gateway))
-            self.client = stack.enter_context(httpx.Client(base_url=self.front.url, timeout=SECONDS, trust_env=False))
+            self.vllm_app = stack.enter_context(ServedApp(fake))
+            self.gateway_app = stack.enter_context(ServedApp(gateway))
+            self.client = stack.enter_context(
+                httpx.Client(base_url=self.gateway_app.url, timeout=SECONDS, trust_env=False)
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -65,35 +67,35 @@ class ServedGateway:
     def ask(self, **fields: Any) -> httpx.Response:
         return self.client.post("/v1/chat/completions", json={"model": "thinks", "messages": QUESTION, **fields})
 
-    def call(self, **fields: Any) -> socket.socket:
-        """Ask, and do not wait; closing it is how a client goes away."""
+    def send(self, **fields: Any) -> socket.socket:
+        """Send a request and return its connection; to close that is to disconnect."""
         body = json.dumps({"model": "thinks", "messages": QUESTION, **fields})
-        line = socket.create_connection(("127.0.0.1", self.front.port), SECONDS)
-        line.sendall(
+        connection = socket.create_connection(("127.0.0.1", self.gateway_app.port), SECONDS)
+        connection.sendall(
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
-        return line
+        return connection
 
     def events(self, **fields: Any) -> list[tuple[str, Any]]:
-        """(name, data) of each event of a stream."""
+        """Return (name, data) of each event of a stream."""
         response = self.ask(stream=True, **fields)
         assert response.status_code == 200, response.text
         found = []
         for block in response.text.removesuffix("\n\n").split("\n\n"):
             *name, data = block.split("\n")
-            said = data.removeprefix("data: ")
-            found.append((name[0] if name else "", said if said == "[DONE]" else json.loads(said)))
+            content = data.removeprefix("data: ")
+            found.append((name[0] if name else "", content if content == "[DONE]" else json.loads(content)))
         return found
 
     def empty(self) -> bool:
-        """Nothing is left of any request."""
+        """Return whether no request is in progress and no KV file exists."""
         return not list(self.folder.iterdir()) and self.gateway.requests == 0
 
 
-def until(true: Callable[[], Any], seconds: float = SECONDS) -> None:
+def until(condition: Callable[[], Any], seconds: float = SECONDS) -> None:
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
+    while not condition():
+        assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.01)
 
 

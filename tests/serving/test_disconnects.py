@@ -22,14 +22,14 @@ def test_a_client_that_leaves_ends_the_text(served: ServedGateway) -> None:
         while "w1" not in next(lines):
             pass
         assert not served.empty()
-    until(lambda: served.fake.left == 1)
+    until(lambda: served.fake.disconnected == 1)
     until(served.empty)
     for model, writing in (("thinks", 2), ("mixes", 3)):
-        line = served.call(model=model)
+        line = served.send(model=model)
         until(lambda: len(served.fake.seen) == writing)  # noqa: B023
         assert not served.empty()
         line.close()
-        until(lambda: served.fake.left == writing)  # noqa: B023
+        until(lambda: served.fake.disconnected == writing)  # noqa: B023
         until(served.empty)
     served.fake.on_token = None
     assert served.ask(model="mixes").status_code == 200
@@ -51,9 +51,9 @@ def test_clients_that_leave_end_the_thinking_and_never_begin_it(served: ServedGa
         return prepare(questions, on_progress=on_progress, **options)
 
     served.chains["thinks"].prepare = thinking  # type: ignore[method-assign]
-    first = served.call(messages=[{"role": "user", "content": "Forever"}])
+    first = served.send(messages=[{"role": "user", "content": "Forever"}])
     until(lambda: begun)
-    second = served.call()
+    second = served.send()
     until(lambda: served.gateway._model.statistics().tasks_waiting)
     second.close()
     until(lambda: served.gateway.requests == 1)
@@ -80,7 +80,7 @@ def test_a_client_that_leaves_as_the_thinking_ends_leaves_no_file(served: Served
         return pack(*given)
 
     served.vllm.pack = waiting  # type: ignore[method-assign]
-    line = served.call()
+    line = served.send()
     assert packing.wait(SECONDS)
     line.close()
     until(lambda: served.gateway.requests == 0)
@@ -109,9 +109,9 @@ def test_a_gateway_that_stops_ends_requests_wherever_they_are(served: ServedGate
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(served.ask, model=chain)
         assert begun.wait(SECONDS)
-        served.front.loop.call_soon_threadsafe(served.gateway.stop)
+        served.gateway_app.loop.call_soon_threadsafe(served.gateway.stop)
         error = error_of(answer.result(SECONDS), 503)
     assert error["code"] == "server_ending"
     assert error_of(served.ask(), 503) == error
     until(served.empty)
-    until(lambda: served.fake.left == len(served.fake.seen))
+    until(lambda: served.fake.disconnected == len(served.fake.seen))

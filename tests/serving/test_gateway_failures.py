@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import Served
+from fake_vllm import ServedApp
 from latentmas.serving.protocol import ChatCompletionRequest
 from served_gateway import SECONDS, ServedGateway, error_of, until
 
@@ -146,13 +146,13 @@ ODD = (
 
 def test_a_server_that_says_odd_things(served: ServedGateway) -> None:
     for data in ODD:
-        served.fake.raw = f"data: {data}\n\n"
+        served.fake.raw_stream = f"data: {data}\n\n"
         failing(served, 502, "vllm_failed", "not what vLLM says", begun=False)
     for raw in ("", ": ping\n\ndata: [DONE]\n\n", "x"):
-        served.fake.raw = raw
+        served.fake.raw_stream = raw
         failing(served, 502, "vllm_failed", "broke off", begun=False)
         assert not served.vllm._connected
-    served.fake.raw = None
+    served.fake.raw_stream = None
     assert served.ask().status_code == 200
 
 
@@ -164,31 +164,31 @@ def test_requests_that_wait_for_a_server_share_one_attempt(
     async def hang() -> None:
         await asyncio.sleep(60)
 
-    served.fake.on_question, served.vllm._connected, asked = hang, False, served.fake.asked
+    served.fake.on_get, served.vllm._connected, asked = hang, False, served.fake.models_requests
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(served.ask) for _ in range(8)]
-        until(lambda: served.fake.asked > asked)
-        served.call().close()  # who leaves does not end it for the others
+        until(lambda: served.fake.models_requests > asked)
+        served.send().close()  # who leaves does not end it for the others
         for answer in answers:
             error = error_of(answer.result(SECONDS), 504)
             assert "for 1 s" in error["message"]
             assert "--timeout" not in error["message"]
             assert answer.result().headers["x-should-retry"] == "false"
-    assert served.fake.asked == asked + 1
-    served.fake.on_question = None
+    assert served.fake.models_requests == asked + 1
+    served.fake.on_get = None
     assert served.ask().status_code == 200
 
 
 def test_a_server_that_dies_is_tried_out_again(served: ServedGateway) -> None:
-    served.fake.cut_at = 3
+    served.fake.disconnect_at = 3
     failing(served, 502, "vllm_failed", "broke off", begun=True)
-    served.fake.cut_at, probes = None, served.fake.probes
+    served.fake.disconnect_at, probes = None, served.fake.probes
     assert served.ask().status_code == 200
     assert served.fake.probes == probes + 2
 
 
 def test_a_server_that_dies_for_an_agent_in_the_middle(served: ServedGateway) -> None:
-    served.fake.cut_at = 3
+    served.fake.disconnect_at = 3
     error = error_of(served.ask(model="mixes"), 502)
     assert error["code"] == "vllm_failed"
     assert len(served.fake.seen) == 1
@@ -206,11 +206,11 @@ def test_a_silent_server(model: Any, tmp_path: Path) -> None:
         failing(served, 504, "vllm_silent", "0.5 s", begun=True)
         silent_from = 0
         failing(served, 504, "vllm_silent", "0.5 s", begun=False)
-        until(lambda: served.fake.left == 4)
+        until(lambda: served.fake.disconnected == 4)
 
 
 def test_a_server_that_is_away_for_a_while(served: ServedGateway) -> None:
-    served.below.__exit__()
+    served.vllm_app.__exit__()
     for _ in range(2):
         refused = served.ask(stream=True)
         assert error_of(refused, 503)["code"] == "vllm_unreachable"
@@ -220,7 +220,7 @@ def test_a_server_that_is_away_for_a_while(served: ServedGateway) -> None:
     async def fake() -> Any:
         return served.fake.app
 
-    with Served(fake, served.below.port):
+    with ServedApp(fake, served.vllm_app.port):
         assert served.ask().status_code == 200
         assert served.fake.probes == probes + 2
         served.fake.cached = lambda slots: 0  # exchanged for one without the connector
@@ -242,7 +242,7 @@ def test_other_servers_are_refused_at_once(model: Any, tmp_path: Path, kv_transf
         served.vllm.set_url(url)
         await served.vllm.connect()
 
-    with Served(app) as below:
+    with ServedApp(app) as below:
         asyncio.run(connect(below.url + "/v1"))
         fake.probe_token = next(token for token in range(97) if token not in served.vllm._probe_text.likely)
         with pytest.raises(ValueError, match="another model"):
@@ -252,6 +252,6 @@ def test_other_servers_are_refused_at_once(model: Any, tmp_path: Path, kv_transf
             fake.cached = lambda slots: 0
             with pytest.raises(ValueError, match="latentmas serve --kv-config"):
                 asyncio.run(connect(below.url))
-    with Served(app) as below, pytest.raises(ValueError, match="not what vLLM says"):
+    with ServedApp(app) as below, pytest.raises(ValueError, match="not what vLLM says"):
         asyncio.run(connect(below.url + "/nowhere"))
     assert not list(tmp_path.iterdir())

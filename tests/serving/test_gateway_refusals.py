@@ -91,7 +91,7 @@ def test_a_question_is_checked_in_threads_of_the_gateway_unless_it_is_far_too_lo
     assert threads == []
     assert served.ask().status_code == 200
     assert len(threads) == 1
-    assert threads[0] not in (threading.main_thread(), served.front.thread)
+    assert threads[0] not in (threading.main_thread(), served.gateway_app.thread)
     assert served.gateway._checks.total_tokens == 2
 
 

@@ -1,6 +1,7 @@
 """Keys and values in vLLM: the same tokens and log-probabilities as here, whatever the chain did to its memory."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,7 +192,7 @@ def test_nan_in_a_file_ends_that_request_only(
     with monkeypatch.context() as patch:
         patch.setattr("latentmas.backends.kv_file.check_finite", lambda *_: None)
         file = KVFile(spoiled, vllm.stamp, folder)
-    with file, pytest.raises(EngineError, match="ended request 0 with 'error'"):
+    with closing(file), pytest.raises(EngineError, match="ended request 0 with 'error'"):
         send(vllm, [5, 6], file.rows[0])
     check_lives(vllm, float32, ready)
 
@@ -207,7 +208,7 @@ def test_another_salt_ends_that_request_only(
     salt: str | None, vllm: Vllm, float32: tuple[Any, Any], ready: PendingAnswer
 ) -> None:
     assert ready.memory is not None
-    with KVFile(ready.memory, vllm.stamp, vllm.folder) as file:
+    with closing(KVFile(ready.memory, vllm.stamp, vllm.folder)) as file:
         (row,) = file.rows
         salted = SimpleNamespace(params=row.params, slots=row.slots, salt=salt)
         with pytest.raises(EngineError, match="ended request 0 with 'error'"):
@@ -235,7 +236,7 @@ def test_a_second_model_is_refused(vllm: Vllm, float32: tuple[Any, Any], ready: 
     assert ready.memory is not None
     other = replace(vllm.stamp, fingerprint="0" * 64)
     with (
-        KVFile(ready.memory, other, vllm.folder) as file,
+        closing(KVFile(ready.memory, other, vllm.folder)) as file,
         pytest.raises(EngineError, match="ended request 0 with 'error'"),
     ):
         send(vllm, [5], file.rows[0])

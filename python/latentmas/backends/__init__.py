@@ -1,10 +1,11 @@
 """Text-generation backends: engines outside this package that generate the texts of a chain (vLLM)."""
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentmas.backends.vllm.engine import Vllm
+    from latentmas.backends.base import TextBackend
 
 BACKENDS = {"vllm": ("latentmas.backends.vllm", "Vllm")}
 """The package of each backend and its class, a `TextBackend` and a context manager with the arguments of `open_backend`.
@@ -20,8 +21,8 @@ def check_installed(decoder: str) -> None:
     import_module(package).check_installed()
 
 
-def open_backend(decoder: str, name: str, model: Any, **options: Any) -> "Vllm":
-    """Start the engine of a backend, which ends with the returned context manager.
+def open_backend(decoder: str, name: str, model: Any, **options: Any) -> "AbstractContextManager[TextBackend]":
+    """Start the engine of a backend, and return the context manager that ends it.
 
     Args:
         decoder: a name in BACKENDS.
@@ -34,5 +35,5 @@ def open_backend(decoder: str, name: str, model: Any, **options: Any) -> "Vllm":
     """
     # torch and the engine take seconds to import, and the command line needs DECODERS before that.
     package, backend = BACKENDS[decoder]
-    opened: Vllm = getattr(import_module(package), backend)(name, model, **options)
+    opened: AbstractContextManager[TextBackend] = getattr(import_module(package), backend)(name, model, **options)
     return opened

@@ -104,7 +104,7 @@ class KVFileRow:
 
 
 class KVFile:
-    """The rows of a cache in a file. A context manager that removes the file at its end.
+    """The rows of a cache in a file, which `close` removes.
 
     Attributes:
         path: of the file.
@@ -148,12 +148,6 @@ class KVFile:
         self.path = folder / name
         write_cache(cache, self.path, stamp)
         self.rows = [KVFileRow(name, row, length) for row, length in enumerate(lengths)]
-
-    def __enter__(self) -> "KVFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Remove the file."""

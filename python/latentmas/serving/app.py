@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 from starlette.applications import Starlette
@@ -19,12 +19,9 @@ from latentmas.backends.vllm.http_errors import UnreachableError
 from latentmas.serving.errors import ApiError, api_error
 from latentmas.serving.gateway import Finish, Gateway
 from latentmas.serving.protocol import (
-    ChatCompletion,
-    ChatCompletionChunk,
     ChatCompletionRequest,
-    Choice,
-    ChunkChoice,
-    ModelCard,
+    Reply,
+    model_card,
     server_sent_event,
     truncate,
 )
@@ -43,20 +40,17 @@ def build_app(gateway: Gateway) -> Starlette:
             with gateway.until_stopped():
                 body = await _read_body(request)
         except ClientDisconnect:
-            return Response()  # which nobody reads
+            return Response()  # to a client that has disconnected
         response = await with_cancellation(request.receive, partial(_respond, gateway, body))
         return Response() if response is None else response
 
-    def card(name: str) -> dict[str, Any]:
-        return ModelCard(id=name, created=began).model_dump()
-
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [card(name) for name in gateway.chains]})
+        return JSONResponse({"object": "list", "data": [model_card(name, began) for name in gateway.chains]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         gateway.chain(name)
-        return JSONResponse(card(name))
+        return JSONResponse(model_card(name, began))
 
     async def health(request: Request) -> Response:
         if not await gateway.vllm.is_healthy():
@@ -99,7 +93,7 @@ async def with_cancellation(receive: Receive, work: Callable[[], Awaitable[T]]) 
 
 
 async def _read_body(request: Request) -> bytes:
-    """Raises ApiError where the body is too large, ClientDisconnect where the client leaves."""
+    """Return the body. Raises ApiError where it is too large, ClientDisconnect where the client disconnects."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -113,12 +107,12 @@ async def _respond(gateway: Gateway, body: bytes) -> Response:
     name = f"chatcmpl-{uuid.uuid4().hex}"
     try:
         request = ChatCompletionRequest.read(body)
-        head: dict[str, Any] = {"id": name, "created": int(time.time()), "model": request.model}
+        reply = Reply(name, int(time.time()), request.model)
         parts = gateway.answer(request)
         if request.stream:
             # A fault before the first piece of text has a status of its own.
             first = await anext(parts)
-            return _EventStream(_events(head, first, parts, request.stream_options.include_usage), parts)
+            return _EventStream(_events(reply, first, parts, request.stream_options.include_usage), parts)
         text = ""
         async with aclosing(parts):
             async for part in parts:
@@ -126,9 +120,7 @@ async def _respond(gateway: Gateway, body: bytes) -> Response:
                     finish = part
                 else:
                     text += part
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = Choice(message=message, finish_reason=finish.reason)
-        return JSONResponse(ChatCompletion(**head, choices=[choice], usage=finish.usage).model_dump())
+        return JSONResponse(reply.completion(text, finish.reason, finish.usage))
     except Exception as error:
         return api_error(error, name).response()
 
@@ -147,24 +139,20 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(head: dict[str, Any], first: str | Finish, parts: Parts, include_usage: bool) -> AsyncIterator[str]:
+async def _events(reply: Reply, first: str | Finish, parts: Parts, include_usage: bool) -> AsyncIterator[str]:
     """Yield server-sent events; after a failure a last one, named error."""
-
-    def chunk(delta: dict[str, str], reason: str | None = None) -> str:
-        return ChatCompletionChunk(**head, choices=[ChunkChoice(delta=delta, finish_reason=reason)]).event()
-
-    yield chunk({"role": "assistant", "content": ""})
+    yield reply.chunk({"role": "assistant", "content": ""})
     part = first
     try:
         while isinstance(part, str):
-            yield chunk({"content": part})
+            yield reply.chunk({"content": part})
             part = await anext(parts)
     except Exception as error:
-        yield f"event: error\n{server_sent_event(api_error(error, head['id']).body.model_dump())}"
+        yield f"event: error\n{server_sent_event(api_error(error, reply.id).body)}"
         return
-    yield chunk({}, part.reason)
+    yield reply.chunk({}, part.reason)
     if include_usage:
-        yield ChatCompletionChunk(**head, usage=part.usage).event()
+        yield reply.usage_chunk(part.usage)
     yield "data: [DONE]\n\n"
 
 

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from latentmas.backends.base import EngineError
@@ -16,53 +16,36 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5
 
-CODES: Mapping[type[Exception], str] = {
-    UnreachableError: "vllm_unreachable",
-    BusyError: "vllm_busy",
-    UnwritableError: "folder_unwritable",
-    RefusedError: "vllm_refused",
-    SilentError: "vllm_silent",
-    EngineError: "vllm_failed",
-    InsufficientMemoryError: "no_room",
-    MemoryError: "no_room",
-    torch.OutOfMemoryError: "no_room",
+
+class Failure(NamedTuple):
+    """What a client gets for an exception.
+
+    Attributes:
+        code: a word for programs.
+        status: of HTTP.
+        final: whether clients that repeat a failed request by themselves must not: it would fail again, or take as long.
+    """
+
+    code: str
+    status: int
+    final: bool = False
+
+
+NO_ROOM = Failure("no_room", 503)
+FAILURES: Mapping[type[Exception], Failure] = {
+    UnreachableError: Failure("vllm_unreachable", 503),
+    BusyError: Failure("vllm_busy", 503),
+    UnwritableError: Failure("folder_unwritable", 503),
+    RefusedError: Failure("vllm_refused", 400, final=True),
+    SilentError: Failure("vllm_silent", 504, final=True),
+    EngineError: Failure("vllm_failed", 502),
+    InsufficientMemoryError: NO_ROOM,
+    MemoryError: NO_ROOM,
+    torch.OutOfMemoryError: NO_ROOM,
     # Known only once agents have run: NaN in an embedding, a server that was replaced by another one.
-    LatentMASError: "cannot_answer",
+    LatentMASError: Failure("cannot_answer", 500, final=True),
 }
-"""Codes of exceptions; the first type that fits."""
-
-STATUSES: Mapping[str | None, int] = {
-    "model_not_found": 404,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "too_many_requests": 429,
-    "cannot_answer": 500,
-    "internal_error": 500,
-    "vllm_failed": 502,
-    "vllm_unreachable": 503,
-    "vllm_busy": 503,
-    "folder_unwritable": 503,
-    "no_room": 503,
-    "server_ending": 503,
-    "vllm_silent": 504,
-}
-"""Statuses of codes; 400 for all others."""
-
-FINAL = ("vllm_refused", "vllm_silent", "cannot_answer")
-"""Clients that repeat a failed request by themselves must not: it would fail again, or take as long."""
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """OpenAI's error object."""
-
-    error: ErrorBody
+"""Of each type of exception; the first that fits."""
 
 
 class ApiError(Exception):
@@ -71,37 +54,41 @@ class ApiError(Exception):
     Attributes:
         code: a word for programs, or None.
         param: the field of the request that is wrong, or None.
-        status: of HTTP, by STATUSES unless it is given.
+        status: of HTTP.
+        final: as in `Failure`.
     """
 
     def __init__(
-        self, message: str, *, code: str | None = None, param: str | None = None, status: int | None = None
+        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None, final: bool = False
     ) -> None:
         super().__init__(message)
-        self.code, self.param, self.status = code, param, status or STATUSES.get(code, 400)
+        self.status, self.code, self.param, self.final = status, code, param, final
 
     @property
-    def body(self) -> ErrorResponse:
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
         client = "rate_limit_error" if self.status == 429 else "invalid_request_error"
         kind = client if self.status < 500 else "server_error"
-        return ErrorResponse(error=ErrorBody(message=str(self), type=kind, param=self.param, code=self.code))
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """Return a response of the error's status."""
         retry = {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
-        final = {"x-should-retry": "false"} if self.code in FINAL else {}
-        return JSONResponse(self.body.model_dump(), self.status, {**(headers or {}), **retry, **final})
+        final = {"x-should-retry": "false"} if self.final else {}
+        return JSONResponse(self.body, self.status, {**(headers or {}), **retry, **final})
 
 
 def api_error(error: Exception, request_id: str) -> ApiError:
-    """Return what a client is told about an exception. A bug goes to the log with its traceback, and the client gets its id."""
+    """Return the error for an exception. A bug goes to the log with its traceback, and the client gets its id."""
     if isinstance(error, ApiError):
         return error
-    for kind, code in CODES.items():
+    for kind, failure in FAILURES.items():
         if isinstance(error, kind):
             text = str(error) or "there is not enough memory for this request now; try again later"
-            return ApiError(text, code=code)
+            return ApiError(text, status=failure.status, code=failure.code, final=failure.final)
     logger.error("request %s failed", request_id, exc_info=error)
     return ApiError(
-        f"the gateway failed ({type(error).__name__}); its log says where, under {request_id}", code="internal_error"
+        f"the gateway failed ({type(error).__name__}); its log says where, under {request_id}",
+        status=500,
+        code="internal_error",
     )

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from anyio import CancelScope, CapacityLimiter, Semaphore, to_thread
 
@@ -14,7 +15,7 @@ from latentmas.chain.chain import Chain
 from latentmas.chain.run import PendingAnswer
 from latentmas.serving.errors import ApiError
 from latentmas.serving.model_lease import ModelLease
-from latentmas.serving.protocol import ChatCompletionRequest, UsageInfo, short_repr
+from latentmas.serving.protocol import ChatCompletionRequest, short_repr, usage_info
 from latentmas_kernels.errors import LatentMASError
 
 CHECKS = 2
@@ -29,11 +30,11 @@ class Finish:
 
     Attributes:
         reason: "stop" or "length".
-        usage: of all agents.
+        usage: of all agents, as `usage_info` returns it.
     """
 
     reason: str
-    usage: UsageInfo
+    usage: dict[str, Any]
 
 
 class Gateway:
@@ -46,7 +47,7 @@ class Gateway:
     """
 
     def __init__(self, chains: Mapping[str, Chain], vllm: VllmServer, *, max_waiting: int = 256) -> None:
-        """Must be called in the event loop that answers.
+        """Set up the gateway, in the event loop that answers.
 
         Args:
             chains: of one model, each with `vllm` as its decoder.
@@ -76,14 +77,16 @@ class Gateway:
             finally:
                 self._scopes.discard(scope)
         if scope.cancelled_caught:
-            raise ApiError("the server is ending; send the request again once it runs", code="server_ending")
+            raise ApiError(
+                "the server is ending; send the request again once it runs", status=503, code="server_ending"
+            )
 
     def chain(self, name: str) -> Chain:
         """Return the chain of that name. Raises ApiError where there is none."""
         if name not in self.chains:
             raise ApiError(
                 f"there is no chain {short_repr(name)} here; model names one of {', '.join(self.chains)}",
-                code="model_not_found", param="model",
+                status=404, code="model_not_found", param="model",
             )  # fmt: skip
         return self.chains[name]
 
@@ -99,6 +102,7 @@ class Gateway:
         if self.requests >= self.max_waiting:
             raise ApiError(
                 f"{self.requests} requests are being answered or wait, and no more at a time (--max-waiting); try again later",
+                status=429,
                 code="too_many_requests",
             )
         self.requests += 1
@@ -122,7 +126,7 @@ class Gateway:
                             break
                         if part.text:
                             yield part.text
-                yield Finish(part.finish_reason, UsageInfo.of(pending.finish([part])))
+                yield Finish(part.finish_reason, usage_info(pending.finish([part])))
             finally:
                 prompt.close()
         finally:

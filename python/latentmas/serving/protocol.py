@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -22,12 +23,14 @@ REMEDIES = {
     "logprobs": "no log-probabilities; leave it out",
     "response_format": 'text, {"type": "text"}; leave it out and check the answer yourself',
 }
-"""What is supported of fields that have one value; pydantic says it of all others."""
+"""Supported values of fields that have one; those of all others are in pydantic's message."""
 ROLES = (
     "supported is one user message, and one system or developer message before it: agents answer one question, so put what was "
     "said before into it"
 )
 SEEDS = 2**63
+AGENT_USAGE = ("agent", "prompt_tokens", "latent_steps", "new_tokens")
+"""Attributes of an AgentTurn that its usage has."""
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -191,76 +194,52 @@ def truncate(text: str) -> str:
 # ---- replies ---------------------------------------------------------------------------------------------------------
 
 
-class AgentUsage(BaseModel, from_attributes=True):
-    agent: str
-    prompt_tokens: int
-    latent_steps: int
-    new_tokens: int
+def usage_info(result: ChainResult) -> dict[str, Any]:
+    """Return OpenAI's usage for a run with one question, of all agents together, with latent steps and each agent's usage.
+
+    Texts before the last one count as reasoning.
+    """
+    (answer,) = result.answers
+    turns = answer.turns
+    prompt, new = sum(turn.prompt_tokens for turn in turns), sum(turn.new_tokens for turn in turns)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "completion_tokens_details": {"reasoning_tokens": new - turns[-1].new_tokens},
+        "latent_steps": sum(turn.latent_steps for turn in turns),
+        "latentmas": [{name: getattr(turn, name) for name in AGENT_USAGE} for turn in turns],
+    }
 
 
-class UsageInfo(BaseModel):
-    """OpenAI's usage, of all agents together, with latent steps and the usage of each agent."""
+@dataclass(frozen=True)
+class Reply:
+    """What all objects of one answer have in common.
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    completion_tokens_details: dict[str, int]
-    latent_steps: int
-    latentmas: list[AgentUsage]
-
-    @classmethod
-    def of(cls, result: ChainResult) -> "UsageInfo":
-        """Return the usage of a run with one question. Texts before the last one count as reasoning."""
-        (answer,) = result.answers
-        agents = [AgentUsage.model_validate(turn) for turn in answer.turns]
-        read, written = sum(agent.prompt_tokens for agent in agents), sum(agent.new_tokens for agent in agents)
-        return cls(
-            prompt_tokens=read, completion_tokens=written, total_tokens=read + written,
-            completion_tokens_details={"reasoning_tokens": written - agents[-1].new_tokens},
-            latent_steps=sum(agent.latent_steps for agent in agents), latentmas=agents,
-        )  # fmt: skip
-
-
-class Choice(BaseModel):
-    index: int = 0
-    message: dict[str, str | None]
-    logprobs: None = None
-    finish_reason: str
-
-
-class ChunkChoice(BaseModel):
-    index: int = 0
-    delta: dict[str, str]
-    logprobs: None = None
-    finish_reason: str | None = None
-
-
-class ReplyHead(BaseModel):
-    """What all objects of one answer begin with."""
+    Attributes:
+        id: of the answer.
+        created: Unix time.
+        model: name of the chain.
+    """
 
     id: str
     created: int
     model: str
 
+    def completion(self, text: str, finish_reason: str, usage: dict[str, Any]) -> dict[str, Any]:
+        """Return the whole answer."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {**asdict(self), "object": "chat.completion", "choices": [choice], "usage": usage}
 
-class ChatCompletion(ReplyHead):
-    """A whole answer."""
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
+        """Return a piece of the answer as a server-sent event."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return server_sent_event({**asdict(self), "object": "chat.completion.chunk", "choices": [choice]})
 
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[Choice]
-    usage: UsageInfo
-
-
-class ChatCompletionChunk(ReplyHead):
-    """A piece of an answer."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChunkChoice] = []
-    usage: UsageInfo | None = None
-
-    def event(self) -> str:
-        """Return the chunk as a server-sent event."""
-        return server_sent_event(self.model_dump(exclude={"usage"} if self.usage is None else None))
+    def usage_chunk(self, usage: dict[str, Any]) -> str:
+        """Return the usage as a server-sent event, the last one but [DONE]."""
+        return server_sent_event({**asdict(self), "object": "chat.completion.chunk", "choices": [], "usage": usage})
 
 
 def server_sent_event(data: Mapping[str, Any]) -> str:
@@ -268,10 +247,6 @@ def server_sent_event(data: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-class ModelCard(BaseModel):
-    """A chain, as an entry of OpenAI's list of models."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "latentmas"
+def model_card(name: str, created: int) -> dict[str, Any]:
+    """Return a chain as an entry of OpenAI's list of models."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "latentmas"}

@@ -98,9 +98,9 @@ class VllmProcess:
             await asyncio.sleep(POLL_SECONDS)
             if self._process.poll() is not None:
                 await self.end()
-                said = "\n".join(self._last_lines) or "nothing"
+                output = "\n".join(self._last_lines) or "nothing"
                 raise LatentMASError(
-                    f"vLLM ended as it started ({_exit_status(self._process)}); the last that it said:\n{said}"
+                    f"vLLM ended as it started ({_exit_status(self._process)}); the last that it said:\n{output}"
                 )
 
     async def supervise(self) -> None:
@@ -111,7 +111,7 @@ class VllmProcess:
         """
         while True:
             assert self._process is not None
-            # Its children may hold its output open, so the end of the output says nothing.
+            # Not by the end of its output, which its children may keep open.
             while self._process.poll() is None:
                 await asyncio.sleep(POLL_SECONDS)
             status = _exit_status(self._process)
@@ -167,7 +167,7 @@ class VllmProcess:
         return False
 
     def _forward_log(self, process: "subprocess.Popen[str]") -> None:
-        """Forward the process's output line by line until it is told to end, and keep the last lines."""
+        """Forward the process's output line by line until `end` is called, and keep the last lines."""
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:

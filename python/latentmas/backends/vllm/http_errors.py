@@ -1,6 +1,7 @@
 """Failures of vLLM's server, and the address that it is reached at."""
 
 import json
+import os
 
 import httpx
 
@@ -37,7 +38,8 @@ def server_address(url: str) -> str:
     try:
         parsed = httpx.URL(url)
         fits = parsed.scheme in ("http", "https") and bool(parsed.host) and not parsed.query
-    except httpx.InvalidURL:
+        fits = fits and (parsed.port is None or 0 < parsed.port < 2**16)
+    except (httpx.InvalidURL, UnicodeError):  # the second for a host that begins with xn--
         fits = False
     if not fits:
         raise LatentMASError(
@@ -46,14 +48,31 @@ def server_address(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+def authorization_header() -> dict[str, str]:
+    """Return the header that carries VLLM_API_KEY; an empty dict where that is not set.
+
+    Raises:
+        LatentMASError: for a key that no header can carry.
+    """
+    key = os.environ.get("VLLM_API_KEY")
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise LatentMASError(
+            "got a VLLM_API_KEY with characters that an HTTP header cannot carry; supported are printable ASCII characters, "
+            "without spaces or line ends around them: set it to the key of vLLM"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
 def refusal(response: httpx.Response) -> EngineError:
     """Return the error for a response whose status is not 200."""
-    said = f"(status {response.status_code}): {error_message(response.content)}"
+    reason = f"(status {response.status_code}): {error_message(response.content)}"
     if response.status_code in (429, 503):
-        return BusyError(f"vLLM takes no request now {said}; try again in a while")
+        return BusyError(f"vLLM takes no request now {reason}; try again in a while")
     if response.status_code in (400, 413, 422):
-        return RefusedError(f"vLLM does not take this request {said}; change the request, or how vLLM was started")
-    return EngineError(f"vLLM refused a request {said}")
+        return RefusedError(f"vLLM does not take this request {reason}; change the request, or how vLLM was started")
+    return EngineError(f"vLLM refused a request {reason}")
 
 
 def error_message(body: bytes) -> str:

@@ -75,7 +75,7 @@ def start_engine(name: str, dtype: torch.dtype, transfer_config: Mapping[str, An
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr", **environment()}
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
-    # Optional, and it takes seconds.
+    # vLLM is optional, and takes seconds to import: here and in the functions below.
     import vllm
     from vllm import EngineArgs, LLMEngine
     from vllm.distributed.kv_transfer import has_kv_transfer_group
@@ -97,7 +97,7 @@ def start_engine(name: str, dtype: torch.dtype, transfer_config: Mapping[str, An
         with _interruptible():
             config = EngineArgs(**given, **settings).create_engine_config()
             if config.kv_transfer_config is not None:
-                from latentmas.backends.vllm.connector import check_supported
+                from latentmas.backends.vllm.connector import check_supported  # imports vLLM
 
                 check_supported(config)  # here, too: an exception of another process arrives without its text
             engine = LLMEngine.from_vllm_config(config)
@@ -105,8 +105,8 @@ def start_engine(name: str, dtype: torch.dtype, transfer_config: Mapping[str, An
     except TypeError as error:  # an unknown setting
         raise LatentMASError(f"vLLM does not take these settings: {error}") from error
     except (ValueError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise LatentMASError(f"vLLM did not start: {said[0]} (more in its log above)") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise LatentMASError(f"vLLM did not start: {lines[0]} (more in its log above)") from error
     finally:
         if engine is None:
             _forget_connector()
@@ -122,7 +122,7 @@ def end_engine(engine: Any) -> None:
 
 def _forget_connector() -> None:
     """Drop the connector of an engine in this process: the next engine would use it."""
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown  # optional
 
     ensure_kv_transfer_shutdown()
 
@@ -166,7 +166,7 @@ def _interruptible() -> Iterator[None]:
 
 def _watch(engine: Any) -> None:
     """Wake up the caller of `step` when vLLM's process is killed: vLLM notices that, and lets the caller wait for ever."""
-    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.exceptions import EngineDeadError  # optional
 
     core = engine.engine_core
     manager = getattr(getattr(core, "resources", None), "engine_manager", None)

@@ -29,12 +29,14 @@ class PackedPrompt:
         embeds: all of the prompt where a part of it is embeddings; None for tokens alone.
         row: of the KV file, whose slots precede the request's own prompt; None without one.
         file: that `row` is in; it must exist until the request has ended.
+        encoded_embeds: `embeds` with all tokens embedded, saved by torch, in base64; in place of `embeds`, for the server.
     """
 
     token_ids: list[int]
     embeds: PromptEmbeds | None = None
     row: KVFileRow | None = None
     file: KVFile | None = None
+    encoded_embeds: str = ""
 
     @property
     def slots(self) -> int:
