@@ -24,6 +24,11 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def without_mark(data: bytes, owner: str) -> bytes:
     """Return UTF-8 without its byte-order mark; raise LatentMASError, which begins with `owner`, for UTF-16 and UTF-32."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[:2].count(0) == 1:

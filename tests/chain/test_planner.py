@@ -72,7 +72,9 @@ def test_check_counts_notes_as_long_as_they_may_become(model, tokenizer, script,
     assert need == int(result.memory.lengths[0]) > max(t.prompt_tokens + 8 for t in result.answers[0].turns[:-1])
     need += 2 * RESPLIT
     Chain(endless(need), tokenizer, agents, max_note_tokens=handover).check("Why?")
-    with pytest.raises(ValueError, match=f"up to {need} positions .* made for {need - 1}; .*, or max_note_tokens"):
+    with pytest.raises(
+        ValueError, match=f"up to {need} positions .* made for {need - 1}; .*, or max_note_tokens .--handover-tokens.$"
+    ):
         Chain(endless(need - 1), tokenizer, agents, max_note_tokens=handover).check("Why?")
 
 

@@ -31,11 +31,11 @@ class MemoryPolicy:
 
     def __post_init__(self) -> None:
         if self.agents not in ("all", "last"):
-            raise LatentMASError(f"agents of a hand-over must be 'all' or 'last'; got {self.agents!r}")
+            raise LatentMASError(f"agents of a memory policy must be 'all' or 'last'; got {self.agents!r}")
         if self.kinds not in ("all", "latent"):
-            raise LatentMASError(f"kinds of a hand-over must be 'all' or 'latent'; got {self.kinds!r}")
+            raise LatentMASError(f"kinds of a memory policy must be 'all' or 'latent'; got {self.kinds!r}")
         if self.slots is not None and not is_integer(self.slots, least=1):
-            raise LatentMASError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
+            raise LatentMASError(f"slots of a memory policy must be an integer of 1 or more; got {self.slots!r}")
 
 
 KEEP_ALL = MemoryPolicy()

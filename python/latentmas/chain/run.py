@@ -59,8 +59,6 @@ class Run:
             metrics.other_seconds = other / len(result.metrics)
         self.metrics += result.metrics
         self.traces += result.traces
-        for q, text in result.warnings:
-            self._warn(q, text)
 
     def result(self) -> ChainResult:
         """Return the result, once the last stage is recorded."""
@@ -90,7 +88,8 @@ class Run:
         return plan, prompts
 
     def _stage_run(self, plan: Plan, number: int, prompts: list[Prompts]) -> StageRun | DecodedStage:
-        stage = StageRun(self.setup, self.options, plan, number, [of[number] for of in prompts], self.state)
+        of_stage = [of[number] for of in prompts]
+        stage = StageRun(self.setup, self.options, plan, number, of_stage, self.state, self._warn)
         decoder = self.setup.decoder_of(stage.stage)
         return stage if decoder is None else DecodedStage(stage, decoder)
 

@@ -46,11 +46,9 @@ class StageResult:
         outputs: per question and agent.
         metrics: per agent, all but other_seconds.
         traces: of agents that think, where the run was asked for them.
-        warnings: each with the index of its question.
     """
 
     state: ContextState
     outputs: list[list[AgentOutput]]
     metrics: list[AgentMetrics]
     traces: list[AgentTrace]
-    warnings: list[tuple[int, str]]

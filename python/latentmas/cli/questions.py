@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from latentmas.characters import decoded, without_mark
+from latentmas.characters import decoded, first_line, without_mark
 from latentmas.cli.question_fields import ANSWER, LETTERS, OPTIONS, QUESTION, listed, read_entry
 from latentmas_kernels.errors import LatentMASError
 
@@ -215,7 +215,7 @@ def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
     except LatentMASError:
         raise
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # the latter for a date beyond Python's
-        raise LatentMASError(f"{name} is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+        raise LatentMASError(f"{name} is not a Parquet file that can be read ({first_line(error)})") from error
     for number, row in enumerate(rows, start=1):
         yield number, f"row {number}", row
 
