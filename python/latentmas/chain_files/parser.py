@@ -17,16 +17,8 @@ from latentmas.chain.agent import PLACEHOLDERS, Agent
 from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain.stages import check_chain
 from latentmas.chain_files.schema import ROUND, TEXT, AgentEntry, ChainEntry, GroupEntry, Memory, RepeatEntry
-from latentmas.chain_files.yaml_nodes import (
-    Faults,
-    compose,
-    line_of,
-    pairs,
-    plain,
-    quoted,
-    shown,
-    source_lines,
-)
+from latentmas.chain_files.yaml_nodes import Faults, compose, line_of, pairs, plain, shown, source_lines
+from latentmas.characters import quoted
 from latentmas_kernels.errors import LatentMASError
 
 LIMIT = 1000

@@ -16,6 +16,7 @@ from latentmas.chain.chain import Chain, check_request
 from latentmas.chain.decoder_check import check_recomputable
 from latentmas.chain.stages import split_contexts
 from latentmas.chain_files.reader import serial
+from latentmas.characters import shortened
 from latentmas.cli.batches import most_kv_bytes, questions_that_fit, run_batches
 from latentmas.cli.free_cores import OtherProcesses
 from latentmas.cli.questions import questions_to_ask
@@ -25,7 +26,6 @@ from latentmas.cli.run_config import ChainConfig, RunConfig
 from latentmas.cli.trace_view import TraceFile, check_trace_path
 from latentmas.console import err, out, warn, working
 from latentmas.default_model import NAME, default_model_folder
-from latentmas.faults import shortened
 from latentmas.loading import check_placement, load_model
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.extension import extension

@@ -46,14 +46,12 @@ def questions_to_ask(question: str | None, source: str | None) -> tuple[list[Que
 
     Args:
         question: the question itself; "-" reads it from standard input.
-        source: as in `read_questions`. Without either, the first question of the sample is asked.
+        source: as in `read_questions`; not both. Without either, the first question of the sample is asked.
 
     Raises:
-        LatentMASError: where both are given, or as `read_questions`.
+        LatentMASError: as `read_questions`.
         OSError: where the file cannot be opened.
     """
-    if question is not None and source is not None:
-        raise LatentMASError("got a question and --questions; give one of them")
     if source is not None:
         return read_questions(source)
     if question is None:
@@ -199,7 +197,7 @@ def _csv(name: str, data: bytes) -> Iterator[_Placed]:
 
 
 def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
-    try:
+    try:  # optional
         from pyarrow import ArrowException, BufferReader, parquet
     except ModuleNotFoundError as error:
         raise LatentMASError(
