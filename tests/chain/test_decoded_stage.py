@@ -100,12 +100,12 @@ def read_again(chain, calls, counts):
     """Counts of the chain's own engine, and what embeddings have a decoder read again where it is last in a memory."""
     added = dict.fromkeys((row[0] for row in counts), 0)
     stages = [
-        (stage, stretch) for stretch in chain.setup.contexts for stage in stretch if chain.setup.decoder_of(stage)
+        (stage, context) for context in chain.setup.contexts for stage in context if chain.setup.decoder_of(stage)
     ]
-    for (stage, stretch), (_, requests) in zip(stages, calls, strict=True):
+    for (stage, context), (_, requests) in zip(stages, calls, strict=True):
         writers = [agent.name for agent in stage.agents if not agent.thinks]
         for number, request in enumerate(requests):
-            if stage is stretch[-1]:
+            if stage is context[-1]:
                 added[writers[number % len(writers)]] += len(request.slot_inputs)
     return [(*row[:-1], row[-1] + added[row[0]]) for row in counts]
 

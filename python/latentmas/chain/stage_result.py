@@ -45,7 +45,7 @@ class StageResult:
         state: for the next stage of the context.
         outputs: per question and agent.
         metrics: per agent, all but other_seconds.
-        traces: of agents that think, where the run was asked for them.
+        traces: of agents that run latent steps, where the run was asked for them.
     """
 
     state: ContextState

@@ -289,8 +289,8 @@ class StageRun:
         agent, metrics, limit = self.agents[number], self.metrics[number], self.setup.max_note_tokens
         metrics.new_tokens += len(text.ids)
         metrics.steps = max(metrics.steps, len(text.ids))
-        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
-        note, count = spoken.rpartition("</think>")[2].strip(), None
+        written = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
+        note, count = written.rpartition("</think>")[2].strip(), None
         # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
         if self.setup.has_reader(agent) and len(text.ids) > limit:
             note, count = truncate_note(note, self.context.tokenizer, limit)
@@ -301,7 +301,7 @@ class StageRun:
                 "max_note_tokens (--handover-tokens) to hand on more",
             )
         turn = AgentTurn(
-            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=spoken, finish_reason=text.finish_reason,
+            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=written, finish_reason=text.finish_reason,
             truncated_to=None if count is None else limit,
         )  # fmt: skip
         final = number + 1 == len(self.agents)

@@ -136,7 +136,7 @@ def latent_agents(latent_steps: int = LATENT_STEPS, max_new_tokens: int = MAX_NE
 def hierarchical_agents(
     latent_steps: int = LATENT_STEPS, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[Agent | list[Agent]]:
-    """Return a group of specialists that run latent steps in parallel, and a judger; `serial` puts them in a row, as published."""
+    """Return a group of specialists that run latent steps in parallel, and a judger; `serial` puts them in a row."""
     return _agents("hierarchical", latent_steps, max_new_tokens)
 
 

@@ -42,11 +42,11 @@ def run_batches(
     output: ResultsFile | None,
     traced: TraceFile | None = None,
 ) -> Iterator[tuple[Sequence[Question], ChainResult]]:
-    """Run the questions in their order; yield each batch with its result, once that is written to the output (and what its
-    agents thought to the trace).
+    """Run the questions in their order; yield each batch with its result, once that is written to the output (and the
+    agents' latent steps to the trace).
 
     Raises:
-        LatentMASError: where a batch does not fit the memory, or as Chain.run().
+        LatentMASError: where a batch does not fit free memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
     tokenizers = {name: (context.tokenizer, context.end_ids) for name, context in chain.setup.model_contexts.items()}

@@ -25,7 +25,8 @@ class Display:
     def __init__(
         self, console: Console, tokenizers: Mapping[str | None, tuple[Any, Sequence[int]]], title: str
     ) -> None:
-        """
+        """Prepare the view; nothing is written before the block begins.
+
         Args:
             console: where to write.
             tokenizers: tokenizer, for the text of the batch's first row, and tokens that end a row, by the names of agents'
@@ -100,7 +101,7 @@ class Display:
         if not progress.step:
             return line.append("(reading its prompt)" if progress.steps else "", "not bold dim")
         line.append(f"{progress.step}/{progress.steps}", "not bold")
-        # The clock begins with the first step: a thinker tells as a step begins, a writer once its tokens are there.
+        # The clock begins with the first step: a latent agent reports as a step begins, a writer once its tokens are there.
         done = progress.step - (not finished) if thinks else self.tokens - len(self.ended)
         if seconds > 0 and done > 0:
             line.append(f"  {done / seconds:.1f} {'steps' if thinks else 'tokens'}/s", "not bold dim")
