@@ -97,10 +97,7 @@ def test_notes_that_nobody_wrote(faults):
     )
 
 
-@pytest.mark.parametrize(
-    ("prompt", "line"),
-    [("Answer.", 5), ("{{question}} {{notes}}", 5), ("{ question }", 5)],
-)
+@pytest.mark.parametrize(("prompt", "line"), [("Answer.", 5), ("{{question}} {{notes}}", 5), ("{ question }", 5)])
 def test_a_chain_in_which_nobody_gets_the_question(faults, read, prompt, line):
     """As soon as one agent gets it, the others may go without."""
     text = f"""\

@@ -11,15 +11,7 @@ import warnings
 import latentmas.cli.execute
 import pytest
 import torch
-from commands import (
-    AGENTS,
-    FAST,
-    QUESTION,
-    assert_one_line,
-    document_of,
-    fail_at,
-    numbers,
-)
+from commands import AGENTS, FAST, QUESTION, assert_one_line, document_of, fail_at, numbers
 from latentmas.cli.questions import SAMPLE, read_questions
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
