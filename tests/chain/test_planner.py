@@ -83,12 +83,12 @@ def test_short_texts_are_not_counted_up_to_the_handover_limit(tokenizer):
     chains = [Chain(endless(130), tokenizer, READERS, max_note_tokens=tokens) for tokens in (6, 10**6)]
     for chain in chains:
         chain.check("Why?")
-    told = []
+    messages = []
     for chain in chains:
         with pytest.raises(ValueError, match="positions") as caught:
             chain.check("Why?" * 30)
-        told.append(str(caught.value))
-    assert told[0] == told[1]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 @st.composite

@@ -129,8 +129,8 @@ agents:
     assert [line for line, message in faults(group + LAST) if "nobody wrote any" in message] == [3]
 
 
-def test_notes_behind_thoughts(faults):
-    """A reader begins a new memory, in which the thoughts before it would be lost."""
+def test_notes_behind_latent_steps(faults):
+    """A reader begins a new cache, in which the latent steps before it would be lost."""
     text = """\
 agents:
   - {name: writer, output: text, prompt: "{question}"}

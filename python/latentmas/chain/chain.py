@@ -186,7 +186,8 @@ def _add_aligner(model_context: ModelContext, agents: list[Agent], aligner: str 
     """Build the aligner of a model, where an agent on it runs latent steps."""
     if any(agent.enable_thinking for agent in agents) and not has_thinking_switch(model_context.tokenizer):
         warnings.warn(
-            "the tokenizer's chat template has no thinking switch, so enable_thinking changes nothing", stacklevel=3
+            "the tokenizer's chat template has no thinking switch, so enable_thinking (--think) changes nothing",
+            stacklevel=3,
         )
     if any(agent.thinks for agent in agents):
         kind = aligner if isinstance(aligner, str) or model_context.name is None else aligner.kind

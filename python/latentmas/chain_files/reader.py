@@ -1,7 +1,4 @@
-"""Chains as data: agents from a YAML file, or from one of those that come with the package (NAME.yaml in this folder).
-
-Reading either needs pydantic; chains that are built of `Agent`s in Python do not.
-"""
+"""Chains as data: agents from a YAML file, or from one of those that come with the package (NAME.yaml in this folder)."""
 
 import difflib
 from collections.abc import Iterable
