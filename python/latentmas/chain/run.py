@@ -62,14 +62,9 @@ class Run:
 
     def result(self) -> ChainResult:
         """Return the result, once the last stage is recorded."""
-        return ChainResult(
-            [question.answer() for question in self.questions],
-            self.metrics,
-            time.perf_counter() - self._began,
-            self.setup.model_contexts[None].aligner,
-            self.state.cache,
-            self.traces,
-        )
+        answers = [question.answer() for question in self.questions]
+        seconds, aligner = time.perf_counter() - self._began, self.setup.model_contexts[None].aligner
+        return ChainResult(answers, self.metrics, seconds, aligner, self.state.cache, self.traces)
 
     def _plan(self, context: Context) -> tuple[Plan, list[Prompts]]:
         """Return the plan of a context and its prompts, per question.

@@ -253,17 +253,11 @@ class _Parser:
 def _agent_of(entry: AgentEntry, enable_thinking: bool) -> Agent:
     thinks = entry.output == "latent"
     return Agent(
-        entry.name,
-        entry.prompt,
-        latent_steps=entry.latent_steps if thinks else None,
-        max_new_tokens=None if thinks else entry.max_new_tokens,
-        system=entry.system or None,
-        enable_thinking=enable_thinking or entry.think,
-        settle=entry.settle if thinks else None,
-        memory=MemoryPolicy(**entry.memory.model_dump()),
-        model=entry.model or None,
-        fields=entry.fields,
-    )
+        entry.name, entry.prompt, latent_steps=entry.latent_steps if thinks else None,
+        max_new_tokens=None if thinks else entry.max_new_tokens, system=entry.system or None,
+        enable_thinking=enable_thinking or entry.think, settle=entry.settle if thinks else None,
+        memory=MemoryPolicy(**entry.memory.model_dump()), model=entry.model or None, fields=entry.fields,
+    )  # fmt: skip
 
 
 def _stand_in(entry: _Entry, beside: Agent | None = None) -> _Member:
