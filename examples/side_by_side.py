@@ -5,8 +5,7 @@ Prints the segments of the cache, the trace of the scientist's latent steps, and
 """
 
 import torch
-from latentmas import Agent, Chain, load_model
-from latentmas.cli.trace_view import trace_table
+from latentmas import Agent, Chain, load_model, trace_table
 
 from latentmas_kernels import generate
 

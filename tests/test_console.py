@@ -8,9 +8,8 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentmas.characters import check_characters, decoded, visible, without_mark
+from latentmas.characters import check_characters, decoded, shortened, visible, without_mark
 from latentmas.console import Terminal, print_json, print_whole, without_bars, working
-from latentmas.faults import shortened
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text

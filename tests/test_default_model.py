@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 from latentmas import default_model
+from latentmas.characters import first_line
 from latentmas.default_model import MEMBER, NAME, PACKAGE, SHA256, default_model_folder
+from latentmas.loading import load_model
+
+from latentmas_kernels.errors import LatentMASError
 
 CONTENT = b"GGUF: not really a model"
+CONVERT = default_model._convert
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +149,28 @@ def test_failing_conversion_leaves_nothing_and_can_be_repeated(install, models, 
     assert left(models) == []
     install(Pip())
     assert left(default_model_folder()) == ["weights"]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no GGUF\nhere"), KeyError("llama"), ImportError("gguf is too old"), RuntimeError()]
+)
+@pytest.mark.parametrize("part", ["AutoModelForCausalLM", "AutoTokenizer"])
+def test_a_file_that_transformers_cannot_read_is_one_line(install, models, monkeypatch, part, error):
+    """From the function itself, and so from everything that loads the default model."""
+
+    def load(*arguments, **options):
+        raise error
+
+    if part == "AutoTokenizer":
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(f"transformers.{part}.from_pretrained", load)
+    install(Pip(), CONVERT)
+    for read in (default_model_folder, load_model):
+        with pytest.raises(LatentMASError, match=f"{NAME} cannot be read from its GGUF file: .*--model") as refused:
+            read()
+        assert first_line(error) in str(refused.value)
+        assert "\n" not in str(refused.value)
+    assert left(models) == []
 
 
 def test_another_process_may_be_faster(install, models):

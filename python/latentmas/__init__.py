@@ -1,4 +1,4 @@
-"""Chains of agents that think in hidden states."""
+"""Chains of agents that run latent steps, write texts, and pass a KV cache on to each other."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

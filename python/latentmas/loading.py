@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from latentmas.characters import first_line
 from latentmas.default_model import default_model_folder
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import SUPPORTED, Architecture, UnsupportedModelError
@@ -55,8 +57,6 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
     Raises:
         LatentMASError: where it cannot be found or loaded, or cannot run here.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     place = check_placement(dtype, device)
     source = str(default_model_folder()) if name is None else name
     with _one_line(source):
@@ -75,15 +75,11 @@ def load_skeleton(name: str) -> Any:
     Raises:
         LatentMASError: as load_model.
     """
-    from transformers import AutoModelForCausalLM
-
     with _one_line(name), torch.device("meta"):
         return AutoModelForCausalLM.from_config(_config(name)).eval()
 
 
 def _config(source: str) -> Any:
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{source} is an encoder-decoder model ({config.model_type}); {SUPPORTED}")
@@ -99,8 +95,7 @@ def _one_line(source: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = "the folder" if Path(source).is_dir() else "it is no local folder, and the hub model"
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise LatentMASError(
-            f"cannot load {source!r}: {where} gave: {said[0]} Supported are a folder that save_pretrained() wrote, and the "
-            "name of a causal LM on the hub (with a network, or once it is in the hub's cache)"
+            f"cannot load {source!r}: {where} gave: {first_line(error)} Supported are a folder that save_pretrained() "
+            "wrote, and the name of a causal LM on the hub (with a network, or once it is in the hub's cache)"
         ) from error

@@ -36,7 +36,7 @@ READERS = [
 ]
 
 
-# Thoughts and texts take turns in one memory.
+# Latent steps and texts take turns in one cache.
 MIXED = [
     Agent("planner", "Plan: {question}", latent_steps=4),
     Agent("critic", "Criticise.", max_new_tokens=6),

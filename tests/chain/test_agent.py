@@ -151,10 +151,10 @@ def test_hierarchical_is_three_thinkers_side_by_side_and_a_judger():
     assert shape([judger]) == [("judger", None, 7, False)]
 
 
-def test_what_the_agents_of_the_first_methods_are_told():
+def test_what_the_agents_of_the_first_methods_are_prompts():
     """Results of one method are held against each other over the years: the words stay."""
-    told = {agent.name: agent.prompt for agent in text_agents()}
-    assert told == {
+    prompts = {agent.name: agent.prompt for agent in text_agents()}
+    assert prompts == {
         "planner": "Question: {question}\n\nYou are the planner. Write a short plan for answering this question.",
         "critic": "Question: {question}\n\nNotes so far:\n\n{notes}\n\nYou are the critic. Say what is missing in the plan.",
         "refiner": "Question: {question}\n\nNotes so far:\n\n{notes}\n\nYou are the refiner. Write a better plan.",
@@ -163,7 +163,7 @@ def test_what_the_agents_of_the_first_methods_are_told():
     }
     notes = "Notes so far:\n\n{notes}\n\n"
     assert {agent.name: agent.prompt for agent in latent_agents()} == {
-        name: prompt.replace(notes, "") for name, prompt in told.items()
+        name: prompt.replace(notes, "") for name, prompt in prompts.items()
     }
     assert single_agent()[0].prompt == "{question}\n\nGive the complete answer in your own words."
 
@@ -185,7 +185,7 @@ def test_methods_do_not_read_files_of_their_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_agent_of_a_method_is_told_the_question_once(method):
+def test_every_agent_of_a_method_is_prompts_the_question_once(method):
     """And the notes once, if at all; the texts leave no place unfilled."""
     for agent in serial(METHODS[method](3, 7)):
         text = agent.text("Why 7?", "planner:\nyes")

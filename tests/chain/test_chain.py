@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 @pytest.mark.parametrize("aligner", ["ridge", "soft"])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_each_question_gets_the_answer_it_gets_alone(model, chain, aligner, template):
-    """And the same turns: what was read, thought and written."""
+    """And the same turns: prompts, latent steps and texts."""
     chain = Chain(model, character_tokenizer(template), CHAINS[chain], aligner=aligner)
     batch = chain.run(QUESTIONS).answers
     assert batch == [chain.run([question]).answers[0] for question in QUESTIONS]
@@ -307,7 +307,9 @@ def test_thinking_that_cannot_be_switched_on_is_warned_of_once(model, template):
         Agent("scout", "Look: {question}", max_new_tokens=2, enable_thinking=True),
         Agent("judger", "Answer.", max_new_tokens=2, enable_thinking=True),
     ]
-    with pytest.warns(UserWarning, match="has no thinking switch, so enable_thinking changes nothing") as caught:
+    with pytest.warns(
+        UserWarning, match="has no thinking switch, so enable_thinking .--think. changes nothing"
+    ) as caught:
         chain = Chain(model, character_tokenizer(template), thinking)
     assert len(caught) == 1
     assert caught[0].filename == __file__

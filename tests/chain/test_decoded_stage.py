@@ -100,18 +100,18 @@ def read_again(chain, calls, counts):
     """Counts of the chain's own engine, and what embeddings have a decoder read again where it is last in a memory."""
     added = dict.fromkeys((row[0] for row in counts), 0)
     stages = [
-        (stage, stretch) for stretch in chain.setup.contexts for stage in stretch if chain.setup.decoder_of(stage)
+        (stage, context) for context in chain.setup.contexts for stage in context if chain.setup.decoder_of(stage)
     ]
-    for (stage, stretch), (_, requests) in zip(stages, calls, strict=True):
+    for (stage, context), (_, requests) in zip(stages, calls, strict=True):
         writers = [agent.name for agent in stage.agents if not agent.thinks]
         for number, request in enumerate(requests):
-            if stage is stretch[-1]:
+            if stage is context[-1]:
                 added[writers[number % len(writers)]] += len(request.slot_inputs)
     return [(*row[:-1], row[-1] + added[row[0]]) for row in counts]
 
 
 def assert_same(
-    model, agents, questions=QUESTIONS, kv_transfer="kv", *, writer=None, cached=False, told=True, **options
+    model, agents, questions=QUESTIONS, kv_transfer="kv", *, writer=None, cached=False, same_progress=True, **options
 ):
     """With a decoder and without, in one go and prepared; the result with it, and what the decoder was given."""
     progress = [], []
@@ -121,7 +121,7 @@ def assert_same(
     want = own.run(questions, on_progress=lambda p: progress[0].append((p.names, p.number, p.step)))
     got = chain.run(questions, on_progress=lambda p: progress[1].append((p.names, p.number, p.step)))
     assert got.answers == want.answers
-    if told:
+    if same_progress:
         assert progress[0] == progress[1]
     for agent in got.agents:
         assert min(agent.prompt_tokens, agent.shared_tokens, agent.latent_steps, agent.new_tokens, agent.kv_bytes) >= 0
@@ -182,7 +182,7 @@ CHAINS = {
     "a writer beside thinkers": [THINKER, [BESIDE, WRITER, Agent("third", "{question}?", latent_steps=1)], JUDGER],
     "a thinker beside a writer": [[WRITER, BESIDE], JUDGER],
 }
-TOLD_APART = ["of other lengths", "a writer beside thinkers", "a thinker beside a writer"]
+OTHER_PROGRESS = ["of other lengths", "a writer beside thinkers", "a thinker beside a writer"]
 """Here our own engine makes several calls, and a decoder writes all in one."""
 
 
@@ -190,7 +190,7 @@ TOLD_APART = ["of other lengths", "a writer beside thinkers", "a thinker beside 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_writers_anywhere(chain, model, questions):
-    result, calls = assert_same(MODELS[model], CHAINS[chain], questions, told=chain not in TOLD_APART)
+    result, calls = assert_same(MODELS[model], CHAINS[chain], questions, same_progress=chain not in OTHER_PROGRESS)
     texts = [turn for answer in result.answers for turn in answer.turns if turn.text is not None]
     assert sum(len(requests) for _, requests in calls) == len(texts), "the decoder writes all of them, and nothing else"
     if questions is QUESTIONS:
@@ -271,7 +271,7 @@ def on_big(agent):
     ],
 )
 def test_texts_on_the_last_model_go_to_the_decoder_and_others_do_not(agents, models, written, kv_transfer):
-    """Thoughts reach it as embeddings of that model, whatever it is called; of another width or not."""
+    """Latent steps reach it as embeddings of that model, whatever it is called; of another width or not."""
     last = agents[-1].model
     writer = ENDLESS if last is None else models[last][0]
     _, calls = assert_same(ENDLESS, agents, kv_transfer=kv_transfer, writer=writer, models=models)
@@ -330,7 +330,7 @@ def test_any_chain_answers_as_without_a_decoder(agents, kv_transfer, model, ques
         event(f"refused: {str(error)[:20]}")
         return
     event(f"run with {kv_transfer}")
-    assert_same(model, agents, questions, kv_transfer, told=False, budget=budget, models=BIG)
+    assert_same(model, agents, questions, kv_transfer, same_progress=False, budget=budget, models=BIG)
 
 
 # ---- what is refused before any work -------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_embeddings_of_a_memory_that_they_do_not_bring_back_are_refused(agents, 
     """Keys and values of all of them are handed over."""
     with pytest.raises(ValueError, match=words):
         Chain(ENDLESS, TOKENIZER, agents, aligner="ridge", models=BIG, decoder=Fake(ENDLESS, "embeds"), **options)
-    assert_same(ENDLESS, agents, models=BIG, told=False, **options)
+    assert_same(ENDLESS, agents, models=BIG, same_progress=False, **options)
 
 
 @pytest.mark.parametrize(

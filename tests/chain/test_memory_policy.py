@@ -9,9 +9,23 @@ from latentmas.chain.memory_policy import Budget, MemoryPolicy
 from latentmas.chain.plan import SINK_SLOTS
 
 from latentmas_kernels import LatentCache, generate
+from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"agents": "first"}, "agents of a memory policy must be 'all' or 'last'; got 'first'"),
+        ({"kinds": "text"}, "kinds of a memory policy must be 'all' or 'latent'; got 'text'"),
+        ({"slots": 0}, "slots of a memory policy must be an integer of 1 or more; got 0"),
+    ],
+)
+def test_a_memory_policy_that_is_none(fields, says):
+    with pytest.raises(LatentMASError, match=f"^{says}$"):
+        MemoryPolicy(**fields)
 
 
 # ---- memory policies --------------------------------------------------------------------------------------------------

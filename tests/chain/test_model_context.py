@@ -71,7 +71,7 @@ class Thinker(PlainLoop):
 @pytest.mark.parametrize("engine", ["eager", "native"])
 @pytest.mark.parametrize("kind", ["ridge", "soft"])
 @torch.no_grad()
-def test_thoughts_go_on_in_another_model(narrow, wide, tokenizer, kind, engine):
+def test_latent_steps_go_on_in_another_model(narrow, wide, tokenizer, kind, engine):
     """Planner on one model, critic and judger on a wider one: against the loops written out, token by token."""
     judger = Agent("judger", "Answer: {question}", max_new_tokens=6, model="wide")
     chain = Chain(
@@ -103,7 +103,7 @@ def test_thoughts_go_on_in_another_model(narrow, wide, tokenizer, kind, engine):
 
 
 def test_there_and_back(narrow, wide, tokenizer):
-    """What the first model thought comes back to it as it was; what the other thought, by its alignment."""
+    """Latent steps of the first model come back to it as they were; those of the other, by its alignment."""
     chain = Chain(narrow, tokenizer, [PLANNER, CRITIC, JUDGER], aligner="ridge", models={"wide": (wide, tokenizer)})
     result = chain.run(QUESTIONS[:1])
     alone = Chain(narrow, tokenizer, [PLANNER, JUDGER], aligner="ridge").run(QUESTIONS[:1])
@@ -159,7 +159,7 @@ def test_readers_of_notes_may_have_any_tokenizer(narrow, tokenizer):
 
 
 @pytest.mark.parametrize("what", ["another token", "fewer embeddings"])
-def test_where_thoughts_cannot_cross_text_is_offered(narrow, tokenizer, what):
+def test_where_latent_steps_cannot_cross_text_is_offered(narrow, tokenizer, what):
     other, model = tokenizer, endless("llama")
     if what == "another token":
         other = character_tokenizer(TEMPLATE)

@@ -17,17 +17,17 @@ def test_progress_tells_of_every_step_and_of_the_tokens_written(model, tokenizer
     ]
     assert {p.agents for p in heard} == {len(agents)}
     for number, agent in enumerate(agents, 1):
-        told = [p.tokens for p in heard if p.number == number]
-        assert told[0] is None
+        reported = [p.tokens for p in heard if p.number == number]
+        assert reported[0] is None
         if agent.latent_steps is not None:
-            assert told == [None] * (agent.latent_steps + 1)
+            assert reported == [None] * (agent.latent_steps + 1)
         else:
             said = calls[number - 1][2].sequences[:, -agent.max_new_tokens :]
-            assert torch.equal(torch.stack(told[1:], dim=1), said)
+            assert torch.equal(torch.stack(reported[1:], dim=1), said)
 
 
 def test_an_agent_begins_before_its_prompt_is_read(model, tokenizer):
-    """Step 0 is told of while there is still nothing to show."""
+    """Step 0 is reported while there is still nothing to show."""
     events = []
     model.get_decoder().register_forward_pre_hook(lambda *_: events.append("forward"))
     chain = Chain(model, tokenizer, AGENTS[1:], aligner="ridge", engine="eager")

@@ -173,7 +173,7 @@ def test_template_that_changes_the_assistant_is_refused(shown):
 
 
 def test_question_may_hold_the_mark(shape):
-    """A question about the words that stand in for a thought is a question like any other."""
+    """A question about the text that stands in for latent steps is a question like any other."""
     tokenizer = character_tokenizer(shape.template)
     text = tokenizer.decode(turn_ids(tokenizer, f"What does {LATENT_TURN} mean?", first=False))
     assert text.startswith(shape.closes)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import latentmas.chain.stage_run
 import pytest
 import torch
 from example_chains import CHATML, QUESTIONS, READERS, TEMPLATE, endless, noted, texts_of, written
@@ -13,6 +14,7 @@ from tokenizers import models
 from tokenizers_offline import CHARACTERS, SPECIAL, character_tokenizer, with_tokens
 
 from latentmas_kernels import generate
+from latentmas_kernels.errors import LatentMASError
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 
@@ -112,7 +114,8 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
     questions = ["Why?", "What?", "w" * 100]
     with pytest.warns(UserWarning, match="max_note_tokens") as caught:
         result = Chain(model, tokenizer, agents, max_note_tokens=7).run(questions)
-    says = "{} wrote 10 tokens, of which the agents after it read the first 7; raise max_note_tokens to hand on more"
+    says = "{} wrote 10 tokens, of which the agents after it read the first 7; raise max_note_tokens "
+    says += "(--handover-tokens) to hand on more"
     assert [str(warning.message) for warning in caught] == [
         f"{says.format('scout')} (question: 'Why?')",
         f"{says.format('critic')} (question: 'What?')",
@@ -131,6 +134,26 @@ def test_long_texts_are_cut_by_tokens_and_it_is_said(model, tokenizer, calls, sc
     assert handed == [[7, None, None], [None, 7, None], [None, 7, None]]
     assert result.answers[0].turns[0].text == long, "a turn keeps all of it"
     assert texts_of(result) == [long] * 3
+
+
+def test_it_is_said_of_a_stage_that_fails_later(model, tokenizer, script, monkeypatch):
+    """The two writers have limits of their own, so each has a call of its own."""
+    script(["abcdefghij"])
+    call = latentmas.chain.stage_run.generate
+
+    def generate(model, ids, mask, *, max_new_tokens, **options):
+        if max_new_tokens == 11:
+            raise LatentMASError("the second one fails")
+        return call(model, ids, mask, max_new_tokens=max_new_tokens, **options)
+
+    monkeypatch.setattr(latentmas.chain.stage_run, "generate", generate)
+    group = [Agent(f"scout {limit}", "Look: {question}", max_new_tokens=limit) for limit in (10, 11)]
+    chain = Chain(model, tokenizer, [group, Agent("judger", "{notes}", max_new_tokens=1)], max_note_tokens=7)
+    with (
+        pytest.warns(UserWarning, match="scout 10 wrote 10 tokens, of which the agents after it read the first 7"),
+        pytest.raises(LatentMASError, match="the second one fails"),
+    ):
+        chain.run(["Why?"])
 
 
 def test_what_nobody_reads_as_notes_is_not_cut(model, tokenizer, script):
@@ -172,7 +195,10 @@ def test_notes_to_a_model_of_other_tokens_are_counted_and_cut_in_its_own(model, 
         talker.lm_head.bias[long_word] = 1e4
     chain = Chain(model, tokenizer, [writer, reader], models={"words": (talker, words)}, max_note_tokens=20)
     need = chain.kv_bytes(["Why?"])
-    with pytest.warns(UserWarning, match="what writer wrote is 96 tokens to judger, of which 20 are read"):
+    with pytest.warns(
+        UserWarning,
+        match="what writer wrote is 96 tokens to judger, of which 20 are read; raise max_note_tokens .--handover-tokens. to",
+    ):
         result = chain.run(["Why?"])
     assert result.memory.buffer.nbytes <= need
     assert result.answers[0].turns[1].prompt_tokens < 96

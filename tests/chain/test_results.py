@@ -136,32 +136,32 @@ def test_milliseconds_per_step_are_those_of_the_steps():
 def test_results_turn_into_json_and_back(model, tokenizer, method):
     """All but the memory."""
     result = Chain(model, tokenizer, METHODS[method](2, 5), aligner="ridge").run(QUESTIONS)
-    told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     thinks = any(agent.thinks for agent in serial(METHODS[method](2, 5)))
-    assert told == result.to_dict()
-    assert [(answer["question"], answer["text"]) for answer in told["answers"]] == list(
+    assert document == result.to_dict()
+    assert [(answer["question"], answer["text"]) for answer in document["answers"]] == list(
         zip(QUESTIONS, texts_of(result), strict=True)
     )
-    assert [turn["text"] for turn in told["answers"][0]["turns"]] == [turn.text for turn in result.answers[0].turns]
-    assert told["seconds"] == result.seconds > 0
-    assert [agent["seconds"] for agent in told["agents"]] == [agent.seconds for agent in result.agents]
-    assert told["aligner"] == ({"kind": "ridge", "reason": "asked for"} if thinks else None)
-    assert "memory" not in told
+    assert [turn["text"] for turn in document["answers"][0]["turns"]] == [turn.text for turn in result.answers[0].turns]
+    assert document["seconds"] == result.seconds > 0
+    assert [agent["seconds"] for agent in document["agents"]] == [agent.seconds for agent in result.agents]
+    assert document["aligner"] == ({"kind": "ridge", "reason": "asked for"} if thinks else None)
+    assert "memory" not in document
 
 
 def test_agents_in_several_calls_have_seconds_and_numbers_of_their_own(model, tokenizer, monkeypatch):
-    """A thinker beside a writer: its steps are not charged with the text, and each is told of by its number. On a clock that
+    """A thinker beside a writer: its steps are not charged with the text, and each is reported by its number. On a clock that
     ticks when it is looked at, all seconds but the first and the last are somebody's."""
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     agents = [[MATH, WORDS, CODE], JUDGER]
-    told = []
+    reported = []
     chain = Chain(model, tokenizer, agents, aligner="ridge")
-    result = chain.run(SENTENCES, on_progress=lambda p: told.append((p.names, p.number, p.others)))
+    result = chain.run(SENTENCES, on_progress=lambda p: reported.append((p.names, p.number, p.others)))
     math, words, code, _ = result.agents
     assert (math.decode_seconds, code.decode_seconds, words.latent_seconds) == (0, 0, 0)
     assert math.latent_seconds == code.latent_seconds > 0 < words.decode_seconds
-    assert list(dict.fromkeys(told)) == [("math + code", 1, (3,)), ("words", 2, ()), ("judger", 4, ())]
+    assert list(dict.fromkeys(reported)) == [("math + code", 1, (3,)), ("words", 2, ()), ("judger", 4, ())]
     assert sum(agent.seconds for agent in result.agents) == pytest.approx(result.seconds - 2)
 
 

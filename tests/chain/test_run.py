@@ -35,7 +35,7 @@ HANDED = st.builds(
 
 @st.composite
 def chains(draw):
-    """Agents in any arrangement that makes a chain, with hand-overs of any kind."""
+    """Agents in any arrangement that makes a chain, with memory policies of any kind."""
     entries, number = [], 0
     last_thinks, written = False, False
     for _ in range(draw(st.integers(1, 3))):
@@ -69,7 +69,7 @@ def chains(draw):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chain_takes_what_it_said_and_answers_each_question_as_alone(data):
-    """KV buffers never take more than was told, or than the budget; rows of a batch are what they are alone."""
+    """KV buffers never take more than the chain said, or than the budget; rows of a batch are what they are alone."""
     model = data.draw(st.sampled_from([MODEL, STOPS]))
     tokenizer = character_tokenizer(data.draw(st.sampled_from([TEMPLATE, None])))
     agents = data.draw(chains())
@@ -135,7 +135,7 @@ def test_one_question_without_a_common_beginning_changes_nothing_for_the_others(
 
 
 def test_what_ends_early_leaves_more_of_others_behind_a_cut(tokenizer):
-    """A text that ends at once: more thoughts are among the last slots, and are what is handed on next."""
+    """A text that ends at once: more latent steps are among the last slots, and go on to the next agent."""
     agents = [
         Agent("thinker", "Think: {question}", latent_steps=40),
         Agent("writer", "Write.", max_new_tokens=60),

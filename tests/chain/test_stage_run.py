@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 # ---- texts in the middle of a cache -----------------------------------------------------------------------------------
 
 
-def test_thoughts_and_texts_take_turns_in_one_memory(model, tokenizer, calls, monkeypatch):
+def test_latent_steps_and_texts_take_turns_in_one_cache(model, tokenizer, calls, monkeypatch):
     """The calls by hand, in one buffer that nobody allocates again. Some texts end by themselves, some by length."""
     free = by_hand(model, tokenizer, MIXED, QUESTIONS)
     early, late = (written(out, max(map(len, rows))) for rows, out in (free[1], free[3]))
@@ -234,8 +234,8 @@ def test_side_by_side_is_one_call_of_the_engine_per_step(model, tokenizer, monke
 
     monkeypatch.setattr(EagerEngine, "extend", counted)
     Chain(model, tokenizer, [[MATH, CODE], JUDGER], aligner="ridge", engine="eager").run(SENTENCES)
-    thought = [counts for counts, latent in seen if latent]
-    assert thought == [[1] * 8, [1] * 8, [1, 0] * 4, [1, 0] * 4]
+    latent_counts = [counts for counts, latent in seen if latent]
+    assert latent_counts == [[1] * 8, [1] * 8, [1, 0] * 4, [1, 0] * 4]
 
 
 def test_agents_of_a_group_share_what_they_read(model, tokenizer):

@@ -97,10 +97,7 @@ def test_notes_that_nobody_wrote(faults):
     )
 
 
-@pytest.mark.parametrize(
-    ("prompt", "line"),
-    [("Answer.", 5), ("{{question}} {{notes}}", 5), ("{ question }", 5)],
-)
+@pytest.mark.parametrize(("prompt", "line"), [("Answer.", 5), ("{{question}} {{notes}}", 5), ("{ question }", 5)])
 def test_a_chain_in_which_nobody_gets_the_question(faults, read, prompt, line):
     """As soon as one agent gets it, the others may go without."""
     text = f"""\
@@ -132,8 +129,8 @@ agents:
     assert [line for line, message in faults(group + LAST) if "nobody wrote any" in message] == [3]
 
 
-def test_notes_behind_thoughts(faults):
-    """A reader begins a new memory, in which the thoughts before it would be lost."""
+def test_notes_behind_latent_steps(faults):
+    """A reader begins a new cache, in which the latent steps before it would be lost."""
     text = """\
 agents:
   - {name: writer, output: text, prompt: "{question}"}

@@ -152,7 +152,7 @@ agents:
 
 
 def test_notes_after_a_step_that_writes(read):
-    """The text may be of a group, and thoughts may lie before it."""
+    """The text may be of a group, and latent steps may lie before it."""
     group = (
         "  - parallel:\n"
         "      - {name: a, output: text, prompt: x}\n"

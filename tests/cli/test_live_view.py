@@ -17,7 +17,7 @@ A, B, END = 4, 5, 2  # ids of "a", "b" and <eos>
 
 
 class Clock:
-    """Stands still until it is told to go."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self):
         self.now = 100.0
@@ -52,7 +52,7 @@ def written(console):
 
 
 def play(view, agent, number, steps, clock, seconds=0.5):
-    """Let an agent begin and take its steps: a list of tokens per step, or None for thoughts."""
+    """Let an agent begin and take its steps: a list of tokens per step, or None for latent steps."""
     view(Progress(agent, number, 2, 0))
     clock.now += 10  # the prompt
     for step, tokens in enumerate(steps, start=1):
@@ -61,7 +61,7 @@ def play(view, agent, number, steps, clock, seconds=0.5):
 
 
 def text(view, console):
-    """What the view would show now on a console of this width, without what a terminal is told."""
+    """What the view would show now on a console of this width, without control codes of a terminal."""
     paper = Console(file=io.StringIO(), width=console.width)
     paper.print(view._view())
     return [line.rstrip() for line in written(paper).splitlines()]

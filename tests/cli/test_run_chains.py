@@ -1,5 +1,6 @@
 """latentmas run: chains by name and from files, and traces of what their agents think."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from commands import CHAIN, FAST, QUESTION, assert_one_line, document_of, model_and_tokenizer
+from latentmas.chain.agent import Agent
 from latentmas.chain.chain import Chain
-from latentmas.chain.memory_policy import MemoryPolicy
+from latentmas.chain.memory_policy import Budget, MemoryPolicy
 from latentmas.chain_files.reader import METHODS, latent_agents, read_chain, serial
 from latentmas.cli.questions import read_questions
+from latentmas.cli.run_config import chain_digest
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 
@@ -71,6 +74,28 @@ def test_a_chain_that_changed_is_not_gone_on_with(command, tiny, three, tmp_path
     code, _, err = command("run", *options, "--resume")
     assert code == 2
     assert "chain_digest" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [("sequential", "4f341ec8c18b09e4"), ("hierarchical", "3d975afd7008225d"), ("mix", "3562806c3d99a1ef")],
+)
+def test_the_digest_of_a_chain_is_that_of_earlier_versions(name, want):
+    """It is in files of results: with another one, no run could go on behind them."""
+    file = read_chain(name)
+    assert chain_digest(file.agents, file.budget) == want
+
+
+def test_the_digest_of_a_chain_does_not_read_names_of_classes_in_texts():
+    """Memory policies had another name; a prompt that holds the name stays as it is."""
+    prompt, field = "MemoryPolicy( {question} HandOver(", {"tone": "MemoryPolicy()"}
+    agent = Agent("a", prompt, max_new_tokens=1, memory=MemoryPolicy(slots=3), fields=field)
+    text = (
+        "([Agent(name='a', prompt='MemoryPolicy( {question} HandOver(', latent_steps=None, max_new_tokens=1, system=None, "
+        "enable_thinking=False, settle=None, memory=HandOver(agents='all', kinds='all', slots=3), model=None, "
+        "fields={'tone': 'MemoryPolicy()'})], Budget(bytes=None, slots=9))"
+    )
+    assert chain_digest([agent], Budget(slots=9)) == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_a_chain_in_which_nobody_gets_the_question(command, tiny, tmp_path):

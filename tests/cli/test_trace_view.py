@@ -1,4 +1,4 @@
-"""tracing: the table and the document of a thought, and how tokens are spelled in them."""
+"""Traces: the table and the document of latent steps, and how tokens are spelled in them."""
 
 import errno
 import io
@@ -84,7 +84,7 @@ def says(token_id, tokenizer):
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def test_table_of_one_thought():
+def test_table_of_one_trace():
     trace = trace_by_hand([[[0, 1], [3, 4]]], cosines=[[NAN, -0.5]], nearest=[[1, 2]])
     assert lines([AgentTrace("planner", trace)], [Question(7, "why [b]not[/b]?")]) == [
         "Question 7 why [b]not[/b]?",
@@ -287,7 +287,7 @@ def test_a_sentence_of_the_default_model(default_tokenizer):
 # ---- the document --------------------------------------------------------------------------------------------------
 
 
-def test_document_of_a_thought():
+def test_document_of_a_trace():
     trace = trace_by_hand([[[0, 1], [-1, -1]]], cosines=[[NAN, 0.5]], finite=[[True, False]], nearest=[[2, -1]],
                           norms=[[47.25, NAN]], distances=[[0.25, NAN]])  # fmt: skip
     document = trace_document([AgentTrace("planner", trace)], [Question(7, "why?", "because")], WORDS)
@@ -336,7 +336,7 @@ def test_document_has_a_row_per_question():
     ]
 
 
-def test_a_real_thought_that_breaks_is_strict_json(tmp_path):
+def test_real_latent_steps_that_break_is_strict_json(tmp_path):
     """Rows that ended, NaN in a state and Inf in an embedding: a parser that takes no NaN reads it."""
     model, (ids, mask) = tiny_model("llama"), ragged([3, 5])
     output = latent_generate(

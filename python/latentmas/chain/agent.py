@@ -1,4 +1,4 @@
-"""An agent as data: its prompt, and whether it thinks in latent steps or writes text."""
+"""An agent as data: its prompt, and whether it runs latent steps or writes text."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from latentmas.chain.memory_policy import KEEP_ALL, MemoryPolicy, is_integer
 from latentmas.characters import check_characters
 from latentmas_kernels.errors import LatentMASError
+
+LATENT_STEPS, MAX_NEW_TOKENS = 10, 256
+"""Defaults of agents in chain files, of the shipped chains as functions, and of the command line."""
 
 PLACEHOLDERS = ("question", "notes")
 """Names that a chain fills in; an agent's own fields have others."""
@@ -23,13 +26,13 @@ class Agent:
         prompt: instructions of the agent. "{question}" stands for the question, "{notes}" for what the agents before it
             wrote, and "{name}" for the field of that name; "{{name}}" is the text "{name}". An agent that reads notes
             starts an empty cache; any other one goes on from the cache of the agent before it.
-        latent_steps: latent steps that the agent takes, at most; None for an agent that writes.
-        max_new_tokens: limit of the agent's text; None for an agent that thinks.
+        latent_steps: latent steps that the agent runs, at most; None for an agent that writes.
+        max_new_tokens: limit of the agent's text; None for an agent that runs latent steps.
         system: system message, where the agent starts a cache and the chat template takes one; put in front of the
             prompt otherwise.
         enable_thinking: turn a chat template's thinking switch on.
-        settle: an agent that thinks ends before its latent_steps, for each question by itself, once an embedding has at least
-            this cosine to that of the step before; None is off.
+        settle: a latent agent ends before its latent_steps, for each question by itself, once an embedding has at least this
+            cosine to that of the step before; None is off.
         memory: what the agent gets of the cache before it.
         model: name of the model that the agent runs on, of those that the chain is given; None is the chain's own.
         fields: texts of further placeholders in the prompt, by name.
@@ -74,7 +77,7 @@ class Agent:
 
     @property
     def thinks(self) -> bool:
-        """Whether the agent takes latent steps; otherwise it writes."""
+        """Whether the agent runs latent steps; otherwise it writes."""
         return self.latent_steps is not None
 
     @property

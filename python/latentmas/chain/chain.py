@@ -1,4 +1,4 @@
-"""Chain: agents that hand a KV cache or notes on to each other, one after the other or in parallel."""
+"""Chain: agents that pass a KV cache or notes on to each other, one after the other or in parallel."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -59,14 +59,14 @@ class Chain:
         models: Mapping[str, tuple[Any, Any]] | None = None,
         decoder: TextBackend | None = None,
     ) -> None:
-        """Check the agents and measure how hidden states are fed back, where some agent thinks.
+        """Check the agents and measure how hidden states are fed back, where an agent runs latent steps.
 
         Args:
             model: a decoder-only causal LM of transformers, in eval mode.
             tokenizer: the model's, with or without a chat template and a padding token.
             agents: the chain; the last one writes. Agents in a list of their own run in parallel: as rows of one batch, each
                 on a fork of the same cache; their parts are then put behind each other.
-            aligner, engine, weights: as in `latent_generate`. Without an agent that thinks, there is no aligner.
+            aligner, engine, weights: as in `latent_generate`. Without an agent that runs latent steps there is no aligner.
             max_note_tokens: tokens of a text that later agents read. A longer text is truncated, with a warning.
             budget: limit of keys and values ("64 MB", "512 slots"); the oldest are cut out of the cache.
             models: (model, tokenizer) by the names that agents have in `Agent.model`; their aligner is a kind, as `aligner`.
@@ -183,10 +183,11 @@ class Chain:
 
 
 def _add_aligner(model_context: ModelContext, agents: list[Agent], aligner: str | Aligner) -> None:
-    """Build the aligner of a model, where an agent on it thinks."""
+    """Build the aligner of a model, where an agent on it runs latent steps."""
     if any(agent.enable_thinking for agent in agents) and not has_thinking_switch(model_context.tokenizer):
         warnings.warn(
-            "the tokenizer's chat template has no thinking switch, so enable_thinking changes nothing", stacklevel=3
+            "the tokenizer's chat template has no thinking switch, so enable_thinking (--think) changes nothing",
+            stacklevel=3,
         )
     if any(agent.thinks for agent in agents):
         kind = aligner if isinstance(aligner, str) or model_context.name is None else aligner.kind

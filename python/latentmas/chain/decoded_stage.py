@@ -32,6 +32,7 @@ class DecodedStage:
         self._completions: dict[tuple[int, int], Completion] = {}
 
     def run(self) -> StageResult:
+        """Run the stage with texts of the decoder."""
         self.begin()
         report, stopwatch = self.stage.report_begin(self.writers), Stopwatch()
         completions = self.decoder.write(self.cache, self.requests(), report)
@@ -39,6 +40,7 @@ class DecodedStage:
         return self.finish(completions)
 
     def begin(self) -> None:
+        """Prepare the cache and the inputs that the decoder reads."""
         # The decoder reads all of a first stage itself; the cache is for later stages.
         self.stage.begin(needs_cache=self.stage.number > 0 or not self.stage.last)
         self._slot_inputs = [self._decoder_inputs(q) for q in range(len(self.stage.prompts))]

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from latentmas_kernels.errors import LatentMASError
 
+PolicyAgents = Literal["all", "last"]
+PolicyKinds = Literal["all", "latent"]
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
@@ -25,17 +27,17 @@ class MemoryPolicy:
         slots: at most so many, the first and the latest; None is all.
     """
 
-    agents: Literal["all", "last"] = "all"
-    kinds: Literal["all", "latent"] = "all"
+    agents: PolicyAgents = "all"
+    kinds: PolicyKinds = "all"
     slots: int | None = None
 
     def __post_init__(self) -> None:
-        if self.agents not in ("all", "last"):
-            raise LatentMASError(f"agents of a hand-over must be 'all' or 'last'; got {self.agents!r}")
-        if self.kinds not in ("all", "latent"):
-            raise LatentMASError(f"kinds of a hand-over must be 'all' or 'latent'; got {self.kinds!r}")
+        if self.agents not in get_args(PolicyAgents):
+            raise LatentMASError(f"agents of a memory policy must be 'all' or 'last'; got {self.agents!r}")
+        if self.kinds not in get_args(PolicyKinds):
+            raise LatentMASError(f"kinds of a memory policy must be 'all' or 'latent'; got {self.kinds!r}")
         if self.slots is not None and not is_integer(self.slots, least=1):
-            raise LatentMASError(f"slots of a hand-over must be an integer of 1 or more; got {self.slots!r}")
+            raise LatentMASError(f"slots of a memory policy must be an integer of 1 or more; got {self.slots!r}")
 
 
 KEEP_ALL = MemoryPolicy()

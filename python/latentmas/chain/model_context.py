@@ -42,7 +42,7 @@ class ModelContext:
     target_aligners: dict[str | None, Aligner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises LatentMASError where the model cannot run."""
+        """Raise LatentMASError where the model cannot run."""
         open_engine(self.engine, self.model, self.architecture, weights=self.weights)
 
     @property

@@ -147,7 +147,7 @@ class Plan:
     slots: list[StageSlots] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises LatentMASError where a stage alone takes more than the limit."""
+        """Compute `slots`; raise LatentMASError where a stage alone takes more than the limit."""
         bounds = [RetainedBound() for _ in range(self.questions)]
         self.slots = []
         for number, tokens in enumerate(self.stages):

@@ -155,5 +155,5 @@ def _check_positions(architectures: Mapping[str | None, Architecture], plan: Pla
             raise LatentMASError(
                 f"the chain goes up to {end} positions ({prompt} of prompts, {end - prompt} of latent steps and new "
                 f"tokens), but {architecture.name} was made for {limit}; shorten the question or lower latent_steps "
-                "and max_new_tokens" + (", or max_note_tokens" if stage.reads_notes else "")
+                "and max_new_tokens" + (", or max_note_tokens (--handover-tokens)" if stage.reads_notes else "")
             )

@@ -19,7 +19,7 @@ class Progress:
         number, agents: the agent is the number-th, from 1, of so many.
         step: latent steps or new tokens per row so far; 0 while the prompt is read.
         tokens: int64 [B] on the CPU, the tokens just written, undefined in rows whose text has ended; None at step 0 and for
-            an agent that thinks.
+            an agent that runs latent steps.
         beside: further agents at work in the same steps; rows of a question follow each other, those of `agent` first.
         others: the numbers of these agents.
     """
@@ -63,7 +63,7 @@ class ProgressReporter:
             self(self.progress.step + 1, tokens)
 
     def end(self) -> None:
-        """Do nothing: the next agent's first report says the same."""
+        """Do nothing: the next agent's first report follows at once."""
 
 
 class Stopwatch:

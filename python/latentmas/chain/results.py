@@ -31,7 +31,7 @@ class AgentTurn:
         prompt_tokens: tokens that it read, the end of the turn before it included.
         latent_steps: latent steps that it took.
         new_tokens: tokens that it wrote, the end token included.
-        text: what it wrote, a visible chain of thought included; None for an agent that thinks.
+        text: what it wrote, a visible chain of thought included; None for an agent that runs latent steps.
         finish_reason: "stop" or "length" of the text.
         truncated_to: tokens of the text that later agents read, where it was truncated; None where they read all of it.
     """
@@ -126,10 +126,10 @@ class ChainResult:
         answers: in the order of the questions.
         agents: one per agent, in the order of the chain.
         seconds: wall clock of the run, measured by itself; the agents' seconds add up to it but for the loop around them.
-        aligner: the feedback that was used; None where no agent thinks.
-        memory: keys and values that the last agent left, its prompt and text included. Where the chain's decoder wrote the
+        aligner: the feedback that was used; None where no agent runs latent steps.
+        memory: the cache that the last agent left, its prompt and text included. Where the chain's decoder wrote the
             text, the cache that the decoder was given; None where it was given none.
-        traces: of each agent that thinks, where the run was asked for them.
+        traces: of each agent that runs latent steps, where the run was asked for them.
     """
 
     answers: list[Answer]
@@ -140,7 +140,7 @@ class ChainResult:
     traces: list[AgentTrace] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the memory and the traces, for `json.dumps`."""
+        """Return everything but the cache and the traces, for `json.dumps`."""
         return {
             "answers": [answer.to_dict() for answer in self.answers],
             "agents": [agent.to_dict() for agent in self.agents],

@@ -59,19 +59,12 @@ class Run:
             metrics.other_seconds = other / len(result.metrics)
         self.metrics += result.metrics
         self.traces += result.traces
-        for q, text in result.warnings:
-            self._warn(q, text)
 
     def result(self) -> ChainResult:
         """Return the result, once the last stage is recorded."""
-        return ChainResult(
-            [question.answer() for question in self.questions],
-            self.metrics,
-            time.perf_counter() - self._began,
-            self.setup.model_contexts[None].aligner,
-            self.state.cache,
-            self.traces,
-        )
+        answers = [question.answer() for question in self.questions]
+        seconds, aligner = time.perf_counter() - self._began, self.setup.model_contexts[None].aligner
+        return ChainResult(answers, self.metrics, seconds, aligner, self.state.cache, self.traces)
 
     def _plan(self, context: Context) -> tuple[Plan, list[Prompts]]:
         """Return the plan of a context and its prompts, per question.
@@ -90,7 +83,8 @@ class Run:
         return plan, prompts
 
     def _stage_run(self, plan: Plan, number: int, prompts: list[Prompts]) -> StageRun | DecodedStage:
-        stage = StageRun(self.setup, self.options, plan, number, [of[number] for of in prompts], self.state)
+        of_stage = [of[number] for of in prompts]
+        stage = StageRun(self.setup, self.options, plan, number, of_stage, self.state, self._warn)
         decoder = self.setup.decoder_of(stage.stage)
         return stage if decoder is None else DecodedStage(stage, decoder)
 

@@ -82,7 +82,7 @@ class ChainSetup:
                 if count is not None:
                     warned.append(
                         f"what {note.agent} wrote is {count} tokens to {reader.names}, of which {limit} are read; "
-                        "raise max_note_tokens to hand on more"
+                        "raise max_note_tokens (--handover-tokens) to hand on more"
                     )
             visible.append(note)
         return visible, warned

@@ -45,12 +45,10 @@ class StageResult:
         state: for the next stage of the context.
         outputs: per question and agent.
         metrics: per agent, all but other_seconds.
-        traces: of agents that think, where the run was asked for them.
-        warnings: each with the index of its question.
+        traces: of agents that run latent steps, where the run was asked for them.
     """
 
     state: ContextState
     outputs: list[list[AgentOutput]]
     metrics: list[AgentMetrics]
     traces: list[AgentTrace]
-    warnings: list[tuple[int, str]]

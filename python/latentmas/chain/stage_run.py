@@ -36,6 +36,7 @@ class StageRun:
         state: as the stage before left it, and then as this one does; the stage modifies it.
         outputs: per question, of the agents by index.
         metrics: per agent.
+        warn: takes the index of a question and a warning about it at once, as the stage may fail later.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class StageRun:
         number: int,
         prompts: StagePrompts,
         state: ContextState,
+        warn: Callable[[int, str], None],
     ) -> None:
         self.setup, self.options, self.plan, self.number = setup, options, plan, number
-        self.prompts, self.state = prompts, state
+        self.prompts, self.state, self.warn = prompts, state, warn
         self.tokens = plan.stages[number]
         self.stage, self.agents = self.tokens.stage, self.tokens.stage.agents
         self.context = setup.model_contexts[self.stage.model]
@@ -58,7 +60,6 @@ class StageRun:
         self.cached_len = [0] * len(prompts)
         self.outputs: list[dict[int, AgentOutput]] = [{} for _ in prompts]
         self.metrics = [AgentMetrics(agent.name) for agent in self.agents]
-        self.warnings: list[tuple[int, str]] = []
         self._traces: dict[int, AgentTrace] = {}
         self._kv_bytes = 0
 
@@ -105,7 +106,7 @@ class StageRun:
         for metrics in self.metrics:
             metrics.kv_bytes = self._kv_bytes
         traces = [trace for _, trace in sorted(self._traces.items())]
-        return StageResult(self.state, outputs, self.metrics, traces, self.warnings)
+        return StageResult(self.state, outputs, self.metrics, traces)
 
     def slot_inputs(self, q: int) -> list[SlotInput]:
         """Return the inputs of a question's slots that are in the cache before the agents' own parts."""
@@ -288,19 +289,19 @@ class StageRun:
         agent, metrics, limit = self.agents[number], self.metrics[number], self.setup.max_note_tokens
         metrics.new_tokens += len(text.ids)
         metrics.steps = max(metrics.steps, len(text.ids))
-        spoken = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
-        note, count = spoken.rpartition("</think>")[2].strip(), None
+        written = self.context.tokenizer.decode(without_end(text.ids, self.end_ids), skip_special_tokens=True).strip()
+        note, count = written.rpartition("</think>")[2].strip(), None
         # What was written in few tokens is not counted again: another split of the same text is not worth a cut.
         if self.setup.has_reader(agent) and len(text.ids) > limit:
             note, count = truncate_note(note, self.context.tokenizer, limit)
         if count is not None:
-            warning = (
+            self.warn(
+                q,
                 f"{agent.name} wrote {count} tokens, of which the agents after it read the first {limit}; raise "
-                "max_note_tokens to hand on more"
+                "max_note_tokens (--handover-tokens) to hand on more",
             )
-            self.warnings.append((q, warning))
         turn = AgentTurn(
-            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=spoken, finish_reason=text.finish_reason,
+            agent.name, len(self.ids[q][number]), new_tokens=len(text.ids), text=written, finish_reason=text.finish_reason,
             truncated_to=None if count is None else limit,
         )  # fmt: skip
         final = number + 1 == len(self.agents)

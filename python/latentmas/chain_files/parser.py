@@ -17,16 +17,8 @@ from latentmas.chain.agent import PLACEHOLDERS, Agent
 from latentmas.chain.memory_policy import MemoryPolicy
 from latentmas.chain.stages import check_chain
 from latentmas.chain_files.schema import ROUND, TEXT, AgentEntry, ChainEntry, GroupEntry, Memory, RepeatEntry
-from latentmas.chain_files.yaml_nodes import (
-    Faults,
-    compose,
-    line_of,
-    pairs,
-    plain,
-    quoted,
-    shown,
-    source_lines,
-)
+from latentmas.chain_files.yaml_nodes import Faults, compose, line_of, pairs, plain, shown, source_lines
+from latentmas.characters import quoted
 from latentmas_kernels.errors import LatentMASError
 
 LIMIT = 1000
@@ -261,17 +253,11 @@ class _Parser:
 def _agent_of(entry: AgentEntry, enable_thinking: bool) -> Agent:
     thinks = entry.output == "latent"
     return Agent(
-        entry.name,
-        entry.prompt,
-        latent_steps=entry.latent_steps if thinks else None,
-        max_new_tokens=None if thinks else entry.max_new_tokens,
-        system=entry.system or None,
-        enable_thinking=enable_thinking or entry.think,
-        settle=entry.settle if thinks else None,
-        memory=MemoryPolicy(**entry.memory.model_dump()),
-        model=entry.model or None,
-        fields=entry.fields,
-    )
+        entry.name, entry.prompt, latent_steps=entry.latent_steps if thinks else None,
+        max_new_tokens=None if thinks else entry.max_new_tokens, system=entry.system or None,
+        enable_thinking=enable_thinking or entry.think, settle=entry.settle if thinks else None,
+        memory=MemoryPolicy(**entry.memory.model_dump()), model=entry.model or None, fields=entry.fields,
+    )  # fmt: skip
 
 
 def _stand_in(entry: _Entry, beside: Agent | None = None) -> _Member:

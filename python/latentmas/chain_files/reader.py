@@ -1,7 +1,4 @@
-"""Chains as data: agents from a YAML file, or from one of those that come with the package (NAME.yaml in this folder).
-
-Reading either needs pydantic; chains that are built of `Agent`s in Python do not.
-"""
+"""Chains as data: agents from a YAML file, or from one of those that come with the package (NAME.yaml in this folder)."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,8 +7,8 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from latentmas.chain.agent import Agent
-from latentmas.chain.memory_policy import Budget
+from latentmas.chain.agent import LATENT_STEPS, MAX_NEW_TOKENS, Agent
+from latentmas.chain.memory_policy import Budget, is_integer
 from latentmas_kernels.errors import LatentMASError
 
 FOLDER = resources.files("latentmas.chain_files")
@@ -101,10 +98,10 @@ def _read(data: bytes, source: str, options: dict[str, int | None], enable_think
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         least = 0 if name == "latent_steps" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_integer(value, least):
             raise LatentMASError(f"{name} must be an integer of {least} or more; got {value!r}")
     try:
-        # Not at the top: nothing else of the Python API needs pydantic, which a machine may lack.
+        # Not at the top: the help needs the names of the chains, but neither pydantic nor PyYAML, which take 60 ms.
         from latentmas.chain_files.parser import parse
     except ModuleNotFoundError as error:
         raise LatentMASError(
@@ -118,23 +115,25 @@ def _read(data: bytes, source: str, options: dict[str, int | None], enable_think
 # ---- shipped chains as functions -------------------------------------------------------------------------------------
 
 
-def single_agent(max_new_tokens: int = 256) -> list[Agent]:
+def single_agent(max_new_tokens: int = MAX_NEW_TOKENS) -> list[Agent]:
     """Return one agent that answers at once: the baseline of the other chains."""
     return serial(_agents("single", 0, max_new_tokens))
 
 
-def text_agents(max_new_tokens: int = 256) -> list[Agent]:
+def text_agents(max_new_tokens: int = MAX_NEW_TOKENS) -> list[Agent]:
     """Return planner, critic, refiner and judger, who hand on text: the baseline TextMAS of LatentMAS, section 5."""
     return serial(_agents("text", 0, max_new_tokens))
 
 
-def latent_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent]:
-    """Return three agents that think in one cache and a judger: the sequential chain of LatentMAS, section 4."""
+def latent_agents(latent_steps: int = LATENT_STEPS, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Agent]:
+    """Return three agents that run latent steps in one cache, and a judger: the sequential chain of LatentMAS, section 4."""
     return serial(_agents("sequential", latent_steps, max_new_tokens))
 
 
-def hierarchical_agents(latent_steps: int = 10, max_new_tokens: int = 256) -> list[Agent | list[Agent]]:
-    """Return a group of specialists that think in parallel, and a judger; `serial` puts them in a row, as published."""
+def hierarchical_agents(
+    latent_steps: int = LATENT_STEPS, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[Agent | list[Agent]]:
+    """Return a group of specialists that run latent steps in parallel, and a judger; `serial` puts them in a row."""
     return _agents("hierarchical", latent_steps, max_new_tokens)
 
 

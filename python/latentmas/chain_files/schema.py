@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from latentmas.chain.agent import PLACEHOLDERS
-from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget
+from latentmas.chain.agent import LATENT_STEPS, MAX_NEW_TOKENS, PLACEHOLDERS
+from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, PolicyAgents, PolicyKinds
 from latentmas.chain_files.yaml_nodes import DIGITS
 
 ROUND = "round"
@@ -76,8 +76,8 @@ class _Model(BaseModel):
 class Memory(_Model):
     """A memory policy that is written out (latentmas.chain.memory_policy.MemoryPolicy)."""
 
-    agents: Literal["all", "last"] = "all"
-    kinds: Literal["all", "latent"] = "all"
+    agents: PolicyAgents = "all"
+    kinds: PolicyKinds = "all"
     slots: Annotated[int | None, _integer(1)] = None
 
 
@@ -91,8 +91,8 @@ Policy = Annotated[
 class _Defaults(_Model):
     """Keys of an agent that the chain may set for all of its agents."""
 
-    latent_steps: Annotated[int, _integer(0)] = 10
-    max_new_tokens: Annotated[int, _integer(1)] = 256
+    latent_steps: Annotated[int, _integer(0)] = LATENT_STEPS
+    max_new_tokens: Annotated[int, _integer(1)] = MAX_NEW_TOKENS
     system: Text = ""
     settle: Annotated[
         float | None,

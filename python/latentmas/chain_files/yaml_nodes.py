@@ -3,13 +3,14 @@
 A value is taken as it is written: what YAML 1.1 would turn into something else (yes, 010, 1_000, 12:30) stays a node.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
+
+from latentmas.characters import BOM, SURROGATE, quoted, short
 
 Faults = list[tuple[int, str]]
 """Lines, from 1, and what is wrong with each."""
@@ -68,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         if _type(node) not in TYPES[type(node)]:
             tag = quoted(node.tag.replace(TAG, "!!"))
             self._refuse(event, f"the tag {tag} is not read; allowed is plain data without tags")
-        if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+        if isinstance(node, yaml.ScalarNode) and SURROGATE.search(node.value):
             self._refuse(event, "half a surrogate pair is no character; allowed is \\U with eight digits")
         return node
 
@@ -78,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
 def compose(data: bytes, faults: Faults) -> yaml.Node | None:
     """Return the root of the file's only document; None where it cannot be used, which is noted."""
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = data.removeprefix(BOM)
     try:
         text = data.decode()
         root = yaml.compose(text, Loader=_Loader)
@@ -123,13 +124,8 @@ def shown(node: yaml.Node) -> str:
     if _type(node) == "str":
         return quoted(node.value)
     _, written = next(source_lines(node))
-    written = _short(written.strip()) or "(empty)"
+    written = short(written.strip()) or "(empty)"
     return written if written.isprintable() else written.encode("unicode_escape").decode()
-
-
-def quoted(text: str) -> str:
-    """Return text in quotes, shortened; with escapes where it would not stay on its line."""
-    return json.dumps(_short(text), ensure_ascii=not text.isprintable())
 
 
 def pairs(
@@ -162,7 +158,3 @@ def plain(node: yaml.Node, *, numbers_as_text: bool = False) -> Any:
 
 def _type(node: yaml.Node) -> str:
     return node.tag.removeprefix(TAG)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -24,7 +24,11 @@ app.command()(serve)
 
 
 def main() -> None:
-    """Run a command. What the user can mend is one line and exit code 2; Ctrl-C is 130 (by typer); a bug is a traceback."""
+    """Run a command.
+
+    An error that the user can mend is one line and exit code 2; an option that typer refuses is typer's box of several lines,
+    also with 2. Ctrl-C is 130 (by typer). A bug is a traceback.
+    """
     try:
         app()
     except SystemExit as ended:

@@ -7,6 +7,7 @@ import torch
 
 from latentmas.chain.chain import Chain
 from latentmas.chain.results import Answer, ChainResult
+from latentmas.characters import first_line
 from latentmas.cli.live_view import Display
 from latentmas.cli.questions import Question
 from latentmas.cli.results_file import ResultsFile
@@ -41,11 +42,11 @@ def run_batches(
     output: ResultsFile | None,
     traced: TraceFile | None = None,
 ) -> Iterator[tuple[Sequence[Question], ChainResult]]:
-    """Run the questions in their order; yield each batch with its result, once that is written to the output (and what its
-    agents thought to the trace).
+    """Run the questions in their order; yield each batch with its result, once that is written to the output (and the
+    agents' latent steps to the trace).
 
     Raises:
-        LatentMASError: where a batch does not fit the memory, or as Chain.run().
+        LatentMASError: where a batch does not fit free memory, or as Chain.run().
         OSError: where the output cannot be written.
     """
     tokenizers = {name: (context.tokenizer, context.end_ids) for name, context in chain.setup.model_contexts.items()}
@@ -66,7 +67,7 @@ def run_batches(
                 if not _is_out_of_memory(error):
                     raise
                 raise LatentMASError(
-                    f"out of memory with {len(batch)} questions at a time ({str(error).splitlines()[0]}); take a smaller "
+                    f"out of memory with {len(batch)} questions at a time ({first_line(error)}); take a smaller "
                     "--batch-size, or a lower --max-new-tokens"
                 ) from error
         if output is not None:

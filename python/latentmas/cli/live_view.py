@@ -25,7 +25,8 @@ class Display:
     def __init__(
         self, console: Console, tokenizers: Mapping[str | None, tuple[Any, Sequence[int]]], title: str
     ) -> None:
-        """
+        """Prepare the view; nothing is written before the block begins.
+
         Args:
             console: where to write.
             tokenizers: tokenizer, for the text of the batch's first row, and tokens that end a row, by the names of agents'
@@ -70,13 +71,10 @@ class Display:
         if self.progress is not None:
             self.finished.append(self._line(self.progress, finished=True))
         if self.live is None:
-            many, steps = len(progress.beside) > 0, progress.steps
-            does = "think" + "s" * (not many) if progress.agent.thinks else "write" + "s" * (not many) + " up to"
+            limit = f"{progress.steps} steps" if progress.agent.thinks else f"up to {progress.steps} tokens"
             number = ", ".join(map(str, (progress.number, *progress.others)))
-            unit = "steps" if progress.agent.thinks else "tokens"
-            self.console.print(
-                f"  {visible(progress.names)} {does} {steps} {unit} ({number} of {progress.agents})", soft_wrap=True
-            )
+            line = f"  {visible(progress.names)} {_verb(progress)} {limit} ({number} of {progress.agents})"
+            self.console.print(line, soft_wrap=True)
         self.progress, self.began, self.ids, self.ended, self.tokens = progress, 0.0, [], [], 0
 
     def _step(self, progress: Progress) -> None:
@@ -95,12 +93,11 @@ class Display:
 
     def _line(self, progress: Progress, *, finished: bool = False) -> Text:
         seconds, thinks = time.perf_counter() - self.began if self.began else 0.0, progress.agent.thinks
-        does = (" think" if thinks else " write") + ("s " if not progress.beside else " ")
-        line = Text(f"  {visible(progress.names)}", "bold").append(does, "not bold")
+        line = Text(f"  {visible(progress.names)}", "bold").append(f" {_verb(progress)} ", "not bold")
         if not progress.step:
             return line.append("(reading its prompt)" if progress.steps else "", "not bold dim")
         line.append(f"{progress.step}/{progress.steps}", "not bold")
-        # The clock begins with the first step: a thinker tells as a step begins, a writer once its tokens are there.
+        # The clock begins with the first step: a latent agent reports as a step begins, a writer once its tokens are there.
         done = progress.step - (not finished) if thinks else self.tokens - len(self.ended)
         if seconds > 0 and done > 0:
             line.append(f"  {done / seconds:.1f} {'steps' if thinks else 'tokens'}/s", "not bold dim")
@@ -114,3 +111,7 @@ class Display:
             text = Text(visible(tokenizer.decode(self.ids, skip_special_tokens=True).strip()))
             lines += text.wrap(self.console, max(self.console.width - 1, 1))[-TEXT_LINES:]
         return Group(*lines)
+
+
+def _verb(progress: Progress) -> str:
+    return ("think" if progress.agent.thinks else "write") + "s" * (not progress.beside)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from latentmas.chain.agent import LATENT_STEPS, MAX_NEW_TOKENS
 from latentmas.chain_files.reader import builtin_chains
 
 QUESTIONS, CHAIN, MODEL, SAMPLING = "Questions", "Chain", "Model", "Sampling"
@@ -19,8 +20,10 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
-LatentSteps = Annotated[int | None, option(CHAIN, "Most steps that an agent thinks. Default: the chain's, or 10.")]
-MaxNewTokens = Annotated[int | None, option(CHAIN, "Limit of each text. Default: the chain's, or 256.")]
+LatentSteps = Annotated[
+    int | None, option(CHAIN, f"Most steps that an agent thinks. Default: the chain's, or {LATENT_STEPS}.")
+]
+MaxNewTokens = Annotated[int | None, option(CHAIN, f"Limit of each text. Default: the chain's, or {MAX_NEW_TOKENS}.")]
 AlignerKind = Annotated[
     Literal["auto", "ridge", "identity", "soft"], option(CHAIN, "How hidden states are fed back (thinking agents).")
 ]

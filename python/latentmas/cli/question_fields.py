@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from latentmas.characters import SURROGATE, check_characters
+from latentmas.characters import SURROGATE, check_characters, quoted
 from latentmas_kernels.errors import LatentMASError
 
 QUESTION = ("question", "query", "problem", "prompt")
@@ -29,8 +29,8 @@ class Entry:
         text: the question, its options below it.
         answer: the expected one: the letter of an option, what follows "####", or all of it; several right ones are joined
             by "or". None where there is none that can be used.
-        passed_over: fields that were not read, and why: another one was, or an answer cannot be used. Says the same for
-            all entries of a file that have the same trouble.
+        passed_over: fields that were not read, and why: another one was, or an answer cannot be used. The words are the same
+            for all entries of a file with the same fault.
     """
 
     text: str
@@ -93,7 +93,7 @@ def read_entry(entry: Any) -> Entry:
     try:
         return Entry(text, _answer(value, options), passed_over)
     except LatentMASError as error:
-        return Entry(text, None, (*passed_over, f"{_quoted(written)} is left out where it {error}"))
+        return Entry(text, None, (*passed_over, f"{quoted(written)} is left out where it {error}"))
 
 
 def _given(value: Any) -> bool:
@@ -211,18 +211,18 @@ def _answer(value: Any, options: list[_Option]) -> str:
 
 def _label(answer: str | int | float, options: list[_Option]) -> str:
     """Return the label of the option that is meant."""
-    said = " ".join(str(answer).split()).casefold()
+    given = " ".join(str(answer).split()).casefold()
     for option in options:
         label = option.label.casefold()
-        if said in (label, f"{label}.", f"{label})", f"({label})", " ".join(str(option).split()).casefold()):
+        if given in (label, f"{label}.", f"{label})", f"({label})", " ".join(str(option).split()).casefold()):
             return option.label
     meant = {
         option.label
         for option in options
-        if " ".join(option.text.split()).casefold() == said and (option.number or isinstance(answer, str))
+        if " ".join(option.text.split()).casefold() == given and (option.number or isinstance(answer, str))
     }
-    if re.fullmatch("[0-9]{1,2}", said) and int(said) < len(options):
-        meant.add(options[int(said)].label)
+    if re.fullmatch("[0-9]{1,2}", given) and int(given) < len(options):
+        meant.add(options[int(given)].label)
     if len(meant) == 1:
         return meant.pop()
     raise LatentMASError("may be more than one of the options (give the letter)" if meant else "is none of the options")
@@ -240,7 +240,7 @@ def listed(names: Any, most: int = 8) -> str:
     """Return names in quotes, of many the first ones and their count."""
     names = [str(name) for name in names]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(_quoted, names[:most])) + more or "nothing"
+    return ", ".join(map(quoted, names[:most])) + more or "nothing"
 
 
 def _passed_over(entry: dict[Any, Any], names: Sequence[str], written: str, value: Any) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ def _passed_over(entry: dict[Any, Any], names: Sequence[str], written: str, valu
         name for name, other in entry.items()
         if str(name).strip().lower() in names and _given(other) and other != value
     ]  # fmt: skip
-    return (f"{_quoted(written)} is read, not {listed(others)}",) if others else ()
+    return (f"{quoted(written)} is read, not {listed(others)}",) if others else ()
 
 
 def _options_passed_over(entry: dict[Any, Any], fields: _Fields) -> tuple[str, ...]:
@@ -260,10 +260,6 @@ def _options_passed_over(entry: dict[Any, Any], fields: _Fields) -> tuple[str, .
 def _either(names: Sequence[str]) -> str:
     first, *others = names
     return f'"{first}" (nor {", ".join(others)})'
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text if len(text) <= 40 else text[:37] + "...", ensure_ascii=not text.isprintable())
 
 
 def _kind(value: Any) -> str:

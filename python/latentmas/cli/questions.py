@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from latentmas.characters import decoded, without_mark
+from latentmas.characters import decoded, first_line, without_mark
 from latentmas.cli.question_fields import ANSWER, LETTERS, OPTIONS, QUESTION, listed, read_entry
 from latentmas_kernels.errors import LatentMASError
 
@@ -46,14 +46,12 @@ def questions_to_ask(question: str | None, source: str | None) -> tuple[list[Que
 
     Args:
         question: the question itself; "-" reads it from standard input.
-        source: as in `read_questions`. Without either, the first question of the sample is asked.
+        source: as in `read_questions`; not both. Without either, the first question of the sample is asked.
 
     Raises:
-        LatentMASError: where both are given, or as `read_questions`.
+        LatentMASError: as `read_questions`.
         OSError: where the file cannot be opened.
     """
-    if question is not None and source is not None:
-        raise LatentMASError("got a question and --questions; give one of them")
     if source is not None:
         return read_questions(source)
     if question is None:
@@ -165,41 +163,47 @@ def _json(text: str, name: str = "") -> Any:
 def _csv(name: str, data: bytes) -> Iterator[_Placed]:
     # A byte that is not UTF-8 becomes half a surrogate pair, which is a fault of its row alone.
     text = data.decode(errors="surrogateescape")
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names: list[str] | None = None
-    number = 0
     limit = csv.field_size_limit(max(len(text), 1))
     try:
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if names is None:
-                    raise LatentMASError(f"{name} is not CSV ({error} in its first row)") from error
-                number += 1
-                yield number, f"row {number} (line {rows.line_num})", LatentMASError(f"is not CSV ({error})")
-                continue
-            if not any(cell.strip() for cell in row):
-                continue
-            if names is None:
-                names = row
-                _check_columns(name, names)
-                continue
-            number += 1
-            entry: Any = dict(zip(names, row, strict=False))
-            if len(row) > len(names):
-                entry = LatentMASError(
-                    f"has {len(row)} cells where the first row has {len(names)}; put text with commas into quotes"
-                )
-            yield number, f"row {number} (line {rows.line_num})", entry
+        rows = _csv_rows(text)
+        _, names = next(rows, (0, None))
+        if isinstance(names, csv.Error):
+            raise LatentMASError(f"{name} is not CSV ({names} in its first row)") from names
+        if names is not None:
+            _check_columns(name, names)
+            for number, (line, row) in enumerate(rows, start=1):
+                yield number, f"row {number} (line {line})", _csv_entry(names, row)
     finally:
         csv.field_size_limit(limit)
 
 
+def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Yield the rows that hold something, or the error of a row that cannot be read; each with its last line's number."""
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield rows.line_num, error
+        else:
+            if any(cell.strip() for cell in row):
+                yield rows.line_num, row
+
+
+def _csv_entry(names: list[str], row: list[str] | csv.Error) -> dict[str, str] | LatentMASError:
+    if isinstance(row, csv.Error):
+        return LatentMASError(f"is not CSV ({row})")
+    if len(row) > len(names):
+        return LatentMASError(
+            f"has {len(row)} cells where the first row has {len(names)}; put text with commas into quotes"
+        )
+    return dict(zip(names, row, strict=False))
+
+
 def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
-    try:
+    try:  # optional
         from pyarrow import ArrowException, BufferReader, parquet
     except ModuleNotFoundError as error:
         raise LatentMASError(
@@ -215,7 +219,7 @@ def _parquet(name: str, data: bytes) -> Iterator[_Placed]:
     except LatentMASError:
         raise
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # the latter for a date beyond Python's
-        raise LatentMASError(f"{name} is not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+        raise LatentMASError(f"{name} is not a Parquet file that can be read ({first_line(error)})") from error
     for number, row in enumerate(rows, start=1):
         yield number, f"row {number}", row
 

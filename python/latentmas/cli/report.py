@@ -29,7 +29,8 @@ class Report:
     def __init__(
         self, console: Console, agents: Sequence[Agent], done: Iterable[dict[str, Any]], *, as_json: bool
     ) -> None:
-        """
+        """Begin with all sums at zero.
+
         Args:
             console: where to print.
             agents: of the chain.
@@ -56,7 +57,7 @@ class Report:
         Args:
             settings: of the run.
             setup: seconds before the first batch.
-            aligner: how hidden states were fed back, None where no agent thinks.
+            aligner: how hidden states were fed back, None where no agent runs latent steps.
             left_out: what was wrong with the questions that were not run.
         """
         if self.as_json:
@@ -76,42 +77,33 @@ class Report:
                 self.console.print(f"feedback: {aligner.kind} ({aligner.reason})", soft_wrap=True)
 
     def _print_answer(self, question: Question, answer: Answer) -> None:
-        say = self.console.print
-        say(Text(f"Question {question.number} ", "bold").append(visible(question.text), "not bold"), soft_wrap=True)
-        say(f"\n{answer.text}\n" if answer.text.strip() else Text("\n(the answer is empty)\n", "dim"), soft_wrap=True)
+        show = self.console.print
+        show(Text(f"Question {question.number} ", "bold").append(visible(question.text), "not bold"), soft_wrap=True)
+        show(f"\n{answer.text}\n" if answer.text.strip() else Text("\n(the answer is empty)\n", "dim"), soft_wrap=True)
         if answer.finish_reason == "length":
-            say(Text("(cut off by --max-new-tokens)\n", "dim"))
+            show(Text("(cut off by --max-new-tokens)\n", "dim"))
         if question.answer is not None:
-            say(Text(f"expected: {visible(question.answer)}\n", "dim"), soft_wrap=True)
+            show(Text(f"expected: {visible(question.answer)}\n", "dim"), soft_wrap=True)
 
     def _print_table(self, setup: float) -> None:
         """Print a row per agent and one for all, then the phases."""
         table = Table(box=None, pad_edge=False)
         table.add_column("agent", overflow="fold")
-        sharing = any(agent.shared_tokens for agent in self.agents)
-        for column in (
-            "prompt tokens",
-            *(["shared"] if sharing else []),
-            "latent steps",
-            "new tokens",
-            "seconds",
-            "ms/step",
-            "KV MB",
-            "share",
-        ):
+        counts = {"prompt tokens": "prompt_tokens", "shared": "shared_tokens", "latent steps": "latent_steps"}
+        counts["new tokens"] = "new_tokens"
+        if not any(agent.shared_tokens for agent in self.agents):
+            del counts["shared"]
+        for column in (*counts, "seconds", "ms/step", "KV MB", "share"):
             table.add_column(column, justify="right")
         for agent in self.agents:
             step = "" if agent.ms_per_step is None else f"{agent.ms_per_step:.1f}"
-            shared = [agent.shared_tokens] if sharing else []
-            counts = (agent.prompt_tokens, *shared, agent.latent_steps, agent.new_tokens)
             table.add_row(
-                visible(agent.agent), *map(str, counts), f"{agent.seconds:.2f}", step, f"{agent.kv_bytes / 2**20:.1f}",
-                f"{agent.seconds / self.seconds:.0%}",
+                visible(agent.agent), *(str(getattr(agent, name)) for name in counts.values()), f"{agent.seconds:.2f}", step,
+                f"{agent.kv_bytes / 2**20:.1f}", f"{agent.seconds / self.seconds:.0%}",
             )  # fmt: skip
         if len(self.agents) > 1:
-            names = ("prompt_tokens", *(["shared_tokens"] if sharing else []), "latent_steps", "new_tokens")
-            sums = [self._sum(name) for name in names]
-            table.add_row("all", *map(str, sums), f"{self._sum('seconds'):.2f}", style="bold")
+            sums = (str(self._sum(name)) for name in counts.values())
+            table.add_row("all", *sums, f"{self._sum('seconds'):.2f}", style="bold")
         print_whole(self.console, table)
         phases = ", ".join(f"{phase} {self._sum(phase + '_seconds'):.2f} s" for phase in PHASES)
         self.console.print(f"\n{self.seconds:.2f} s: {phases}; {setup:.2f} s to load and set up", soft_wrap=True)

@@ -4,20 +4,18 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
 import typer
 
 from latentmas.backends import check_installed
-from latentmas.chain.agent import Agent
+from latentmas.chain.agent import LATENT_STEPS, MAX_NEW_TOKENS, Agent
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files.reader import method_names, read_builtin, read_chain, serial
 from latentmas.cli import options
 from latentmas.cli.options import CHAIN, QUESTIONS, RESULTS, SAMPLING, SHIPPED, VLLM, option
 from latentmas_kernels.errors import LatentMASError
-
-LATENT_STEPS, MAX_NEW_TOKENS = 10, 256
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,7 @@ class RunConfig:
             name = self.chain
             file = read_chain(name, latent_steps=steps, max_new_tokens=tokens, enable_thinking=self.think)
             title = f"{file.name}: {file.description}" if file.description else file.name
-            # A file may change between a run and the one that goes on behind it.
-            digest = hashlib.sha256(repr((file.agents, file.budget)).encode()).hexdigest()[:16]
-            settings |= {"chain": name, "chain_digest": digest}
+            settings |= {"chain": name, "chain_digest": chain_digest(file.agents, file.budget)}
         settings |= {"latent_steps": steps, "max_new_tokens": tokens}
         if self.hierarchical is not None and not any(isinstance(entry, list) for entry in file.agents):
             raise LatentMASError(
@@ -203,6 +199,25 @@ class RunConfig:
             "think": self.think, "decoder": None if vllm is None else self.decoder, "vllm": vllm,
             "hand_over": None if vllm is None else self.kv_transfer or "kv",
         }  # fmt: skip
+
+
+def chain_digest(agents: list[Agent | list[Agent]], budget: Budget | None) -> str:
+    """Return a digest of what a chain file says: the file may change between a run and the one that goes on behind it.
+
+    It is kept in files of results. A field or a class that is renamed must therefore keep its first name here.
+    """
+    text = f"({_first_repr(agents)}, {_first_repr(budget)})"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _first_repr(value: Any) -> str:
+    """Return the repr of agents and budgets as it was when the first files of results were written."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_first_repr, value))}]"
+    if not is_dataclass(value):
+        return repr(value)
+    name = "HandOver" if isinstance(value, MemoryPolicy) else type(value).__name__
+    return f"{name}({', '.join(f'{entry.name}={_first_repr(getattr(value, entry.name))}' for entry in fields(value))})"
 
 
 def _memory_policy(memory: str) -> MemoryPolicy:

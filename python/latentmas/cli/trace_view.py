@@ -1,12 +1,11 @@
-"""What the agents of a run think: a table per question and agent to read, a document to work on, and the file of --trace."""
+"""The latent steps of a run: a table per question and agent to read, a document to work on, and the file of --trace."""
 
 import json
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ TOP_K = 5
 def trace_table(
     console: Console | None, traces: Sequence[AgentTrace], questions: Sequence[Question | str], tokenizer: Any
 ) -> None:
-    """Print what the agents of a batch think: for each question one table per agent, with a row for every step.
+    """Print the latent steps of a batch: for each question one table per agent, with a row for every step.
 
     A row says which tokens the state behind the step would have become, with their probabilities; the norm of that state;
     the cosine of the embedding that was fed to that of the step before; and the token whose embedding is nearest to it,
@@ -37,7 +36,7 @@ def trace_table(
 
     Args:
         console: where to print; None is standard output.
-        traces: one per agent that thought, in the order of the chain.
+        traces: one per agent that ran latent steps, in the order of the chain.
         questions: of the batch, in its order; strings are numbered from 1.
         tokenizer: the model's.
 
@@ -46,22 +45,22 @@ def trace_table(
     """
     console = Console() if console is None else console
     spellings = _spellings(traces, tokenizer)
-    for row, question in _rows(traces, questions):
-        title = Text(f"Question {question.number} ", "bold").append(visible(question.text), "not bold")
+    for question in trace_document(traces, questions, tokenizer)["questions"]:
+        title = Text(f"Question {question['number']} ", "bold").append(visible(question["question"]), "not bold")
         console.print(title, soft_wrap=True)
-        for agent, spelling in zip(traces, spellings, strict=True):
-            steps = agent.trace.steps[row]
-            count = "1 step" if steps == 1 else f"{steps} steps"
-            console.print(Text(f"\n{visible(agent.agent)} ", "bold").append(count, "not bold dim"), soft_wrap=True)
+        for agent, spelling in zip(question["agents"], spellings, strict=True):
+            steps = agent["steps"]
+            count = "1 step" if len(steps) == 1 else f"{len(steps)} steps"
+            console.print(Text(f"\n{visible(agent['agent'])} ", "bold").append(count, "not bold dim"), soft_wrap=True)
             if steps:
-                console.print(_table(agent.trace, row, spelling))
+                console.print(_table(steps, spelling))
         console.print()
 
 
 def trace_document(
     traces: Sequence[AgentTrace], questions: Sequence[Question | str], tokenizer: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return what the agents of a batch think, for `json.dumps`. No number is NaN or Inf: what is not known is None.
+    """Return the latent steps of a batch, for `json.dumps`. No number is NaN or Inf: what is not known is None.
 
     Args:
         traces, questions, tokenizer: as in `trace_table`.
@@ -75,20 +74,20 @@ def trace_document(
     Raises:
         LatentMASError: as `trace_table`.
     """
-    spellings = _spellings(traces, tokenizer)
-    return {
-        "questions": [
-            {
-                "number": question.number,
-                "question": question.text,
-                "agents": [
-                    {"agent": agent.agent, "steps": [_entry(step, spelling) for step in _steps(agent.trace, row)]}
-                    for agent, spelling in zip(traces, spellings, strict=True)
-                ],
-            }
-            for row, question in _rows(traces, questions)
-        ]
-    }
+    for agent in traces:
+        if len(agent.trace.steps) != len(questions):
+            raise LatentMASError(
+                f"the trace of {agent.agent!r} has {len(agent.trace.steps)} rows for {len(questions)} questions; pass the "
+                "questions of its batch"
+            )
+    agents = list(zip(traces, _spellings(traces, tokenizer), strict=True))
+    document = []
+    for row, question in enumerate(questions):
+        if isinstance(question, str):
+            question = Question(row + 1, question)
+        steps = [{"agent": agent.agent, "steps": _steps(agent.trace, row, spelling)} for agent, spelling in agents]
+        document.append({"number": question.number, "question": question.text, "agents": steps})
+    return {"questions": document}
 
 
 def write_trace(path: str | Path, document: dict[str, Any]) -> None:
@@ -115,95 +114,64 @@ def _umask() -> int:
     return mask
 
 
-# ---- rows and steps ------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One latent step as plain numbers; None where there is none."""
+def _steps(trace: LatentTrace, row: int, spelling: Spelling) -> list[dict[str, Any]]:
+    """Return the steps that a row took, and no more, as a document has them."""
 
-    number: int
-    says: list[tuple[int, float]]
-    norm: float | None
-    cosine: float | None
-    nearest: tuple[int, float] | None
-    finite: bool
+    def token(token_id: int, **score: float) -> dict[str, Any]:
+        return {"token_id": token_id, "text": readable(spelling(token_id)), **score}
 
-
-def _rows(traces: Sequence[AgentTrace], questions: Sequence[Question | str]) -> Iterator[tuple[int, Question]]:
-    for agent in traces:
-        if len(agent.trace.steps) != len(questions):
-            raise LatentMASError(
-                f"the trace of {agent.agent!r} has {len(agent.trace.steps)} rows for {len(questions)} questions; pass the "
-                "questions of its batch"
-            )
-    for row, question in enumerate(questions):
-        yield row, Question(row + 1, question) if isinstance(question, str) else question
-
-
-def _steps(trace: LatentTrace, row: int) -> Iterator[_Step]:
-    """Yield the steps that a row took, and no more."""
     names = ("tokens", "probabilities", "norms", "cosines", "nearest", "distances", "finite")
     columns = [getattr(trace, name)[row, : trace.steps[row]].tolist() for name in names]
-    for step, values in enumerate(zip(*columns, strict=True), start=1):
+    steps = []
+    for number, values in enumerate(zip(*columns, strict=True), start=1):
         tokens, probabilities, norm, cosine, nearest, distance, finite = values
-        says = list(zip(tokens, probabilities, strict=True)) if tokens[0] >= 0 else []
-        yield _Step(step, says, _number(norm), _number(cosine), (nearest, distance) if nearest >= 0 else None, finite)
+        likely = zip(tokens, probabilities, strict=True) if tokens[0] >= 0 else ()
+        steps.append(
+            {
+                "step": number,
+                "says": [token(token_id, probability=probability) for token_id, probability in likely],
+                "norm": norm if math.isfinite(norm) else None,
+                "cosine": cosine if math.isfinite(cosine) else None,
+                "nearest": token(nearest, distance=distance) if nearest >= 0 else None,
+                "finite": finite,
+            }
+        )
+    return steps
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _short(norm: float) -> str:
-    return f"{norm:.1f}" if 1 <= norm < 1e5 else f"{norm:.3g}"
-
-
-def _entry(step: _Step, spelling: Spelling) -> dict[str, Any]:
-    def token(token_id: int) -> dict[str, Any]:
-        return {"token_id": token_id, "text": readable(spelling(token_id))}
-
-    return {
-        "step": step.number,
-        "says": [{**token(token_id), "probability": probability} for token_id, probability in step.says],
-        "norm": step.norm,
-        "cosine": step.cosine,
-        "nearest": None if step.nearest is None else {**token(step.nearest[0]), "distance": step.nearest[1]},
-        "finite": step.finite,
-    }
-
-
-def _table(trace: LatentTrace, row: int, spelling: Spelling) -> Table:
-    """Return a table of a row's steps. Cells are folded where the console is narrow: nothing is left out."""
+def _table(steps: Sequence[dict[str, Any]], spelling: Spelling) -> Table:
+    """Return a table of steps of a document. Cells are folded where the console is narrow: nothing is left out."""
     table = Table(box=None, pad_edge=False)
     for name in ("step", "says", "norm", "cosine", "nearest"):
         table.add_column(name, justify="left" if name in ("says", "nearest") else "right", overflow="fold")
 
-    def scored(tokens: Sequence[tuple[int, float]]) -> Text:
-        # Text, never markup: a token may be "[/]". Spaces in tokens are spelled out, so those here tell tokens apart.
-        pieces = [Text(printable(spelling(token_id))).append(f" {score:.2f}", "dim") for token_id, score in tokens]
-        return Text("  ").join(pieces)
+    def scored(token: dict[str, Any], score: str) -> Text:
+        # Text, never markup: a token may be "[/]". Spaces in tokens are spelled out, so those between tokens tell them apart.
+        return Text(printable(spelling(token["token_id"]))).append(f" {token[score]:.2f}", "dim")
 
-    for step in _steps(trace, row):
-        says = scored(step.says)
-        if not (step.finite and step.says):
-            mark = "NaN or Inf in the logits" if step.finite else "NaN or Inf"
-            says = Text("  ").join([Text(mark, "bold red"), *([says] if says else [])])
+    for step in steps:
+        says = [scored(token, "probability") for token in step["says"]]
+        if not (step["finite"] and says):
+            says.insert(0, Text("NaN or Inf in the logits" if step["finite"] else "NaN or Inf", "bold red"))
+        norm, cosine, nearest = step["norm"], step["cosine"], step["nearest"]
         table.add_row(
-            str(step.number),
-            says,
-            "" if step.norm is None else _short(step.norm),
-            "" if step.cosine is None else f"{step.cosine:.3f}",
-            scored([] if step.nearest is None else [step.nearest]),
+            str(step["step"]),
+            Text("  ").join(says),
+            "" if norm is None else f"{norm:.1f}" if 1 <= norm < 1e5 else f"{norm:.3g}",
+            "" if cosine is None else f"{cosine:.3f}",
+            "" if nearest is None else scored(nearest, "distance"),
         )
     return table
 
 
 def _spellings(traces: Sequence[AgentTrace], tokenizer: Any) -> list[Spelling]:
     """Return the spelling of each agent's tokens; one object for each tokenizer."""
-    theirs = [tokenizer if agent.tokenizer is None else agent.tokenizer for agent in traces]
-    known = {id(one): Spelling(one) for one in theirs}
-    return [known[id(one)] for one in theirs]
+    tokenizers = [tokenizer if agent.tokenizer is None else agent.tokenizer for agent in traces]
+    known = {id(one): Spelling(one) for one in tokenizers}
+    return [known[id(one)] for one in tokenizers]
 
 
 # ---- the file of --trace --------------------------------------------------------------------------------------------
@@ -213,7 +181,8 @@ class TraceFile:
     """The file of --trace: the traces of batches, written at the end of its block, whatever ends that. A context manager."""
 
     def __init__(self, path: str | Path, tokenizer: Any, console: Console | None) -> None:
-        """
+        """Begin with no traces; nothing is written before the block ends.
+
         Args:
             path: takes the place of a file that is there.
             tokenizer: spells the tokens.
