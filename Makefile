@@ -14,7 +14,7 @@ ISA_TESTS := $(wildcard tests/hf/test_accelerate_*.py) tests/models/test_rope.py
 TORCH_portable := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 TORCH_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 NEWEST_TESTS ?= $(MATRIX)
-# All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_hand_over.py
+# All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_kv_transfer.py
 VLLM_TESTS ?= tests/with_vllm
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 

@@ -10,7 +10,7 @@ from latentmas import METHODS, Budget, Chain, MemoryPolicy
 from latentmas.backends.vllm import Vllm
 from latentmas.default_model import default_model_folder
 from logprobs import logprobs_of
-from test_hand_over import QUESTIONS, agents_of, here
+from test_kv_transfer import QUESTIONS, agents_of, here
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
 

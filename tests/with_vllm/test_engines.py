@@ -8,7 +8,7 @@ import torch
 from latentmas.backends.base import GenerationRequest
 from latentmas.backends.vllm import Vllm
 from logprobs import logprobs_of, rows_of
-from test_hand_over import here, prepared
+from test_kv_transfer import here, prepared
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from latentmas_kernels import latent_generate

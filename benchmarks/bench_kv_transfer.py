@@ -1,6 +1,6 @@
 """From hand-over to the first token of vLLM: keys and values against embeddings, for memories of several lengths.
 
-    python benchmarks/bench_hand_over.py [--dtype bfloat16] [--rounds 9]
+    python benchmarks/bench_kv_transfer.py [--dtype bfloat16] [--rounds 9]
 
 In an environment with vLLM (docs/vllm.md). One engine takes both, in turns; every round has a memory of its own, so that
 nothing is found in vLLM's prefix cache. Before a time is printed, both ways give the same token, and that of our own engine,
