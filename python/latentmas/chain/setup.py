@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from latentmas.backends.base import TextBackend
 from latentmas.chain.agent import Agent
@@ -89,14 +90,10 @@ class ChainSetup:
 
     def prompts(self, context: Context, question: str, notes: list[Note]) -> Prompts:
         """Return the token ids of each agent's turn; the first turn of a context opens the conversation."""
-        prompts = []
+        prompts, read = [], join_notes(notes)
         for number, stage in enumerate(context):
-            tokenizer = self.model_contexts[stage.model].tokenizer
-            texts = [(agent, agent.text(question, join_notes(notes))) for agent in stage.agents]
+            turn = partial(turn_ids, self.model_contexts[stage.model].tokenizer, first=number == 0)
             prompts.append(
-                [
-                    turn_ids(tokenizer, text, first=number == 0, system=agent.system, think=agent.enable_thinking)
-                    for agent, text in texts
-                ]
+                [turn(a.text(question, read), system=a.system, think=a.enable_thinking) for a in stage.agents]
             )
         return prompts

@@ -241,12 +241,8 @@ class StageRun:
             self.metrics[number].steps += max(output.latent_steps[rows])
             if top_k is not None and steps[place]:
                 assert output.states is not None
-                own = replace(
-                    output,
-                    latents=output.latents[rows],
-                    states=output.states[rows],
-                    latent_steps=output.latent_steps[rows],
-                )
+                states, counts = output.states[rows], output.latent_steps[rows]
+                own = replace(output, latents=output.latents[rows], states=states, latent_steps=counts)
                 trace = trace_of(context.model, own, top_k=top_k)
                 self._traces[number] = AgentTrace(self.agents[number].name, trace, context.tokenizer)
         for r, taken in enumerate(output.latent_steps):

@@ -57,12 +57,9 @@ def run_batches(
         with Display(err, tokenizers, _title(batch, start, len(questions))) as display:
             try:
                 result = chain.run(
-                    [question.text for question in batch],
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    on_progress=display,
-                    trace=None if traced is None else TOP_K,
-                )
+                    [question.text for question in batch], temperature=config.temperature, top_p=config.top_p,
+                    on_progress=display, trace=None if traced is None else TOP_K,
+                )  # fmt: skip
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
