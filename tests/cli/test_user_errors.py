@@ -7,10 +7,10 @@ from typing import get_args
 
 import pytest
 from commands import FAST, QUESTION, assert_one_line, fail_at, model_and_tokenizer
+from latentmas import options
 from latentmas.backends import DECODERS
 from latentmas.backends.base import KV_TRANSFERS, EngineError
 from latentmas.chain.chain import Chain
-from latentmas.cli import options
 from latentmas.loading import DTYPES
 
 from latentmas_kernels.alignment import KINDS

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from fake_vllm import ServedApp
 from latentmas.backends.vllm.server import VllmServer
-from latentmas.cli.serve import ServeConfig
+from latentmas.serving.config import ServeConfig
 from latentmas.serving.server import Server, listen, print_kv_config, serve
 from latentmas.serving.vllm_process import VllmProcess
 from rich.console import Console

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from latentmas.cli.options import Model
 from latentmas.console import out, print_json, quiet_libraries
+from latentmas.options import Model
 
 
 def doctor(model: Model = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from latentmas import options
 from latentmas.backends import check_installed
 from latentmas.chain.agent import LATENT_STEPS, MAX_NEW_TOKENS, Agent
 from latentmas.chain.memory_policy import MEMORY_POLICIES, Budget, MemoryPolicy
 from latentmas.chain_files.reader import method_names, read_builtin, read_chain, serial
-from latentmas.cli import options
-from latentmas.cli.options import CHAIN, QUESTIONS, RESULTS, SAMPLING, SHIPPED, VLLM, option
+from latentmas.options import CHAIN, QUESTIONS, RESULTS, SAMPLING, SHIPPED, VLLM, option
 from latentmas_kernels.errors import LatentMASError
 
 

@@ -1,55 +1,13 @@
-"""latentmas serve: its options, as the fields of ServeConfig, and the command."""
+"""latentmas serve: the command, whose options are the fields of ServeConfig."""
 
 import inspect
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from latentmas.cli import options
-from latentmas.cli.options import CHAIN, SERVER, SHIPPED, VLLM, option
 from latentmas.console import err, out, quiet_libraries
-from latentmas.default_model import default_model_folder
+from latentmas.serving.config import ServeConfig
 from latentmas_kernels.errors import LatentMASError
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """The options of `latentmas serve`. Those of the command line are made of these fields."""
-
-    model: options.Model = None
-    chains: Annotated[
-        list[str] | None,
-        option(CHAIN, f"A file, or a chain of the package ({SHIPPED}); may be repeated. Default: those.", "--chain"),
-    ] = None
-    latent_steps: options.LatentSteps = None
-    max_new_tokens: options.MaxNewTokens = None
-    aligner: options.AlignerKind = "auto"
-    dtype: options.DType = "auto"
-    device: options.Device = None
-    engine: options.EngineName = "auto"
-    weights: options.Weights = "model"
-    kv_transfer: options.KVTransfer = None
-    host: Annotated[str, option(SERVER, "Address to listen at.")] = "127.0.0.1"
-    port: Annotated[int, option(SERVER, "Port to listen at.", min=0, max=65535)] = 8000
-    vllm_url: Annotated[
-        str | None, option(VLLM, "A vLLM server that runs, in place of one that is started (see --kv-config).")
-    ] = None
-    folder: options.Folder = None
-    timeout: Annotated[float, option(VLLM, "Seconds that vLLM may be silent while it works for a request.")] = 300.0
-    max_waiting: Annotated[int, option(SERVER, "Requests at a time; more are refused (429).")] = 256
-    kv_config: Annotated[
-        bool, option(VLLM, "Print vLLM's --kv-transfer-config for this model and folder, and end.", "--kv-config")
-    ] = False
-    vllm_options: Annotated[
-        list[str] | None,
-        typer.Argument(help="Behind --, options of the vLLM server that is started.", metavar="[-- VLLM OPTIONS]"),
-    ] = None
-
-    @property
-    def model_path(self) -> str:
-        """Folder or hub name of the model."""
-        return str(default_model_folder()) if self.model is None else self.model
 
 
 def serve(**options: Any) -> None:

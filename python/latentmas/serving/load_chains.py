@@ -3,23 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentmas.chain.agent import Agent
 from latentmas.chain.chain import Chain
 from latentmas.chain_files.reader import ChainFile, builtin_chains, read_builtin, read_chain, serial
 from latentmas.loading import load_model
+from latentmas.serving.config import ServeConfig
 from latentmas_kernels import Aligner, build_aligner
 from latentmas_kernels.errors import LatentMASError
-
-if TYPE_CHECKING:
-    from latentmas.cli.serve import ServeConfig
 
 Warn = Callable[[str], None]
 """Prints a warning for the user."""
 
 
-def read_chain_files(config: "ServeConfig") -> dict[str, ChainFile]:
+def read_chain_files(config: ServeConfig) -> dict[str, ChainFile]:
     """Return the chain files by name.
 
     Raises:
@@ -42,7 +40,7 @@ def read_chain_files(config: "ServeConfig") -> dict[str, ChainFile]:
 
 
 def build_chains(
-    config: "ServeConfig", files: dict[str, ChainFile], model: Any, tokenizer: Any, decoder: Any, warn: Warn
+    config: ServeConfig, files: dict[str, ChainFile], model: Any, tokenizer: Any, decoder: Any, warn: Warn
 ) -> dict[str, Chain]:
     """Return the chains by name, those that can be served. Agents' models are loaded once, and the aligner is fitted once.
 
@@ -81,7 +79,7 @@ def build_chains(
     return _check_any(chains)
 
 
-def check_chains(config: "ServeConfig", chains: dict[str, Chain], warn: Warn) -> dict[str, Chain]:
+def check_chains(config: ServeConfig, chains: dict[str, Chain], warn: Warn) -> dict[str, Chain]:
     """Return the chains that fit vLLM's max_model_len, which is known once it is connected. Raises as `build_chains`."""
     fitting = {}
     for name, chain in chains.items():
@@ -92,7 +90,7 @@ def check_chains(config: "ServeConfig", chains: dict[str, Chain], warn: Warn) ->
 
 
 @contextmanager
-def _servable(config: "ServeConfig", name: str, warn: Warn) -> Iterator[None]:
+def _servable(config: ServeConfig, name: str, warn: Warn) -> Iterator[None]:
     """Name the chain in a LatentMASError; where the chain merely comes with the package, warn instead."""
     try:
         yield
@@ -111,5 +109,5 @@ def _check_any(chains: dict[str, Chain]) -> dict[str, Chain]:
     return chains
 
 
-def _on_default_model(agent: Agent, config: "ServeConfig") -> Agent:
+def _on_default_model(agent: Agent, config: ServeConfig) -> Agent:
     return replace(agent, model=None) if agent.model == config.model else agent

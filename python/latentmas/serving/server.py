@@ -6,7 +6,7 @@ import signal
 import socket
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from anyio import CancelScope, create_task_group
@@ -21,20 +21,18 @@ from latentmas.chain.chain import Chain
 from latentmas.console import working
 from latentmas.loading import load_model
 from latentmas.serving.app import build_app
+from latentmas.serving.config import ServeConfig
 from latentmas.serving.gateway import Gateway
 from latentmas.serving.load_chains import build_chains, check_chains, read_chain_files
 from latentmas.serving.model_lease import ModelLease
 from latentmas.serving.vllm_process import VllmProcess
 from latentmas_kernels.errors import LatentMASError
 
-if TYPE_CHECKING:
-    from latentmas.cli.serve import ServeConfig
-
 GRACE_SECONDS, DRAIN_SECONDS = 10, 5
 """For requests that are being answered when the server begins to end; and for their error responses after that."""
 
 
-def serve(config: "ServeConfig", console: Console) -> int:
+def serve(config: ServeConfig, console: Console) -> int:
     """Serve until a signal; return the exit code.
 
     Raises:
@@ -64,7 +62,7 @@ def serve(config: "ServeConfig", console: Console) -> int:
             raise LatentMASError(str(error)) from error
 
 
-def print_kv_config(config: "ServeConfig", out: Console) -> None:
+def print_kv_config(config: ServeConfig, out: Console) -> None:
     """Print the JSON for vLLM's --kv-transfer-config."""
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
     vllm = _vllm_server(config, model, tokenizer)
@@ -81,7 +79,7 @@ class Server:
 
     def __init__(
         self,
-        config: "ServeConfig",
+        config: ServeConfig,
         console: Console,
         vllm: VllmServer,
         process: VllmProcess | None,
@@ -206,7 +204,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _check(config: "ServeConfig") -> None:
+def _check(config: ServeConfig) -> None:
     """Raise LatentMASError for options of a server that are not supported, or not together."""
     if config.vllm_url is not None and config.vllm_options:
         raise LatentMASError(
@@ -228,7 +226,7 @@ def _check(config: "ServeConfig") -> None:
         raise LatentMASError(f"got --timeout {config.timeout}; supported are seconds, more than 0")
 
 
-def _vllm_server(config: "ServeConfig", model: Any, tokenizer: Any) -> VllmServer:
+def _vllm_server(config: ServeConfig, model: Any, tokenizer: Any) -> VllmServer:
     return VllmServer(
         model, tokenizer, kv_transfer=config.kv_transfer or "kv", folder=config.folder, timeout=config.timeout,
         wait=ModelLease.wait,
