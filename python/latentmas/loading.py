@@ -58,7 +58,7 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
         LatentMASError: where it cannot be found or loaded, or cannot run here.
     """
     place = check_placement(dtype, device)
-    source = str(default_model_folder()) if name is None else name
+    source = model_path(name)
     with _one_line(source):
         _config(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -67,6 +67,11 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str | No
     Architecture.of(model)
     model.to(place)  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def model_path(name: str | None) -> str:
+    """Return the folder or hub name of a model; for None the default model's folder, which is fetched if it is not there."""
+    return str(default_model_folder()) if name is None else name
 
 
 def load_skeleton(name: str) -> Any:

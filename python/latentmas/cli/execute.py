@@ -25,8 +25,8 @@ from latentmas.cli.results_file import ResultsFile
 from latentmas.cli.run_config import ChainConfig, RunConfig
 from latentmas.cli.trace_view import TraceFile, check_trace_path
 from latentmas.console import err, out, warn, working
-from latentmas.default_model import NAME, default_model_folder
-from latentmas.loading import check_placement, load_model
+from latentmas.default_model import NAME
+from latentmas.loading import check_placement, load_model, model_path
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.extension import extension
 
@@ -111,7 +111,7 @@ def _build_chain(config: RunConfig, chain_config: ChainConfig, vllm: dict[str, A
         # The stack is unwound then, too, and vLLM's processes end.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         last = serial(chain_config.agents)[-1].model
-        name, writer = (last, models[last][0]) if last else (config.model or str(default_model_folder()), model)
+        name, writer = (last, models[last][0]) if last else (model_path(config.model), model)
         with working(err, "starting vLLM"):
             transfer = config.kv_transfer or "kv"
             backend = open_backend(

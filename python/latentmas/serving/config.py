@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from latentmas import options
-from latentmas.default_model import default_model_folder
 from latentmas.options import CHAIN, SERVER, SHIPPED, VLLM, option
 
 
@@ -42,8 +41,3 @@ class ServeConfig:
         list[str] | None,
         typer.Argument(help="Behind --, options of the vLLM server that is started.", metavar="[-- VLLM OPTIONS]"),
     ] = None
-
-    @property
-    def model_path(self) -> str:
-        """Folder or hub name of the model."""
-        return str(default_model_folder()) if self.model is None else self.model

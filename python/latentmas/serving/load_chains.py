@@ -8,7 +8,7 @@ from typing import Any
 from latentmas.chain.agent import Agent
 from latentmas.chain.chain import Chain
 from latentmas.chain_files.reader import ChainFile, builtin_chains, read_builtin, read_chain, serial
-from latentmas.loading import load_model
+from latentmas.loading import load_model, model_path
 from latentmas.serving.config import ServeConfig
 from latentmas_kernels import Aligner, build_aligner
 from latentmas_kernels.errors import LatentMASError
@@ -65,7 +65,7 @@ def build_chains(
         with _servable(config, name, warn):
             if every[-1].model is not None:
                 raise LatentMASError(
-                    f"its last agent runs on {every[-1].model}, and vLLM on {config.model_path}; serve it with --model "
+                    f"its last agent runs on {every[-1].model}, and vLLM on {model_path(config.model)}; serve it with --model "
                     f"{every[-1].model}"
                 )
             for other in {agent.model for agent in every if agent.model is not None} - models.keys():

@@ -19,7 +19,7 @@ from latentmas.backends.vllm.launch import check_installed, kv_config
 from latentmas.backends.vllm.server import VllmServer
 from latentmas.chain.chain import Chain
 from latentmas.console import working
-from latentmas.loading import load_model
+from latentmas.loading import load_model, model_path
 from latentmas.serving.app import build_app
 from latentmas.serving.config import ServeConfig
 from latentmas.serving.gateway import Gateway
@@ -53,7 +53,7 @@ def serve(config: ServeConfig, console: Console) -> int:
             vllm, process = _vllm_server(config, model, tokenizer), None
             if config.vllm_url is None:
                 process = VllmProcess(
-                    config.model_path, model, vllm, config.vllm_options or (), lambda line: _log(console, line)
+                    model_path(config.model), model, vllm, config.vllm_options or (), lambda line: _log(console, line)
                 )
             chains = build_chains(config, files, model, tokenizer, vllm, lambda line: _warn(console, line))
         try:
