@@ -2,13 +2,13 @@
 
 import weakref
 
-from latentmas_kernels import LatentCache
+from latentmas_kernels.cache.buffer import KVBuffer
 
 
 def count_buffers(monkeypatch):
     """Bytes of all KV buffers that were alive together, the most so far, in a list of one."""
     alive, most = [], [0]
-    make = LatentCache.__init__
+    make = KVBuffer.__init__
 
     def counted(cache, **sizes):
         make(cache, **sizes)
@@ -16,5 +16,5 @@ def count_buffers(monkeypatch):
         held = {b.data_ptr(): b.nbytes for b in (ref() for ref in alive) if b is not None}
         most[0] = max(most[0], sum(held.values()))
 
-    monkeypatch.setattr(LatentCache, "__init__", counted)
+    monkeypatch.setattr(KVBuffer, "__init__", counted)
     return most

@@ -28,7 +28,8 @@ from latentmas.chain_files.reader import METHODS
 from tiny_models import PlainLoop, feed_back
 from tokenizers_offline import with_tokens
 
-from latentmas_kernels import LatentCache, generate, latent_generate
+from latentmas_kernels import generate, latent_generate
+from latentmas_kernels.cache.buffer import KVBuffer
 from latentmas_kernels.engines import EagerEngine, NativeEngine
 
 pytestmark = pytest.mark.usefixtures("keys_are_moved_by_torch")
@@ -53,7 +54,7 @@ def test_latent_steps_and_texts_take_turns_in_one_cache(model, tokenizer, calls,
         calls.clear()
         made = []
         with monkeypatch.context() as patch:
-            patch.setattr(LatentCache, "__init__", counted(LatentCache.__init__, made))
+            patch.setattr(KVBuffer, "__init__", counted(KVBuffer.__init__, made))
             result = chain.run(QUESTIONS)
         assert len(made) == 1
         assert all(out.past_key_values is result.memory for _, _, out in calls)
