@@ -144,7 +144,7 @@ class CudaEngine:
         if state is None or state.key != self.weights.key:
             on_cuda = architecture.device.type == "cuda"
             capture = CudaGraphs(architecture.device) if on_cuda else EagerReplay()
-            state = CudaState(self.weights, architecture, target_of(architecture.device), capture)
+            state = CudaState(self.weights, architecture, target_of(architecture.device, captured=True), capture)
             _states[model] = state
         self.state = state
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.ops.rope_append import rotate
-from latentmas_kernels.ops.triton.launch import runs_on
+from latentmas_kernels.ops.triton.launch import runs_on, target_of
 from latentmas_kernels.ops.triton.rerotate_keys import rerotate_keys as rerotate_keys_kernel
 
 
@@ -30,7 +30,7 @@ def _rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
     if not runs_on(keys):
         rerotate_keys_reference(keys, shifts, inv_freq)
         return
-    rerotate_keys_kernel(keys, shifts, inv_freq)
+    rerotate_keys_kernel(keys, shifts, inv_freq, target=target_of(keys.device))
 
 
 @_rerotate_keys.register_fake

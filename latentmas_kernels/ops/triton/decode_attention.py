@@ -156,14 +156,16 @@ def decode_attention(
         return
     group, n_splits = heads // kv_heads, splits.lse.shape[2]
     dim_block = triton.next_power_of_2(head_dim)
-    attention_kernel[(n_splits, kv_heads, batch)](
+    target.launch(
+        attention_kernel, (n_splits, kv_heads, batch),
         queries, kv_table, lengths, query_positions, prefix_row, prefix_len, splits.out, splits.lse, layer,
         scale * math.log2(math.e), window or 0,
         GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         DIM_BLOCK=dim_block, BLOCK=BLOCK_SLOTS[queries.element_size()], SPLITS=n_splits, HAS_WINDOW=window is not None,
-        HAS_PREFIX=prefix_row is not None, USE_PDL=target.enable_pdl, num_warps=4, num_stages=2, **target.options,
+        HAS_PREFIX=prefix_row is not None, USE_PDL=target.enable_pdl, num_warps=4, num_stages=2,
     )  # fmt: skip
-    reduce_kernel[(batch * heads,)](
+    target.launch(
+        reduce_kernel, (batch * heads,),
         splits.out, splits.lse, out,
-        HEAD_DIM=head_dim, DIM_BLOCK=dim_block, SPLITS=n_splits, USE_PDL=target.enable_pdl, num_warps=4, **target.options,
+        HEAD_DIM=head_dim, DIM_BLOCK=dim_block, SPLITS=n_splits, USE_PDL=target.enable_pdl, num_warps=4,
     )  # fmt: skip

@@ -29,7 +29,8 @@ def embed(
 ) -> None:
     """Store embedding[token_ids[b]] in out[b]. Modifies `out` [B, D], `row_state` and the positions behind `kv_table`."""
     batch, hidden_size = out.shape
-    embed_kernel[(batch,)](
+    target.launch(
+        embed_kernel, (batch,),
         token_ids, embedding, out, row_state, kv_table, embedding.stride(0), row_state.stride(0), hidden_size,
-        BLOCK=triton.next_power_of_2(hidden_size), USE_PDL=target.enable_pdl, **target.options,
+        BLOCK=triton.next_power_of_2(hidden_size), USE_PDL=target.enable_pdl,
     )  # fmt: skip

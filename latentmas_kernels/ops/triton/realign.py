@@ -154,15 +154,16 @@ def realign(
             squares = torch.empty(batch, n_blocks, dtype=torch.float32, device=hidden.device)
         else:
             source, squares = step.product, step.squares
-        realign_gemv_kernel[(n_blocks, batch)](
+        target.launch(
+            realign_gemv_kernel, (n_blocks, batch),
             hidden, weight, source, squares,
             hidden.stride(0), weight.stride(0), hidden.shape[1], n_cols, n_blocks,
-            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, USE_PDL=target.enable_pdl, **target.options,
+            BLOCK_OUT=BLOCK_OUT, BLOCK_IN=BLOCK_IN, USE_PDL=target.enable_pdl,
         )  # fmt: skip
-    rescale_kernel[(batch,)](
+    target.launch(
+        rescale_kernel, (batch,),
         source, squares, out, target_norm, None if step is None else step.row_state,
         None if step is None else step.kv_table, source.stride(0), out.stride(0),
         0 if step is None else step.row_state.stride(0), n_cols, n_blocks,
         HAS_SQUARES=weight is not None, STEP=step is not None, BLOCK=BLOCK_SCALE, USE_PDL=target.enable_pdl,
-        **target.options,
     )  # fmt: skip

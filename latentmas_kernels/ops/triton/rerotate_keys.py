@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latentmas_kernels.ops.triton.launch import LaunchTarget
 from latentmas_kernels.ops.triton.sincos import cosine_sine
 
 BLOCK_SLOTS = 16
@@ -33,13 +34,14 @@ def rerotate_kernel(
     tl.store(low_ptr + HALF, (high * cosine + low * sine).to(keys_ptr.dtype.element_ty), mask=mask)
 
 
-def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor) -> None:
+def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor, *, target: LaunchTarget) -> None:
     """Launch on checked arguments. Modifies `keys`."""
     layers, batch, heads, _, head_dim = keys.shape
     slots = shifts.shape[1]
     if keys.numel() == 0 or slots == 0:
         return
-    rerotate_kernel[(triton.cdiv(slots, BLOCK_SLOTS), batch, layers * heads)](
+    target.launch(
+        rerotate_kernel, (triton.cdiv(slots, BLOCK_SLOTS), batch, layers * heads),
         keys, shifts, inv_freq, keys.stride(0), keys.stride(1), keys.stride(2), shifts.stride(0), slots, heads,
         HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_SLOTS=BLOCK_SLOTS,
     )  # fmt: skip

@@ -55,8 +55,8 @@ def rmsnorm(
     if batch == 0:
         return
     block = triton.next_power_of_2(n_cols)
-    rmsnorm_kernel[(batch,)](
+    target.launch(
+        rmsnorm_kernel, (batch,),
         x, norm_weight, out, row_state, kv_table, 0 if row_state is None else row_state.stride(0), n_cols, eps,
         STEP=row_state is not None, USE_PDL=target.enable_pdl, BLOCK=block, num_warps=4 if block <= 4096 else 8,
-        **target.options,
     )  # fmt: skip

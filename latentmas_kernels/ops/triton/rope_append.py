@@ -73,9 +73,10 @@ def rope_append(
     if batch == 0:
         return
     heads = qkv.shape[1] // head_dim
-    rope_append_kernel[(batch, heads)](
+    target.launch(
+        rope_append_kernel, (batch, heads),
         qkv, queries, query_norm, key_norm, inv_freq, kv_table, slots, positions, layer, eps, attention_scaling,
         QUERY_HEADS=query_heads, KV_HEADS=(heads - query_heads) // 2, HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2), HAS_NORM=query_norm is not None, USE_PDL=target.enable_pdl,
-        num_warps=1, **target.options,
+        num_warps=1,
     )  # fmt: skip

@@ -292,21 +292,23 @@ def sample(
     if batch == 0:
         return
     blocks = candidates.maxima.shape[1]
-    maxima_kernel[(blocks, batch)](
+    target.launch(
+        maxima_kernel, (blocks, batch),
         logits, candidates.maxima, candidates.indices, settings.ints, settings.eos_token_ids, row_state,
         row_state.stride(0), vocab_size, BLOCK=BLOCK, MAX_EOS_TOKENS=MAX_EOS_TOKENS, USE_PDL=target.enable_pdl,
-        **target.options,
     )  # fmt: skip
     if not do_sample:
-        greedy_kernel[(batch,)](
+        target.launch(
+            greedy_kernel, (batch,),
             candidates.maxima, candidates.indices, token_ids, settings.ints, settings.eos_token_ids, row_state, kv_table,
             row_state.stride(0), blocks, vocab_size, BLOCKS=triton.next_power_of_2(blocks), MAX_EOS_TOKENS=MAX_EOS_TOKENS,
-            USE_PDL=target.enable_pdl, **target.options,
+            USE_PDL=target.enable_pdl,
         )  # fmt: skip
         return
     assert candidates.kept.shape[1] == vocab_size
-    sample_kernel[(batch,)](
+    target.launch(
+        sample_kernel, (batch,),
         logits, candidates.maxima, candidates.kept, candidates.kept_index, token_ids, settings.floats, settings.ints,
         settings.eos_token_ids, row_state, kv_table, row_state.stride(0), blocks, vocab_size, BLOCK=BLOCK,
-        MAX_EOS_TOKENS=MAX_EOS_TOKENS, USE_PDL=target.enable_pdl, num_warps=8, **target.options,
+        MAX_EOS_TOKENS=MAX_EOS_TOKENS, USE_PDL=target.enable_pdl, num_warps=8,
     )  # fmt: skip

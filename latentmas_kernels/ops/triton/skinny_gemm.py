@@ -240,11 +240,12 @@ def skinny_gemm(
     assert partials <= workspace.split_k_partials.numel(), "reserve() comes first"
     assert counters <= workspace.tile_counters.numel(), "reserve() comes first"
     grid = (triton.cdiv(n, config.block_n), config.split, triton.cdiv(m, config.block_m))
-    skinny_gemm_kernel[grid](
+    target.launch(
+        skinny_gemm_kernel, grid,
         x, x.stride(0), norm_weight, weight, weight.stride(0), bias, residual, 0 if residual is None else residual.stride(0),
         out, out.stride(0), workspace.split_k_partials, workspace.tile_counters, m, k, n, eps,
         HAS_NORM=norm_weight is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GATED=gated,
         USE_PDL=target.enable_pdl, DOT=config.dot, SPLIT=config.split,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages, **target.options,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
