@@ -8,9 +8,7 @@ Keys and values are in static tensors of the engine while steps run. A cache is 
 its content has changed since, and the new position of every step is copied back, so the cache is complete after each call.
 """
 
-import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +18,24 @@ from transformers import Cache
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.base import LatentParams, LatentResult, OnStep, cosine
-from latentmas_kernels.engines.cuda_graphs import SYNC_EVERY, CudaGraphs, EagerReplay, GraphCapture, Replay
+from latentmas_kernels.engines.cuda_graphs import (
+    SYNC_EVERY,
+    CaptureError,
+    CudaGraphs,
+    EagerReplay,
+    GraphCapture,
+    Replay,
+    kind_of,
+    order_of,
+)
 from latentmas_kernels.engines.eager import EagerEngine
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.module_settings import settings_of
+from latentmas_kernels.models.module_settings import state_of
 from latentmas_kernels.warn_once import warn_once
 
 MIN_SLOTS = 256
+TOKEN = ("token",)
 
 
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
@@ -109,6 +117,10 @@ class StaticBatch:
         self.stop_cosine.fill_(float("inf") if latent_params.stop_cosine is None else latent_params.stop_cosine)
         self.embedding.fill_(float("nan"))  # there is no step before the first: its cosine is NaN
 
+    def token_step(self, seed: Tensor) -> None:
+        """Run a forward over one token per active row, from `tokens` to the logits in `seed`."""
+        seed.copy_(self.forward(input_ids=self.tokens, logits=True))
+
     def latent_step(self, seed: Tensor, aligner: Aligner) -> None:
         """Run one latent step of the active rows, from `seed` to `seed`, and end the rows that are done."""
         fed, last = aligner(seed), self.embedding[:, 0]
@@ -169,9 +181,16 @@ class GraphState:
     def __init__(self, key: tuple, capture: GraphCapture) -> None:
         self.key, self.capture = key, capture
         self.batches: dict[tuple[int, int], StaticBatch] = {}
-        self.graphs: dict[tuple[tuple[int, int], Aligner | None], Replay] = {}
-        self.failed = False
-        self.lock = threading.RLock()
+        # By size and kind of step, with the aligners, whose tensors the graphs read.
+        self.graphs: dict[tuple[tuple[int, int], tuple], tuple[Replay, Aligner | None]] = {}
+        self.failed: set[tuple] = set()  # kinds of steps that cannot be captured, and sizes that do not fit the memory
+
+    def clear(self) -> None:
+        """Drop all tensors and graphs and give their memory back."""
+        self.capture.wait()
+        self.batches.clear()
+        self.graphs.clear()
+        self.capture.release()
 
 
 _states: "weakref.WeakKeyDictionary[Any, GraphState]" = weakref.WeakKeyDictionary()
@@ -195,20 +214,29 @@ class HFGraphEngine:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.eager, self.architecture = EagerEngine(model, architecture), architecture
-        # A graph has the addresses of all tensors in it, and all numbers that the host read while it was captured.
-        tensors = [*model.parameters(), *model.buffers()]
-        key = architecture, settings_of(model, leaves=True), *((t.data_ptr(), t.dtype) for t in tensors)
+        self.order = order_of(model)
+        # A graph has the addresses of all tensors in it, which are held as long as the engine, and all numbers that the host
+        # read while it was captured.
+        key, self.storages, _ = state_of(model)
+        key = architecture, *key
         state = _states.get(model)
-        if state is None or state.key != key:
-            on_cuda = architecture.device.type == "cuda"
-            state = GraphState(key, CudaGraphs(architecture.device) if on_cuda else EagerReplay())
-            _states[model] = state
-        self.state = state
+        self.state = state if state is not None and state.key == key else self._new_state(model, key)
+
+    def _new_state(self, model: Any, key: tuple) -> GraphState:
+        device = self.architecture.device
+        with self.order.call(device):
+            state = _states.get(model)
+            if state is not None:
+                if state.key == key:  # made by another thread in the meantime
+                    return state
+                state.capture.wait()  # its tensors are freed, on whatever stream they were used last
+            state = _states[model] = GraphState(key, CudaGraphs(device) if device.type == "cuda" else EagerReplay())
+            return state
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         if prompt.columns > 1 or prompt.input_ids is None or not logits:
             return self.eager.extend(cache, prompt, logits=logits)
-        with self.state.lock:
+        with self.order.call(self.architecture.device):
             ready = self._prepare(cache, prompt.counts, None)
             if ready is None:
                 return self.eager.extend(cache, prompt, logits=logits)
@@ -244,7 +272,7 @@ class HFGraphEngine:
         self, cache: LatentCache, seed: Tensor, aligner: Aligner, latent_params: LatentParams, on_step: OnStep | None
     ) -> LatentResult | None:
         """Run captured latent steps; None where they cannot be captured. `last_hidden` is the aligner's next input."""
-        with self.state.lock:
+        with self.order.call(self.architecture.device):
             ready = self._prepare(cache, latent_params.steps, aligner)
             if ready is None:
                 return None
@@ -288,13 +316,14 @@ class HFGraphEngine:
             token steps without. None where the model's forward cannot be captured.
         """
         state = self.state
-        if state.failed:
-            return None
         need = int((cache.lengths + steps).max())
         large_enough = [slots for rows, slots in state.batches if rows == cache.batch_size and slots >= need]
         slots = min(large_enough, default=max(MIN_SLOTS, 1 << (need - 1).bit_length()))
-        size = cache.batch_size, slots
-        logits = aligner is None or aligner.needs_logits
+        size, kind = (cache.batch_size, slots), TOKEN if aligner is None else kind_of(aligner)
+        if kind in state.failed or size in state.failed:
+            return None
+        failed: tuple | None = None
+        batch = seed = None
         try:
             batch = state.batches.get(size)
             if batch is None:
@@ -303,27 +332,42 @@ class HFGraphEngine:
                 eager.decoder = weakref.proxy(eager.decoder)
                 batch = state.batches[size] = StaticBatch(eager, *size)
             a, lm_head_rows = self.architecture, self.eager.model.get_output_embeddings().weight.shape[0]
+            logits = aligner is None or aligner.needs_logits
             width = min(lm_head_rows, a.vocab_size) if logits else a.hidden_size
-            seed = batch.seeds.setdefault(width, batch.embedding.new_zeros(cache.batch_size, width))
-            if (size, aligner) not in state.graphs:
+            seed = batch.seeds.get(width)
+            if seed is None:
+                seed = batch.seeds[width] = batch.embedding.new_zeros(cache.batch_size, width)
+            if (size, kind) not in state.graphs:
                 batch.synced_with = None
                 batch.active.zero_()
-                state.graphs[size, aligner] = state.capture(_step_of(batch, seed, aligner))
-        except RuntimeError as error:  # out of memory, or a forward that waits for the device, which no graph can hold
-            state.failed = True
-            state.batches.clear()
-            state.graphs.clear()
-            state.capture.release()
-            first = str(error).partition("\n")[0]
-            warn_once(
-                f"{self.architecture.name} runs on the eager engine: a step of it could not be captured ({first})"
+                if aligner is None:
+                    replay = state.capture(StaticBatch.token_step, batch, seed)
+                else:
+                    replay = state.capture(StaticBatch.latent_step, batch, seed, aligner)
+                state.graphs[size, kind] = replay, aligner
+        except torch.OutOfMemoryError:
+            failed = size
+            warning = (
+                f"{self.architecture.name} runs on the eager engine where a cache has {size[0]} rows and up to {slots} "
+                "slots: out of memory for a captured step; the memory was given back"
             )
+        except CaptureError as error:  # a forward that waits for the device, say, which no graph can hold
+            failed = kind
+            warning = f"{self.architecture.name} runs {kind[0]} steps on the eager engine: a step could not be captured ({error})"
+        if failed is not None:
+            # Behind the blocks, since an error holds the frames that it passed, and so the tensors.
+            batch = seed = None
+            state.failed.add(failed)
+            state.clear()
+            warn_once(warning)
             return None
+        assert batch is not None
+        assert seed is not None
         synced = batch.synced_with is not None and cache.device_copy_of is batch.synced_with
         batch.synced_with = None  # until all steps are run: what an interrupted call leaves is no cache's content
         if not synced:
             batch.copy_in(cache)
-        return batch, seed, state.graphs[size, aligner]
+        return batch, seed, state.graphs[size, kind][0]
 
 
 def _all_but_last(latent_params: LatentParams) -> LatentParams | None:
@@ -331,15 +375,6 @@ def _all_but_last(latent_params: LatentParams) -> LatentParams | None:
     before = latent_params.steps - 1
     alike = bool((before == before[0]).all()) and latent_params.stop_cosine is None and not latent_params.record
     return LatentParams(before) if alike and bool(before[0] > 0) else None
-
-
-def _step_of(batch: StaticBatch, seed: Tensor, aligner: Aligner | None) -> Callable[[], None]:
-    """Return the step to capture: a latent step with an aligner, a token step without."""
-
-    def token_step() -> None:
-        seed.copy_(batch.forward(input_ids=batch.tokens, logits=True))
-
-    return token_step if aligner is None else lambda: batch.latent_step(seed, aligner)
 
 
 def _appended_slots(lengths: Tensor, taken: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ from latentmas_kernels.engines.stepwise import latent_stepwise
 from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import Layer, Weights, pack_weights
+from latentmas_kernels.models.module_settings import state_of
+from latentmas_kernels.models.packed_weights import Layer, Weights, pack_weights, weights_key
 from latentmas_kernels.models.packed_weights import unsupported_reason as unpackable_reason
 
 LINEARS = ("qkv", "output", "gate_up", "down")
@@ -48,11 +49,12 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class NativeState:
     """What is kept between calls for one model: the C++ side of its layers, and the int8 weights where they are asked for.
 
-    The C++ side holds addresses of the model's own weights, not the tensors: every call packs them before.
+    The C++ side holds addresses of the model's own weights, not the tensors: every call compares them before.
     """
 
     def __init__(self, weights: Weights, key: tuple, *, int8: bool) -> None:
         self.key = key
+        self.vocabulary, self.embedding_address = len(weights.lm_head), weights.embedding.data_ptr()
         self.int8: list[Tensor] = []
         c = extension()
 
@@ -121,19 +123,28 @@ class NativeEngine:
             UnsupportedWeights: for a model that `unsupported_reason` has a reason for.
         """
         self.architecture = architecture
-        self.weights = pack_weights(model, architecture)
-        key = self.weights.key
+        if int8:
+            self.name = "native (int8)"
+        # The storages are held as long as the engine: C++ reads them, whatever becomes of the model meanwhile.
+        key, self.storages = weights_key(model, architecture)
+        state = _states.setdefault(model, {}).get(int8)
+        if state is None or state.key != key or int8:
+            state = self._pack(model, int8=int8)
+        self.state = state  # held: another thread may replace it while a call of this engine is running
+        self.runner = state.runner
+
+    def _pack(self, model: Any, *, int8: bool) -> NativeState:
+        weights = pack_weights(model, self.architecture)
+        self.storages = state_of(model).storages
+        key, states = weights.key, _states[model]
         if int8:
             # Copies must follow a change in place as well, and tensors do not count one that goes through `.data` (merging a
             # LoRA does). Reading all weights once costs a call as much as one bfloat16 step.
-            self.name = "native (int8)"
-            linears = [getattr(layer, name) for layer in self.weights.layers for name in LINEARS]
-            key += tuple(extension().checksum(w) for w in [*linears, self.weights.lm_head])
-        states = _states.setdefault(model, {})
+            linears = [getattr(layer, name) for layer in weights.layers for name in LINEARS]
+            key += tuple(extension().checksum(w) for w in [*linears, weights.lm_head])
         if int8 not in states or states[int8].key != key:
-            states[int8] = NativeState(self.weights, key, int8=int8)
-        self.state = states[int8]  # held: another thread may replace it while a call of this engine is running
-        self.runner = self.state.runner
+            states[int8] = NativeState(weights, key, int8=int8)
+        return states[int8]
 
     def extend(self, cache: LatentCache, prompt: Prompt, *, logits: bool) -> Tensor:
         last_hidden, last_logits = self._extend(cache, prompt, states=not logits, logits=logits)
@@ -146,9 +157,7 @@ class NativeEngine:
     def _extend(self, cache: LatentCache, prompt: Prompt, *, states: bool, logits: bool) -> tuple[Tensor, Tensor]:
         batch, a = len(prompt.counts), self.architecture
         last_hidden = torch.zeros(batch if states else 0, a.hidden_size, dtype=a.dtype, device="cpu")
-        last_logits = torch.zeros(
-            batch if logits else 0, self.weights.lm_head.shape[0], dtype=torch.float32, device="cpu"
-        )
+        last_logits = torch.zeros(batch if logits else 0, self.state.vocabulary, dtype=torch.float32, device="cpu")
         self.runner.extend(
             _kv_cache(cache),
             counts=prompt.counts,
@@ -172,8 +181,8 @@ class NativeEngine:
         if aligner.needs_logits:
             assert aligner.embedding is not None
             embedding = aligner.embedding.weight
-            rows = self.weights.lm_head.shape[0]
-            if embedding.data_ptr() != self.weights.embedding.data_ptr() or len(embedding) != rows:
+            rows = self.state.vocabulary
+            if embedding.data_ptr() != self.state.embedding_address or len(embedding) != rows:
                 # the embedding of another model
                 return latent_stepwise(self, cache, seed, aligner, latent_params, on_step)
             seed, soft_top_k = seed.float(), min(TOP_K, rows)

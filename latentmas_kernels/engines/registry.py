@@ -21,6 +21,7 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.extension import extension, extension_state
 from latentmas_kernels.models.architecture import Architecture, in_short
 from latentmas_kernels.models.families import FAMILIES
+from latentmas_kernels.models.module_settings import reading_once
 from latentmas_kernels.warn_once import warn_once
 
 
@@ -167,7 +168,8 @@ def fast_engine(engine: str, model: nn.Module, architecture: Architecture, *, we
     Whatever goes wrong while one is set up is a reason: no engine has done anything yet.
     """
     try:
-        return _fast_engine(engine, model, architecture, weights)
+        with reading_once():
+            return _fast_engine(engine, model, architecture, weights)
     except Exception as error:
         return f"setting up its engine ended in {in_short(error)}"
 

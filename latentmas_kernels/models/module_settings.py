@@ -1,5 +1,5 @@
-"""The settings that the forwards of a model's modules read besides weights, as a tuple to compare: results that were kept for
-a model are valid as long as the tuple is equal.
+"""The settings that the forwards of a model's modules read besides weights, and the addresses of the weights, as tuples to
+compare: results that were kept for a model are valid as long as the tuple is equal.
 
 It is read off the live modules at every call, since a program may change any of it between two calls: a number on one module,
 an activation, a hook, a module in the place of another, a layer that is removed, a function of a family, an entry of the
@@ -8,11 +8,14 @@ configuration.
 
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from transformers import PreTrainedConfig
 
 # transformers puts hooks of its own on every layer once output_hidden_states was requested; they change nothing.
@@ -40,7 +43,7 @@ def settings_of(root: nn.Module, *, leaves: bool) -> tuple:
 
     The tuple holds scalars themselves, weak references to classes and functions, and addresses of everything else: it keeps no
     model alive, and a function that was freed equals no other.
-    It takes about 0.3 ms for 30 layers without the leaves, 0.5 ms with them.
+    It takes about 0.2 ms for 28 layers without the leaves, 0.3 ms with them.
 
     Args:
         leaves: read modules that have no modules below them as well (linear layers, norms, activations, RoPE), and which
@@ -48,30 +51,110 @@ def settings_of(root: nn.Module, *, leaves: bool) -> tuple:
             on nothing else of the leaves.
     """
     found: list[Any] = [tuple(hooks) for hooks in GLOBAL_HOOKS]
-    kinds: set[type] = set()
+    kinds: dict[type, Any] = {}
     configs: dict[int, Any] = {}
+    # The names to read, by all names that a module holds: hundreds of modules have one of some ten sets of names, and looking
+    # each name up took half of the time.
+    read: dict[tuple[str, ...], tuple[str, ...]] = {}
     todo = [root]
     while todo:
         module = todo.pop()
         state = module.__dict__
         children = state["_modules"]
         kind = type(module)
-        found.append(weakref.ref(kind))
         if kind not in kinds:
-            kinds.add(kind)
+            kinds[kind] = weakref.ref(kind)
             found.extend(_code(kind))
+        found.append(kinds[kind])
         weight = state["_parameters"].get("weight")
         if weight is not None:
             found.append(weight.shape)
         if children or leaves:
-            for name, value in state.items():
-                if name not in _BOOKKEEPING:
-                    found.append((name, value if type(value) in _SCALARS else _stand_in(value, configs)))
+            held = tuple(state)
+            names = read.get(held)
+            if names is None:
+                names = read[held] = tuple(name for name in held if name not in _BOOKKEEPING)
+            found.append(names)
+            for name in names:
+                value = state[name]
+                found.append(value if type(value) in _SCALARS else _stand_in(value, configs))
         if leaves and (state["_forward_hooks"] or state["_forward_pre_hooks"]):
             found.extend(_hooks(module))
-        todo.extend(child for child in children.values() if child is not None)
+        if children:
+            found.extend(children)
+            todo.extend(child for child in children.values() if child is not None)
     found.extend(tuple(_content(config)) for config in configs.values())
     return tuple(found)
+
+
+class ModelState(NamedTuple):
+    """All that results which were kept for a model depend on.
+
+    Attributes:
+        key: the settings; address, dtype, shape, strides, device and class of each parameter and buffer. To compare: what was
+            kept is valid as long as it is equal. Weights that are edited in place keep their addresses.
+        storages: behind the addresses. Whoever holds them may read the addresses, whatever becomes of the model.
+        buffers: those of all modules.
+    """
+
+    key: tuple
+    storages: list[UntypedStorage]
+    buffers: list[Tensor]
+
+
+# What was read of models within a `reading_once()`, by the address of the model.
+_read: ContextVar[dict[int, ModelState] | None] = ContextVar("_read", default=None)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Let `state_of` read a model once in this block, in which nothing but what calls `reread` edits it."""
+    token = _read.set({})
+    try:
+        yield
+    finally:
+        _read.reset(token)
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """Return the state of a model, read off its modules. Waits for no device and keeps no model alive.
+
+    It takes about 0.6 ms for 28 layers.
+    """
+    known = _read.get()
+    if known is not None and id(model) in known:
+        return known[id(model)]
+    return reread(model)
+
+
+def reread(model: nn.Module) -> ModelState:
+    """Return the state of a model that was edited since it was read."""
+    tensors, buffers = _tensors(model)
+    addresses = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, type(t)) for t in tensors]
+    key = settings_of(model, leaves=True), tuple(addresses)
+    state = ModelState(key, [tensor.untyped_storage() for tensor in tensors], buffers)
+    known = _read.get()
+    if known is not None:
+        known[id(model)] = state
+    return state
+
+
+def _tensors(root: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters and buffers of all modules, and the buffers alone.
+
+    In 0.05 ms for 28 layers; `parameters()` and `buffers()` take ten times as much.
+    """
+    parameters: list[Tensor | None] = []
+    buffers: list[Tensor | None] = []
+    todo: list[nn.Module | None] = [root]
+    while todo:
+        module = todo.pop()
+        if module is not None:
+            state = module.__dict__
+            parameters.extend(state["_parameters"].values())
+            buffers.extend(state["_buffers"].values())
+            todo.extend(state["_modules"].values())
+    return [t for t in [*parameters, *buffers] if t is not None], [t for t in buffers if t is not None]
 
 
 def _stand_in(value: Any, configs: dict[int, Any]) -> Any:

@@ -62,6 +62,11 @@ def check_packable(model: Any, architecture: Architecture) -> list[Any]:
     return _Check(model, architecture).run()
 
 
+def attention_of_transformers() -> bool:
+    """Return whether the attentions that a model may name are those that transformers registered."""
+    return ALL_ATTENTION_FUNCTIONS.get("sdpa") is sdpa_attention_forward and "eager" not in ALL_ATTENTION_FUNCTIONS
+
+
 def _check_kind(module: nn.Module, model: nn.Module) -> None:
     """Raise UnsupportedWeights for a class that is neither one of torch's plain ones nor an unchanged one of transformers."""
     kind = type(module)
@@ -222,5 +227,5 @@ class _Check:
         for name in FUNCTIONS:
             if name in code and not code[name].__module__.startswith("transformers."):
                 raise UnsupportedWeights(f"{name} of {self.code} was replaced, which the kernels would pass by")
-        if ALL_ATTENTION_FUNCTIONS.get("sdpa") is not sdpa_attention_forward or "eager" in ALL_ATTENTION_FUNCTIONS:
+        if not attention_of_transformers():
             raise UnsupportedWeights("an attention of transformers was replaced, which the kernels would pass by")

@@ -6,26 +6,32 @@ tensor; save_pretrained, state_dict, loading and tying work as before. Tools tha
 save_model and huggingface_hub's save_torch_model refuse, accelerate's save_model drops parameters that share one):
 `unpack_weights` gives every parameter a storage of its own again.
 
-Nothing is kept between calls: `pack_weights` looks at the modules each time, numbers included, since transformers reads eps
-off each norm and the scale off each attention, not off the configuration. `.to()`, `.bfloat16()`, `deepcopy`, a LoRA, quantized
-layers or an edited number change the result, and `Weights.key` shows whether anything built from an earlier one is still valid.
+No weight is kept between calls, so that memory which a model gave up (by `.to()`, say) is free. What is kept is a key: all that
+`pack_weights` and a step read of the live modules, numbers included, since transformers reads eps off each norm and the scale
+off each attention, not off the configuration. `.to()`, `.bfloat16()`, `deepcopy`, a LoRA, quantized layers or an edited number
+change it, and while it is equal, the addresses and numbers that were packed before are still valid and nothing is packed or
+checked again: 0.6 ms instead of 2.4 ms for a model of 28 layers.
 """
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.models.families import FAMILIES
-from latentmas_kernels.models.packable import UnsupportedWeights, check_packable
+from latentmas_kernels.models.module_settings import reread, state_of
+from latentmas_kernels.models.packable import UnsupportedWeights, attention_of_transformers, check_packable
 
 MERGED = tuple(sorted({name for family in FAMILIES.values() for name in (*family.qkv, *family.gate_up)}))
 _merging = threading.Lock()  # two threads that merge at once would each make a copy
+# The `weights_key` of each model that was found to be covered.
+_covered: "weakref.WeakKeyDictionary[Any, tuple]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,11 @@ class Weights:
             have no embedding are left out.
         final_norm: [D].
         eps: of all norms.
-        inv_freq: float32 [hd / 2]; attention_scaling: factor on cosine and sine.
+        inv_freq: float32 [hd / 2], the model's own buffer, or a copy where that has another dtype: whoever keeps an address of
+            it keeps the tensor, and follows the buffer. attention_scaling: factor on cosine and sine.
         scale: of the attention scores.
         query_heads, kv_heads, head_dim, intermediate: sizes.
-        key: all that a step reads, to compare: the address, shape and dtype of tensors, the values of RoPE's frequencies and of
-            everything else.
+        key: see `weights_key`.
     """
 
     layers: tuple[Layer, ...]
@@ -98,12 +104,28 @@ class Weights:
         return sum(t.nbytes for t in [*tensors, self.final_norm])
 
 
+def weights_key(model: Any, architecture: Architecture) -> tuple[tuple, list[UntypedStorage]]:
+    """Return all that `pack_weights` and a step read of a model, to compare, and the storages of the addresses in it.
+
+    Weights that are edited in place keep their key, since steps read them where they are. RoPE's frequencies, of which there
+    may be copies, change it: by their values on the CPU, elsewhere by their version, since values would have to be waited for.
+    An edit through `.data` counts no version.
+    """
+    state, family = state_of(model), FAMILIES.get(type(model).__name__)
+    frequencies = [] if family is None else [_content(buffer) for buffer in state.buffers]
+    return (architecture, family, attention_of_transformers(), *frequencies, *state.key), state.storages
+
+
 def unsupported_reason(model: Any, architecture: Architecture) -> str | None:
     """Return why `pack_weights` would refuse the model, as a clause, or None. This does not modify the model."""
+    key = weights_key(model, architecture)[0]
+    if _covered.get(model) == key:
+        return None
     try:
         check_packable(model, architecture)
     except UnsupportedWeights as reason:
         return str(reason)
+    _covered[model] = key
     return None
 
 
@@ -163,11 +185,9 @@ def pack_weights(model: Any, architecture: Architecture) -> Weights:
         "head_dim": architecture.head_dim,
         "intermediate": layers[0].down.shape[1],
     }
-    inv_freq = rotary.inv_freq.float()
-    read = [value for part in [*map(vars, layers), tensors, numbers] for value in part.values()]
-    # The values of inv_freq, not its address: float() copies where the model was cast.
-    key = (*((v.data_ptr(), v.shape, v.dtype) if isinstance(v, Tensor) else v for v in read), *inv_freq.tolist())
-    return Weights(layers=tuple(layers), inv_freq=inv_freq, key=key, **tensors, **numbers)
+    reread(model)  # merging has moved weights
+    key = _covered[model] = weights_key(model, architecture)[0]
+    return Weights(layers=tuple(layers), inv_freq=rotary.inv_freq.float(), key=key, **tensors, **numbers)
 
 
 @torch.no_grad()
@@ -178,6 +198,12 @@ def unpack_weights(model: Any) -> None:
             is_view = parameter.untyped_storage().nbytes() > parameter.nbytes
             if is_view and path.rpartition(".")[0].endswith(MERGED):
                 parameter.data = parameter.data.clone()
+
+
+def _content(buffer: Tensor) -> Any:
+    if buffer.device.type == "cpu":
+        return tuple(buffer.flatten().tolist())
+    return None if buffer.is_inference() else buffer._version
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

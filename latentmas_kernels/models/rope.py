@@ -12,7 +12,7 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture, cache_argument, decoder_of
 from latentmas_kernels.models.module_settings import settings_of
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys
-from latentmas_kernels.ops.rope_append import rotate
+from latentmas_kernels.ops.rope import rotate
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 """Types whose frequencies do not change with the length of the sequence."""

@@ -1,20 +1,29 @@
 """The CUDA engine against the eager one: chains, ragged batches, windows, sampling. In the interpreter, graphs are calls."""
 
+import contextlib
 import copy
+import gc
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_models import FAMILIES, VOCAB, ragged, tiny_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from latentmas_kernels import LatentCache, accelerate, build_aligner, generate, latent_generate
 from latentmas_kernels.engines import EagerEngine, LatentParams, SamplingParams, cuda, open_engine
 from latentmas_kernels.engines.cuda import CudaEngine, memory_report
+from latentmas_kernels.engines.cuda_graphs import CallOrder, CaptureError, EagerReplay
+from latentmas_kernels.engines.cuda_step import DecodeStep
 from latentmas_kernels.inputs import Prompt
+from latentmas_kernels.models import module_settings, packed_weights
 from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.packable import check_packable
 from latentmas_kernels.models.packed_weights import unpack_weights
 from latentmas_kernels.warn_once import warn_once
 
@@ -287,7 +296,7 @@ class Count(TorchDispatchMode):
 
 def test_between_steps_nothing_is_allocated_copied_or_waited_for(small, monkeypatch):
     """Each of these is a call of torch, and more steps make no more of them; for a step itself see test_cuda_step.py."""
-    monkeypatch.setattr(cuda.EagerReplay, "__call__", lambda self, body: lambda: None)
+    monkeypatch.setattr(cuda.EagerReplay, "__call__", lambda self, body, *reads, **constants: lambda: None)
     engine = CudaEngine(small, Architecture.of(small))
     aligner, seed = build_aligner(small, "ridge"), torch.ones(2, 24, device=DEVICE)
 
@@ -588,6 +597,209 @@ def test_interpreter_out_of_memory_takes_a_smaller_bucket_or_eager(small, monkey
     torch.testing.assert_close(ours[1].latents, theirs[1].latents, rtol=1e-4, atol=1e-6)
     assert torch.equal(ours[2].sequences, theirs[2].sequences)
     assert_same_cache(ours[2].past_key_values, theirs[2].past_key_values)
+
+
+def test_interpreter_what_did_not_fit_is_freed_before_its_memory_is_given_back(small, monkeypatch):
+    state, made, alive = state_of(small), [], []
+
+    def failing(self, step, weights, kind, aligner):
+        made.append(weakref.ref(step))
+        raise torch.OutOfMemoryError("as a capture says it")
+
+    monkeypatch.setattr(cuda.CudaState, "_capture", failing)
+    monkeypatch.setattr(state.capture, "release", lambda: alive.append(made[-1]() is not None))
+    with expecting("runs on the eager engine"):
+        chain(small, "cuda", lengths=(5, 2), steps=1, tokens=2)
+    assert len(alive) > 1
+    assert not any(alive)
+
+
+# ---- what graphs read, and who owns it -----------------------------------------------------------------------------
+
+
+def rounded_frequencies(model):
+    """As `.to(torch.bfloat16)` leaves them: the kernels read a float32 copy."""
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.bfloat16()
+    return model
+
+
+def test_interpreter_graphs_of_a_later_call_read_what_lives_as_long_as_they(small):
+    """A latent graph in the first call, a token graph in the second, whose engine and packed weights are gone in the third."""
+    rounded_frequencies(small)
+    ids, mask = prompt([5, 3])
+    past = latent_generate(small, ids, mask, latent_steps=2, aligner="ridge", engine="cuda").past_key_values
+    texts = []
+    for engine in ("cuda", "cuda", "eager"):
+        out = generate(small, ids, mask, past_key_values=past, max_new_tokens=4, eos_token_id=None, engine=engine)
+        texts.append(out.sequences)
+        gc.collect()
+    assert torch.equal(texts[1], texts[2])
+    assert torch.equal(texts[0], texts[2])
+
+
+@torch.no_grad()
+def test_interpreter_a_copy_of_the_frequencies_follows_the_model(small):
+    """An edit through .data, of which a device's tensors count no version, under an engine that is open."""
+    both = Both(rounded_frequencies(small), [6, 3], "ridge")
+    before = both.ours(every(2, 2)).latents
+    small.model.rotary_emb.inv_freq.data.mul_(0.25)
+    after = both.ours(every(2, 2)).latents
+    assert not torch.allclose(before, after, atol=1e-4)
+    theirs = both.engines[1].run_latent(both.start.fork(), both.seed, both.aligner, every(2, 2), None).latents
+    torch.testing.assert_close(after, theirs, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_interpreter_a_step_is_captured_again_for_another_embedding_of_the_aligner(small):
+    """Soft feedback reads the embedding of its target, which may be another model's and be given other weights."""
+    target = small_model()
+    aligner = build_aligner(small, "soft", target_model=target)
+    both = Both(small, [6, 3], "soft")
+    both.aligner = aligner
+    before = both.ours(every(2, 2)).latents
+    target.model.embed_tokens.weight = nn.Parameter(target.model.embed_tokens.weight.flip(0))
+    gc.collect()
+    results, _ = both.run_latent(every(2, 2))
+    assert_same_result(*results)
+    assert not torch.allclose(results[0].latents, before, atol=1e-4)
+    assert len(both.engines[0].state.graphs) == 2
+
+
+@torch.no_grad()
+def test_interpreter_replays_are_calls_in_order_on_the_models_device(small, monkeypatch):
+    """Every replay and every capture, of every method, is inside of a call."""
+    inside, devices, real = [], [], EagerReplay.__call__
+
+    def capture(self, *reads, **constants):
+        assert inside
+        replay = real(self, *reads, **constants)
+
+        def checked():
+            assert inside
+            replay()
+
+        return checked
+
+    @contextlib.contextmanager
+    def call(self, device):
+        devices.append(device)
+        inside.append(self)
+        yield
+        assert inside.pop() is self
+
+    monkeypatch.setattr(EagerReplay, "__call__", capture)
+    monkeypatch.setattr(CallOrder, "call", call)
+    chain(small, "cuda", lengths=(5, 2), steps=1, tokens=2)
+    engine = CudaEngine(small, Architecture.of(small))
+    engine.capture([1], build_aligner(small, "ridge"))
+    cache = LatentCache.for_model(engine.architecture, 2, 8)
+    engine.extend(cache, Prompt(torch.tensor([1, 1]), torch.tensor([[5], [6]], device=DEVICE)), logits=True)
+    assert set(devices) == {small.device}
+
+
+def test_interpreter_calls_of_two_threads_do_not_mix(small):
+    """They share the static tensors of their bucket."""
+    ids, mask = prompt([5, 3])
+
+    def text(row):
+        return generate(small, ids[row:], mask[row:], max_new_tokens=4, eos_token_id=None, engine="cuda").sequences
+
+    want = [text(0), text(1)]
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(text, [0, 1, 0, 1, 1, 1]))
+    for row, sequences in zip([0, 1, 0, 1, 1, 1], got, strict=True):
+        assert torch.equal(sequences, want[row])
+
+
+def test_interpreter_a_call_from_within_a_call_is_refused(small):
+    ids, mask = prompt([4])
+    with pytest.raises(ValueError, match="supported is one call at a time"):
+        latent_generate(
+            small, ids, mask, latent_steps=1, aligner="ridge", engine="cuda", on_step=lambda _: one_latent(small)
+        )
+    assert one_latent(small).isfinite().all()
+
+
+def test_interpreter_counters_that_are_wrong_are_put_right_where_a_call_begins(small):
+    """A split product counts its programs: one that was broken off would leave every later sum wrong."""
+    both = Both(small, [6, 3], "ridge")
+    want = both.ours(every(2, 1)).latents
+    (step,) = both.engines[0].state.steps.values()
+    for counters in (step.workspace.tile_counters, step.splits.split_counters):
+        counters.fill_(1)
+        assert torch.equal(both.ours(every(2, 1)).latents, want)
+        assert not counters.any()
+
+
+# ---- captures that fail --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["latent", "token", "forward"])
+def test_interpreter_a_step_that_cannot_be_captured_runs_on_eager_with_one_warning(small, monkeypatch, kind):
+    tried, real = [], EagerReplay.__call__
+
+    def refuse(self, body, *reads, **constants):
+        if body is getattr(DecodeStep, kind):
+            tried.append(reads[0].batch)
+            raise CaptureError("RuntimeError: operation not permitted")
+        return real(self, body, *reads, **constants)
+
+    monkeypatch.setattr(EagerReplay, "__call__", refuse)
+    options = {} if kind != "forward" else {"logits_processor": [SuppressTokensLogitsProcessor([7], device=DEVICE)]}
+
+    def run(engine):
+        ids, mask = prompt([5, 2])
+        out = latent_generate(small, ids, mask, latent_steps=2, aligner="ridge", engine=engine)
+        past, latents = out.past_key_values, out.latents
+        out = generate(
+            small, ids, mask, past_key_values=past, max_new_tokens=3, eos_token_id=None, engine=engine, **options
+        )
+        return latents, out.sequences
+
+    words = rf"runs {kind} steps of 2 rows on the eager engine: a step could not be captured \(RuntimeError: operation"
+    with expecting(words) as warned:
+        ours = run("cuda")
+    assert len(warned) == 1
+    again, theirs = run("cuda"), run("eager")
+    assert tried == [2], "it is not tried again"
+    for got in (ours, again):
+        torch.testing.assert_close(got[0], theirs[0], rtol=1e-4, atol=1e-6)
+        assert torch.equal(got[1], theirs[1])
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_interpreter_a_model_is_looked_at_once_per_opening(small, monkeypatch):
+    """Packed and checked in full only where something that a step reads was edited, and nothing waits for a device."""
+    read, packed, real = [], [], (module_settings.reread, cuda.pack_weights)
+    monkeypatch.setattr(module_settings, "reread", lambda model: (read.append(model), real[0](model))[1])
+    monkeypatch.setattr(cuda, "pack_weights", lambda *of: (packed.append(of), real[1](*of))[1])
+    monkeypatch.setattr(packed_weights, "check_packable", lambda *of: (packed.append(of), check_packable(*of))[1])
+
+    def opened():
+        read.clear()
+        packed.clear()
+        open_engine("cuda", small, Architecture.of(small))
+        return len(packed), len(read)
+
+    assert opened()[0] > 0
+    assert opened() == (0, 1)
+    small.model.layers[1].self_attn.scaling = small.model.layers[0].self_attn.scaling * 1.0
+    assert opened() == (0, 1)
+    small.lm_head.weight = nn.Parameter(small.lm_head.weight.clone())
+    assert opened()[0] > 0
+    assert opened() == (0, 1)
+
+
+@torch.no_grad()
+def test_interpreter_weights_that_the_model_gave_up_are_freed(small):
+    """Nothing that is kept between calls holds them: `.to()` frees a device."""
+    one_latent(small)
+    refs = [StorageWeakRef(p.untyped_storage()) for p in small.parameters()]
+    small.double()
+    gc.collect()
+    assert all(ref.expired() for ref in refs)
 
 
 # ---- weights that change under the engine --------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The HF graph engine against the eager engine, with EagerReplay for graphs: models that no packed family covers."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from latentmas_kernels import build_aligner, generate, latent_generate
 from latentmas_kernels.engines import EagerEngine, HFGraphEngine, LatentParams, hf_graph
-from latentmas_kernels.engines.cuda_graphs import EagerReplay
+from latentmas_kernels.engines.cuda_graphs import CallOrder, CaptureError, EagerReplay
 from latentmas_kernels.inputs import Prompt
 from latentmas_kernels.models.architecture import Architecture
 from latentmas_kernels.warn_once import warn_once
@@ -101,7 +102,7 @@ def run_both(engines, start, seed, aligner, latent_params, on_step=None):
 def captures(monkeypatch):
     """The graphs that are captured."""
     captured, real = [], EagerReplay.__call__
-    monkeypatch.setattr(EagerReplay, "__call__", lambda self, body: (captured.append(body), real(self, body))[1])
+    monkeypatch.setattr(EagerReplay, "__call__", lambda *of: (captured.append(of[1]), real(*of))[1])
     return captured
 
 
@@ -295,26 +296,117 @@ def test_tokens_in_a_row_are_not_copied_in_again(monkeypatch):
 @torch.no_grad()
 def test_a_forward_that_cannot_be_captured_runs_eagerly(monkeypatch):
     model = tiny_model("olmo2")
-    engine, eager = both(model)
+    (engine, eager), tried = both(model), []
 
-    def refuse(body):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    def refuse(self, *reads):
+        tried.append(reads)
+        raise CaptureError("RuntimeError: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(engine.state, "capture", refuse)
-    refuse.release = lambda: None
+    monkeypatch.setattr(EagerReplay, "__call__", refuse)
     start = read(model, [4])
     warn_once.cache_clear()
-    with pytest.warns(
-        RuntimeWarning, match=r"could not be captured \(operation not permitted when stream is capturing\)"
-    ):
-        ours = engine.run_latent(
-            start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
-        )
-    theirs = eager.run_latent(
-        start.past_key_values.fork(20), start.last_hidden, build_aligner(model, "identity"), every(1, 2), None
+
+    def latents(of):
+        aligner = build_aligner(model, "identity")
+        return of.run_latent(start.past_key_values.fork(300), start.last_hidden, aligner, every(1, 2), None).latents
+
+    words = (
+        r"runs latent steps on the eager engine: a step could not be captured \(RuntimeError: operation not permitted"
     )
-    assert torch.equal(ours.latents, theirs.latents)
+    with pytest.warns(RuntimeWarning, match=words):
+        ours = latents(engine)
+    assert torch.equal(ours, latents(eager))
     assert not engine.state.batches
+    assert torch.equal(ours, latents(engine))
+    assert len(tried) == 1, "it is not tried again"
+
+
+@torch.no_grad()
+def test_a_size_that_does_not_fit_runs_eagerly_and_others_stay_captured(monkeypatch):
+    model = tiny_model("olmo2")
+    (engine, eager), tried, real = both(model), [], EagerReplay.__call__
+
+    def fit(self, body, batch, *reads):
+        tried.append(len(batch.rows))
+        if len(batch.rows) > 1:
+            raise torch.OutOfMemoryError("as a capture says it")
+        return real(self, body, batch, *reads)
+
+    monkeypatch.setattr(EagerReplay, "__call__", fit)
+    aligner = build_aligner(model, "identity")
+    warn_once.cache_clear()
+    for lengths in ([4, 6], [4], [4, 6], [4]):
+        start = read(model, lengths)
+        with pytest.warns(RuntimeWarning, match="out of memory") if not tried else nullcontext():
+            ours, theirs = (
+                one.run_latent(start.past_key_values.fork(20), start.last_hidden, aligner, every(len(lengths), 2), None)
+                for one in (engine, eager)
+            )
+        assert_same_steps(ours, theirs)
+    assert tried == [2, 1]
+
+
+@torch.no_grad()
+def test_a_graph_serves_all_aligners_that_read_the_same(captures):
+    model, target = tiny_model("gemma3"), tiny_model("gemma3")
+    engine, _ = both(model)
+    start = read(model, [4])
+    token = Prompt(torch.tensor([1]), torch.tensor([[5]]))
+
+    def run(aligner):
+        cache = start.past_key_values.fork(20)
+        seed = engine.eager.extend(cache, token, logits=True) if aligner.needs_logits else start.last_hidden
+        engine.run_latent(cache, seed, aligner, every(1, 2), None)
+        return len(captures)
+
+    assert [run(replace(build_aligner(model, "identity"), reason=name)) for name in ("one", "another")] == [1, 1]
+    aligner = build_aligner(model, "soft", target_model=target)
+    assert run(aligner) == run(aligner) == 2
+    target.get_input_embeddings().weight = torch.nn.Parameter(target.get_input_embeddings().weight.clone())
+    assert run(aligner) == 3, "the graph reads weights that are gone"
+
+
+@torch.no_grad()
+def test_replays_are_calls_in_order_on_the_models_device(monkeypatch):
+    inside, devices, real = [], [], EagerReplay.__call__
+
+    def capture(self, *reads):
+        assert inside
+        replay = real(self, *reads)
+        return lambda: (replay(), inside[0])
+
+    @contextmanager
+    def call(self, device):
+        devices.append(device)
+        inside.append(self)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(EagerReplay, "__call__", capture)
+    monkeypatch.setattr(CallOrder, "call", call)
+    model = tiny_model("olmo2")
+    engine, _ = both(model)
+    start = read(model, [4])
+    engine.run_latent(start.past_key_values, start.last_hidden, build_aligner(model, "identity"), every(1, 2), None)
+    engine.extend(start.past_key_values, Prompt(torch.tensor([1]), torch.tensor([[5]])), logits=True)
+    assert devices == [model.device] * 3
+
+
+@torch.no_grad()
+def test_calls_of_two_threads_do_not_mix():
+    """They share the static tensors of their size."""
+    model = tiny_model("olmo2")
+    starts, aligner = [read(model, [4]), read(model, [7])], build_aligner(model, "identity")
+
+    @torch.no_grad()  # of each thread
+    def latents(which):
+        engine, start = both(model)[0], starts[which]
+        return engine.run_latent(start.past_key_values.fork(40), start.last_hidden, aligner, every(1, 4), None).latents
+
+    want, order = [latents(0), latents(1)], [0, 1] * 8
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(latents, order))
+    assert all(torch.equal(one, want[which]) for one, which in zip(got, order, strict=True))
 
 
 def wider(model):
@@ -436,7 +528,7 @@ def test_the_report_does_not_wait_for_a_call_nor_break_where_one_adds_a_batch():
             return 7
 
     batches[1, 256] = Adding()
-    with engine.state.lock, ThreadPoolExecutor(1) as pool:
+    with engine.order.lock, ThreadPoolExecutor(1) as pool:
         report = pool.submit(hf_graph.memory_report, model).result(timeout=60)
     assert report == {"tensors of 1 x 256 slots": 7}
 

@@ -12,6 +12,7 @@ from latentmas_kernels.cache.latent_cache import LatentCache
 from latentmas_kernels.engines.native import NativeEngine, quantize_rows
 from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture
+from latentmas_kernels.models.packed_weights import pack_weights
 
 if native.extension() is None:
     pytest.skip(native.extension_state(), allow_module_level=True)
@@ -19,7 +20,8 @@ if native.extension() is None:
 C = native.extension()
 MODEL = tiny_model("qwen3")
 ENGINE = NativeEngine(MODEL, Architecture.of(MODEL))
-WIDTH, VOCAB = ENGINE.weights.embedding.shape[1], ENGINE.weights.lm_head.shape[0]
+W = pack_weights(MODEL, Architecture.of(MODEL))
+WIDTH, VOCAB = W.embedding.shape[1], W.lm_head.shape[0]
 STEPS = 3
 GREEDY = C.Sampling(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
 
@@ -76,7 +78,7 @@ def decode(**change: Any) -> None:
 
 def runner(**change: Any) -> Any:
     """A Runner of the model; a change "qkv.weight" is one of the second layer."""
-    w, layers = ENGINE.weights, []
+    w, layers = W, []
     for index, layer in enumerate(w.layers):
         parts = dict(vars(layer))
         linears = {
@@ -99,7 +101,6 @@ def runner(**change: Any) -> Any:
     return C.Runner(C.Model(**{**given, **change}))
 
 
-W = ENGINE.weights
 LAYER = W.layers[1]
 TENSORS = {
     extend: {

@@ -11,7 +11,14 @@ from latentmas_kernels import latent_generate
 from latentmas_kernels.extension import extension
 from latentmas_kernels.models import families
 from latentmas_kernels.models.architecture import Architecture
-from latentmas_kernels.models.packed_weights import UnsupportedWeights, pack_weights, unpack_weights, unsupported_reason
+from latentmas_kernels.models.module_settings import reading_once, state_of
+from latentmas_kernels.models.packed_weights import (
+    UnsupportedWeights,
+    pack_weights,
+    unpack_weights,
+    unsupported_reason,
+    weights_key,
+)
 
 needs_extension = pytest.mark.skipif(extension() is None, reason="the extension is not built")
 
@@ -88,6 +95,40 @@ def test_the_key_tells_that_the_weights_moved(change):
     before = pack(model).key
     change(model)
     assert pack(model).key != before
+
+
+def test_packing_and_its_key_wait_for_no_device():
+    """On a device without values there is none to wait for: whatever reads one raises."""
+    with torch.device("meta"):
+        model = tiny_model("llama")
+    architecture = Architecture.of(model)
+    assert unsupported_reason(model, architecture) is None
+    assert pack_weights(model, architecture).key == weights_key(model, architecture)[0]
+
+
+def test_what_is_known_of_a_model_is_not_used_for_another_place_of_a_module():
+    """The same modules and weights, under each other's names."""
+    model = tiny_model("llama")
+    before = pack(model).key
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    after = pack(model).key
+    assert after != before
+    architecture = Architecture.of(model)
+    mlp._modules["spare"] = mlp._modules.pop("act_fn")  # the last of its modules, as before
+    with pytest.raises(AttributeError, match="act_fn"):
+        unsupported_reason(model, architecture)
+
+
+def test_a_model_is_read_once_within_reading_once():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    with reading_once():
+        first = state_of(model)
+        assert state_of(model) is first
+        assert state_of(other).key != first.key
+        pack(model)  # moves weights
+        assert state_of(model).key != first.key
+    assert state_of(model) is not state_of(model)
 
 
 def test_a_cast_copy_is_merged_again():
