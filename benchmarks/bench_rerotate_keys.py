@@ -7,6 +7,7 @@ from shapes import sizes_of
 from sweeps import Race, cold, require_correct
 
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys_reference
+from latentmas_kernels.ops.triton.launch import target_of
 from latentmas_kernels.ops.triton.rerotate_keys import rerotate_keys
 
 
@@ -20,13 +21,14 @@ def test_rerotate_keys(race: Race, device: str, shape: str, batch: int, kv: int,
     low, high = stores[0].double().chunk(2, dim=-1)
     angle = (shifts.float()[:, :, None] * inv_freq).double()[None, :, None]
     exact = torch.cat([low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], dim=-1)
+    ops = partial(rerotate_keys, target=target_of(stores.device)), rerotate_keys_reference
     results = []
-    for op in (rerotate_keys, rerotate_keys_reference):
+    for op in ops:
         keys = stores[0].clone()
         op(keys, shifts, inv_freq)
         results.append(keys)
     require_correct(*results, exact)
     race(
-        *([partial(op, keys, shifts, inv_freq) for keys in stores] for op in (rerotate_keys, rerotate_keys_reference)),
+        *([partial(op, keys, shifts, inv_freq) for keys in stores] for op in ops),
         moved=2 * stores[0].nbytes + shifts.nbytes, kernel="Triton", batch=batch, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip

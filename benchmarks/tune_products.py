@@ -42,7 +42,7 @@ from latentmas_kernels.ops.linear_residual import linear_residual_reference
 from latentmas_kernels.ops.rmsnorm_linear import rmsnorm_linear_reference
 from latentmas_kernels.ops.triton.launch import LaunchTarget, target_of
 from latentmas_kernels.ops.triton.skinny_gemm import Workspace, skinny_gemm
-from latentmas_kernels.ops.triton.tiles import TENSOR_CORE_ROWS, GemmConfig, default_tile, slug, tile_key
+from latentmas_kernels.ops.triton.tiles import EXACT_ROWS, TENSOR_CORE_ROWS, GemmConfig, default_tile, slug, tile_key
 
 TUNED = Path(latentmas_kernels.__file__).parent / "ops" / "triton" / "tuned"
 REAL = [name for name in SHAPES if name != "tiny"]
@@ -52,6 +52,7 @@ MARGIN = 0.02
 COMPILERS = max(1, min(12, (os.cpu_count() or 2) - 2))  # processes; each has a CUDA context
 CALLS = 8  # in a sweep at least: a graph takes some microseconds to start
 EPS = 1e-6
+SPLITS = (1, 2, 3, 4, 6, 8)
 
 
 class Product(NamedTuple):
@@ -77,29 +78,28 @@ def products_of(shape: str) -> list[Product]:
 
 
 def candidates(target: LaunchTarget, m: int, n: int, k: int, itemsize: int, *, gated: bool) -> list[GemmConfig]:
-    """The default first, then what may be better. At 4 and 8 rows with tensor cores and without."""
+    """The default first, then what may be better. At 3 and 4 rows with tensor cores and without."""
     default = default_tile(target, m, n, k, itemsize, gated=gated)
-    found = [default]
-    if m <= TENSOR_CORE_ROWS:
-        rows = 4 if itemsize == 4 else triton.next_power_of_2(m)
-        for block_n, weights, split, warps in itertools.product(
-            (2, 4, 8, 16), (2048, 4096, 8192), (1, 2, 4), (2, 4, 8)
-        ):
-            outs = block_n // 2 if gated else block_n
-            # A thread holds a product of each row in registers, twice with a pair, and the next weights.
-            per_thread = weights * rows // (32 * warps)
-            if outs and 16 <= per_thread <= 96 and weights // (32 * warps) >= 8:
-                found.append(GemmConfig(rows, outs, weights // block_n, split, False, warps, 1))
-    if m >= 4:
+    matrices = 2 if gated else 1
+    found: list[GemmConfig] = []
+    if m < TENSOR_CORE_ROWS or itemsize == 4:
+        rows = EXACT_ROWS if itemsize == 4 else triton.next_power_of_2(m)
+        # Vectors of weights per thread, of block_n rows of w; all threads lie along K. More of them and four rows do not fit
+        # into the registers.
+        for loads, block_n, warps, split in itertools.product((4, 8, 16), (2, 4, 8, 16), (1, 2, 4, 8), SPLITS):
+            if matrices <= block_n <= loads and loads * rows <= 32:
+                block_k = loads // block_n * 16 // itemsize * 32 * warps
+                found.append(GemmConfig(rows, block_n // matrices, block_k, split, False, warps, 1))
+    if m >= 3 and itemsize == 2:
         rows = max(16, min(64, triton.next_power_of_2(m)))
-        for block_n, block_k, split, warps, stages in itertools.product(
-            (16, 32, 64, 128), (64, 128, 256), (1, 2, 4, 8), (4, 8), (3, 4, 6)
+        for block_n, block_k, warps, stages, split in itertools.product(
+            (16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 6), SPLITS
         ):
-            outs = block_n // 2 if gated else block_n
+            outs = block_n // matrices
             staged = (block_n + rows) * block_k * itemsize * stages
             if outs >= 16 and staged <= 192 << 10 and block_n * block_k * itemsize >= 4096:
                 found.append(GemmConfig(rows, outs, block_k, split, True, warps, stages))
-    return [default, *sorted(set(filter(lambda tile: _sensible(target, tile, n, k), found[1:])) - {default})]
+    return [default, *sorted(set(filter(lambda tile: _sensible(target, tile, n, k), found)) - {default})]
 
 
 def _sensible(target: LaunchTarget, tile: GemmConfig, n: int, k: int) -> bool:

@@ -9,8 +9,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,36 @@ POINTERS = {
 }  # fmt: skip
 
 
-def record(body: Callable[[], None]) -> dict[str, tuple[Any, dict, dict, dict, dict]]:
-    """Run `body` with launches recorded instead of run: per distinct launch the arguments of `compile_for`."""
-    launches = {}
+@contextmanager
+def intercepted(launch: Callable[[Any, Any, dict[str, Any], dict[str, Any]], None]) -> Iterator[None]:
+    """Call `launch` with kernel, grid, arguments by name and options, in place of every launch of a Triton kernel."""
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
             options = {name: given.pop(name) for name in list(given) if name not in kernel.arg_names}
-            source = describe(kernel, given)
-            launches[f"{kernel.__name__} {source[1]} {options}"] = (kernel, *source, options)
+            launch(kernel, grid, given, options)
 
-        return launch
+        return call
 
     original = JITFunction.__getitem__
     JITFunction.__getitem__ = launcher
     try:
-        body()
+        yield
     finally:
         JITFunction.__getitem__ = original
+
+
+def record(body: Callable[[], None]) -> dict[str, tuple[Any, dict, dict, dict, dict]]:
+    """Run `body` with launches recorded instead of run: per distinct launch the arguments of `compile_for`."""
+    launches = {}
+
+    def launch(kernel: Any, grid: Any, given: dict[str, Any], options: dict[str, Any]) -> None:
+        source = describe(kernel, given)
+        launches[f"{kernel.__name__} {source} {options}"] = (kernel, *source, options)
+
+    with intercepted(launch):
+        body()
     return launches
 
 
@@ -96,6 +107,32 @@ def instructions(compiled: Any) -> str:
         file.write(compiled.asm["cubin"])
         file.flush()
         return subprocess.run([tool("nvdisasm"), file.name], capture_output=True, text=True, check=True).stdout
+
+
+def loops(code: str) -> list[list[str]]:
+    """The lines of each loop of a disassembled kernel: from a label to a branch back to it."""
+    lines, labels, found = code.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_\w+):", line.strip()):
+            labels[label[1]] = number
+        branch = re.search(r"BRA.*`\((\.L_\w+)\)", line)
+        if branch and labels.get(branch[1], number) < number - 1:  # a branch to itself is the end of the code
+            found.append(lines[labels[branch[1]] : number + 1])
+    return found
+
+
+def wide_loads(lines: list[str]) -> int:
+    return sum(bool(re.search(r"\b(LDG|LDGSTS)\S*\.128\b", line)) for line in lines)
+
+
+SHARED_OF_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+
+
+def blocks_per_multiprocessor(capability: int, used: dict[str, int]) -> int:
+    """By registers, which a warp gets in units of 256, shared memory, of which a block takes 1 KB more, and threads."""
+    registers = -(-used["REG"] // 8) * 8 * used["THREADS"]
+    shared = used["SHARED"] + 1024
+    return min(65536 // registers, SHARED_OF_MULTIPROCESSOR[capability] // shared, 2048 // used["THREADS"], 32)
 
 
 # ---- the launches of a step ----------------------------------------------------------------------------------------
@@ -164,34 +201,107 @@ def realign_launches(capability: int) -> dict:
     return record(body)
 
 
+def product_launch(
+    sizes: tuple[int, int, int], kind: str, dtype: torch.dtype, capability: int, weight_dtype: torch.dtype | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The launch of a product of rows, inputs and outputs, and its tile, programs and bytes, one program's where staged.
+
+    Args:
+        kind: "norm", "residual", "pair" (gate and up) or "plain", as in benchmarks/tune_products.py.
+    """
+    from latentmas_kernels.ops.triton.launch import LaunchTarget
+    from latentmas_kernels.ops.triton.skinny_gemm import skinny_gemm
+    from latentmas_kernels.ops.triton.tiles import tile_for
+
+    (m, k, n), gated = sizes, kind == "pair"
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(2 * n if gated else n, k).to(weight_dtype)
+    target = LaunchTarget("a GPU", 132, enable_pdl=capability >= 90)
+    options = {"norm_weight": empty(k), "eps": 1e-6} if kind in ("norm", "pair") else {}
+    out = empty(m, n).to(weight_dtype)
+    if kind == "residual":
+        options["residual"] = empty(m, n)
+    (launch,) = record(lambda: skinny_gemm(empty(m, k), weight, out, gated=gated, target=target, **options)).values()
+    tile = tile_for(target, m, n, k, weight_dtype.itemsize, gated=gated)
+    columns = tile.block_n * (2 if gated else 1)
+    return launch, {
+        "tile": tile,
+        "programs": triton.cdiv(n, tile.block_n) * tile.split * triton.cdiv(m, tile.block_m),
+        "weight_bytes": weight.nbytes,
+        "bytes_staged": columns * tile.block_k * weight.itemsize * (tile.num_stages - 1),
+    }
+
+
+def products(capability: int, sizes: str, dtypes: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The launches of the products of a size, rows x inputs x outputs, or of a shape of benchmarks/shapes.py at some rows."""
+    dtype, _, weight_dtype = dtypes.partition("-")
+    given = getattr(torch, dtype), capability, getattr(torch, weight_dtype or dtype)
+    if "x" in sizes:
+        size = tuple(map(int, sizes.split("x")))
+        kinds = ["plain"] if weight_dtype else ["norm", "residual", "pair"]
+        return {f"{kind} {sizes} {dtypes}": product_launch(size, kind, *given) for kind in kinds}
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from tune_products import products_of
+
+    shape, rows = sizes.split("@")
+    return {
+        f"{item.name} {sizes} {dtypes}": product_launch(
+            (int(rows), item.k, item.n), item.kind.replace("logits", "norm"), *given
+        )
+        for item in products_of(shape)
+    }
+
+
+def facts(capability: int, launch: tuple) -> dict[str, Any]:
+    """What the machine code of a launch says."""
+    compiled = compile_for(capability, *launch)
+    code = instructions(compiled)
+    before, _, _ = code.partition("ACQBULK")
+    loading = [loop for loop in loops(code) if wide_loads(loop)]
+    used = resources(compiled)
+    return {
+        "kernel": launch[0].__name__,
+        "constants": {k: v for k, v in launch[2].items() if k.isupper()},
+        "wide_loads": wide_loads(code.splitlines()),
+        "wide_copies": sum("LDGSTS" in line and ".128" in line for line in code.splitlines()),
+        "narrow_loads": code.count("LDG.E.U16"),
+        "wide_loads_before_wait": wide_loads(before.splitlines()) if "ACQBULK" in code else 0,
+        "loops_with_loads": len(loading),
+        "barriers_in_loops": max((sum("BAR." in line for line in loop) for loop in loading), default=0),
+        "blocks": blocks_per_multiprocessor(capability, used),
+        "tensor_cores": "HMMA" in code or "HGMMA" in code or "UTCHMMA" in code or "UTCQMMA" in code,
+        "waits": "ACQBULK" in code,
+        **used,
+    }
+
+
 def main(capability: int, cases: list[str]) -> None:
-    """Cases as family:dtype:batch, or realign; one JSON line per distinct kernel."""
+    """Print one JSON line per distinct kernel of the cases family:dtype:batch and realign, or per product of the cases
+    product:sizes:dtypes, with sizes as 5x1x3 (rows, inputs, outputs) or qwen3-0.6b@5 (shape, rows), and dtypes of x and of
+    the weights as bfloat16 or bfloat16-float32."""
     import json
 
-    seen = set()
+    known: dict[str, dict[str, Any]] = {}
     for case in cases:
+        if case.startswith("product:"):
+            for name, (launch, described) in products(capability, *case.split(":")[1:]).items():
+                key = f"{launch[1:]}"
+                known[key] = known.get(key) or facts(capability, launch)
+                print(json.dumps({"product": name, **described, **known[key]}), flush=True)
+            continue
         if case == "realign":
             launches = realign_launches(capability)
         else:
             family, dtype, batch = case.split(":")
             launches = launches_of(family, getattr(torch, dtype), int(batch), capability)
         for key, launch in launches.items():
-            if key in seen:
-                continue
-            seen.add(key)
-            compiled = compile_for(capability, *launch)
-            code = instructions(compiled)
-            loads = [line for line in code.splitlines() if "LDG.E" in line or "LDGSTS" in line]
-            before, _, _ = code.partition("ACQBULK")
-            facts = {
-                "kernel": launch[0].__name__,
-                "constants": {k: v for k, v in launch[2].items() if k.isupper()},
-                "wide_loads": sum(".128" in line for line in loads),
-                "wide_loads_before_wait": sum(".128" in line for line in before.splitlines() if "LDG" in line),
-                "tensor_cores": "HMMA" in code or "HGMMA" in code or "UTCHMMA" in code or "UTCQMMA" in code,
-                "waits": "ACQBULK" in code,
-            }
-            print(json.dumps({**facts, **resources(compiled)}), flush=True)
+            if key not in known:
+                known[key] = facts(capability, launch)
+                print(json.dumps(known[key]), flush=True)
 
 
 if __name__ == "__main__":

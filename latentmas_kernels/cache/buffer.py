@@ -18,7 +18,7 @@ from latentmas_kernels.errors import LatentMASError
 from latentmas_kernels.models.architecture import Architecture, KVShape
 
 PREFIX_BLOCK = 64
-"""Shared prefixes are whole blocks of so many slots, so that no block which an engine reads at once is in two rows."""
+"""Shared prefixes are whole blocks of so many slots, so that no block which the native engine reads at once is in two rows."""
 _SHARING = threading.RLock()
 """Held while caches on one buffer look at each other: of two that begin to write, one sees the other do it."""
 

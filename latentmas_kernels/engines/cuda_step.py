@@ -5,10 +5,11 @@
                     layers(x), final norm -> hidden                            layers(x), final norm, lm_head -> logits
                                                                                sample(logits) -> token, end rows
 
-A layer is six ops: rmsnorm_linear (QKV), rope_append, decode_attention, linear_residual, gate_up_swiglu and
-linear_residual. No launch allocates, copies from the host or waits for the device; positions, lengths, what ends a row
-and the addresses of the KV cache are read from device memory, so the same launches serve every call. csrc/cpu/step.cpp is the
-same step on the CPU.
+A layer is five launches: rmsnorm_linear (QKV), decode_attention, linear_residual, gate_up_swiglu and linear_residual. No
+launch allocates, copies from the host or waits for the device; positions, lengths, what ends a row and the addresses of the KV
+cache are read from device memory, so the same launches serve every call. csrc/cpu/step.cpp is the same step on the CPU.
+With soft feedback a latent step ends with the lm_head, and its realign is of a mean of embeddings that torch computes
+(`Aligner.soft_embedding`), which allocates from the graph's own pool.
 """
 
 import torch
@@ -23,9 +24,8 @@ from latentmas_kernels.ops.triton.decode_attention import SplitWorkspace, decode
 from latentmas_kernels.ops.triton.embed import embed
 from latentmas_kernels.ops.triton.kv_table import KVTable
 from latentmas_kernels.ops.triton.launch import LaunchTarget
-from latentmas_kernels.ops.triton.realign import StepBuffers, realign, squares_per_row
+from latentmas_kernels.ops.triton.realign import StepBuffers, realign
 from latentmas_kernels.ops.triton.rmsnorm import rmsnorm
-from latentmas_kernels.ops.triton.rope_append import rope_append
 from latentmas_kernels.ops.triton.row_state import NEVER_COSINE, RowField
 from latentmas_kernels.ops.triton.sample import Candidates, Settings, sample
 from latentmas_kernels.ops.triton.skinny_gemm import Workspace, skinny_gemm
@@ -59,28 +59,29 @@ class DecodeStep:
         self.prefix_len = self.row_state[RowField.PREFIX_LEN]
         self.kv_table = torch.zeros(len(KVTable._fields), dtype=torch.int64, device=device)
         self.x = empty(batch, self.width)
+        self.attended = empty(batch, self.width)  # x + attention: a product may not write the residual that it reads
         self.hidden = empty(batch, self.width)
         self.qkv = empty(batch, (w.query_heads + 2 * w.kv_heads) * w.head_dim)
-        self.queries = empty(batch, w.query_heads, w.head_dim)
         self.attention = empty(batch, w.query_heads * w.head_dim)
         self.activated = empty(batch, w.intermediate)
         self.logits = empty(batch, w.lm_head.shape[0], dtype=torch.float32)
         self.token_ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.settings = Settings(device)
         self.candidates: dict[bool, Candidates] = {}
-        self.splits = SplitWorkspace(self.queries, num_kv_splits(target, batch, w.kv_heads, self.x.element_size()))
-        self.realign = StepBuffers(
-            self.row_state,
-            self.kv_table,
-            empty(batch, self.width, dtype=torch.float32),
-            empty(batch, squares_per_row(self.width), dtype=torch.float32),
-        )
+        splits = num_kv_splits(target, batch, w.kv_heads, self.x.element_size())
+        self.splits = SplitWorkspace(batch, w.query_heads, w.kv_heads, w.head_dim, splits, device)
         self.workspace = Workspace(self.x)
         for matrix, gated in [(w.layers[0].qkv, False), (w.layers[0].output, False), (w.layers[0].down, False),
                              (w.lm_head, False), (w.layers[0].gate_up, True)]:  # fmt: skip
-            n, k = matrix.shape[0] // (2 if gated else 1), matrix.shape[1]
-            config = tile_for(target, batch, n, k, self.x.element_size(), gated=gated)
-            self.workspace.reserve(config, batch, n, gated=gated)
+            self._reserve(matrix.shape[0] // (2 if gated else 1), matrix.shape[1], matrix.element_size(), gated=gated)
+        product = empty(batch, self.width, dtype=torch.float32)
+        self._reserve(self.width, self.width, product.element_size(), gated=False)  # W_a is float32, whatever the dtype
+        self.realign = StepBuffers(self.row_state, self.kv_table, product, self.workspace)
+
+    def _reserve(self, n: int, k: int, itemsize: int, *, gated: bool) -> None:
+        """Make room in the workspace for a product with a weight [n, k]."""
+        config = tile_for(self.target, self.batch, n, k, itemsize, gated=gated)
+        self.workspace.reserve(config, self.batch, n, gated=gated)
 
     @property
     def nbytes(self) -> int:
@@ -88,8 +89,13 @@ class DecodeStep:
         views = (self.lengths, self.positions, self.slots, self.prefix_row, self.prefix_len)
         tensors = [t for t in vars(self).values() if isinstance(t, Tensor) and not any(t is view for view in views)]
         nested = [self.splits, self.workspace, self.settings, *self.candidates.values()]
-        tensors += [t for part in nested for t in vars(part).values()] + list(self.realign[2:])
+        tensors += [t for part in nested for t in vars(part).values()] + [self.realign.product]
         return sum(t.nbytes for t in tensors)
+
+    def zero_counters(self) -> None:
+        """Set the counters of programs to 0, as every launch leaves them: one that is once wrong would stay so for good."""
+        self.workspace.tile_counters.zero_()
+        self.splits.split_counters.zero_()
 
     def allocate(self, *, do_sample: bool) -> None:
         """Allocate the buffers of `token(do_sample)`; outside of captures."""
@@ -128,12 +134,14 @@ class DecodeStep:
         state[RowField.PREFIX_ROW, :count] = (cache.prefix_row[rows] - rows.start).int()
         state[RowField.PREFIX_LEN, :count] = cache.prefix_len[rows].int()
         self.row_state.copy_(state)
+        self.zero_counters()
         keys, values, positions = cache.keys[:, rows], cache.values[:, rows], cache.positions[rows]
         self.kv_table.copy_(KVTable.of(keys, values, positions, step_log, states).tensor())
 
     def reset(self, step_log: Tensor) -> None:
         """Bind the launches to no rows: they read and store nothing but the step log. For the warm-up."""
         self.row_state.zero_()
+        self.zero_counters()
         self.kv_table.copy_(KVTable(step_log=step_log.data_ptr(), step_log_stride=step_log.stride(0)).tensor())
         self.hidden.zero_()
         self.logits.zero_()
@@ -179,25 +187,22 @@ class DecodeStep:
                 self.x, layer.qkv, self.qkv, norm_weight=layer.input_norm, eps=w.eps, bias=layer.qkv_bias, target=target,
                 workspace=workspace,
             )  # fmt: skip
-            rope_append(
-                self.qkv, self.queries, layer.query_norm, layer.key_norm, w.eps, w.inv_freq, w.attention_scaling,
-                self.kv_table, layer.slot, self.slots, self.positions, target=target,
-            )  # fmt: skip
             decode_attention(
-                self.queries, self.kv_table, layer.slot, w.kv_heads, self.lengths, self.positions, layer.window, w.scale,
-                self.splits, self.attention, target=target, prefix_row=self.prefix_row, prefix_len=self.prefix_len,
+                self.qkv, self.kv_table, layer.slot, self.slots, self.lengths, self.positions, w.inv_freq, w.attention_scaling,
+                layer.query_norm, layer.key_norm, w.eps, w.scale, layer.window, self.splits, self.attention, target=target,
+                prefix_row=self.prefix_row, prefix_len=self.prefix_len,
             )  # fmt: skip
             skinny_gemm(
                 self.attention,
                 layer.output,
-                self.x,
+                self.attended,
                 bias=layer.output_bias,
                 residual=self.x,
                 target=target,
                 workspace=workspace,
             )
             skinny_gemm(
-                self.x, layer.gate_up, self.activated, norm_weight=layer.mlp_norm, eps=w.eps, bias=layer.gate_up_bias,
+                self.attended, layer.gate_up, self.activated, norm_weight=layer.mlp_norm, eps=w.eps, bias=layer.gate_up_bias,
                 gated=True, target=target, workspace=workspace,
             )  # fmt: skip
             skinny_gemm(
@@ -205,7 +210,7 @@ class DecodeStep:
                 layer.down,
                 self.x,
                 bias=layer.down_bias,
-                residual=self.x,
+                residual=self.attended,
                 target=target,
                 workspace=workspace,
             )

@@ -6,8 +6,8 @@
     rmsnorm_linear      y = rmsnorm(x) W^T + b                                                     Triton    torch
     linear_residual     y = residual + x W^T + b                                                   Triton    torch
     gate_up_swiglu      y = silu(h W_gate^T + b) (h W_up^T + b), h = rmsnorm(x)                    Triton    torch
-    rope_append         q, k = rope(rmsnorm(q)), rope(rmsnorm(k)); keys[slot], values[slot] = k, v Triton    torch
-    decode_attention    o = softmax(scale q k^T) v over the slots in use                           Triton    torch
+    decode_attention    q, k = rope(rmsnorm(q)), rope(rmsnorm(k)); keys[slot], values[slot] = k, v;
+                        o = softmax(scale q keys^T) values over the slots in use                   Triton    torch
     rerotate_keys       k = rope(k, shift), in place                                               Triton    torch
     sample              argmax of the logits, or a draw with temperature, top-k and top-p          Triton    torch
 
@@ -24,7 +24,6 @@ from latentmas_kernels.ops.realign import realign, realign_reference
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys, rerotate_keys_reference
 from latentmas_kernels.ops.rmsnorm import rmsnorm, rmsnorm_reference
 from latentmas_kernels.ops.rmsnorm_linear import rmsnorm_linear, rmsnorm_linear_reference
-from latentmas_kernels.ops.rope_append import rope_append, rope_append_reference
 from latentmas_kernels.ops.sample import sample, sample_reference
 
 __all__ = [
@@ -42,8 +41,6 @@ __all__ = [
     "rmsnorm_linear",
     "rmsnorm_linear_reference",
     "rmsnorm_reference",
-    "rope_append",
-    "rope_append_reference",
     "sample",
     "sample_reference",
 ]

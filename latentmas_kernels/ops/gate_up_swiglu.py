@@ -46,7 +46,7 @@ def gate_up_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, b
 
     Args:
         x: [B, K].
-        norm_weight: [K], the weight of the norm.
+        norm_weight: [K], the weight of the norm. In float16 x * norm_weight must be below 65504.
         eps: added to the mean square.
         weight: [2 I, K] with contiguous rows, the gate's rows first, in x's dtype.
         bias: [2 I].

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentmas_kernels.errors import LatentMASError
-from latentmas_kernels.ops.rope_append import rotate
+from latentmas_kernels.ops.rope import rotate
 from latentmas_kernels.ops.triton.launch import runs_on, target_of
 from latentmas_kernels.ops.triton.rerotate_keys import rerotate_keys as rerotate_keys_kernel
 

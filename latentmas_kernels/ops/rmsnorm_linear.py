@@ -3,7 +3,7 @@
     y = rmsnorm(x, g, eps) W^T + bias             x [B, K], g [K], W [N, K], bias [N], y [B, N]
 
 Accumulation is float32. In the kernel the norm is a factor per row, applied to the sums: x g is rounded only where
-tensor cores need the dtype of W (two-byte dtypes from 8 rows on).
+tensor cores need the dtype of W (two-byte dtypes from 5 rows on).
 """
 
 import torch
@@ -60,7 +60,7 @@ def rmsnorm_linear(
 
     Args:
         x: [B, K].
-        norm_weight: [K], the weight of the norm.
+        norm_weight: [K], the weight of the norm. In float16 x * norm_weight must be below 65504.
         eps: added to the mean square.
         weight: [N, K] with contiguous rows, as in `torch.nn.Linear`, in x's dtype.
         bias: [N].
@@ -78,7 +78,9 @@ def rmsnorm_linear(
 
 
 def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int) -> None:
-    """Raise a LatentMASError unless weight [n_out, K] and bias [n_out] fit x [B, K]."""
+    """Raise a LatentMASError unless weight [n_out, K] and bias [n_out] fit x [B, K] of a dtype that the kernels have."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise LatentMASError(f"{op}: x must be float32, float16 or bfloat16; got {x.dtype}")
     if (
         weight.dim() != 2
         or list(weight.shape) != [n_out, x.shape[-1]]

@@ -10,7 +10,6 @@ from latentmas_kernels import ops
 from latentmas_kernels.alignment import TOP_K
 from latentmas_kernels.cache.buffer import PREFIX_BLOCK
 from latentmas_kernels.ops import realign as realign_op
-from latentmas_kernels.ops.triton import decode_attention as triton_attention
 from latentmas_kernels.ops.triton import kv_table, row_state
 from latentmas_kernels.ops.triton import realign as triton_realign
 
@@ -21,10 +20,6 @@ needs_extension = pytest.mark.skipif(native.extension() is None, reason=native.e
 @needs_extension
 def test_a_shared_prefix_is_whole_kv_splits():
     assert native.extension().KV_SPLIT_SLOTS == PREFIX_BLOCK
-
-
-def test_a_shared_prefix_is_whole_blocks_of_the_attention_kernel():
-    assert [PREFIX_BLOCK % block for block in triton_attention.BLOCK_SLOTS.values()] == [0, 0, 0]
 
 
 def test_the_smallest_norm_is_that_of_the_triton_kernel():

@@ -5,7 +5,7 @@ import torch
 from numerics import DEVICE, DTYPES, assert_as_good_as_torch, normal, poisoned
 
 from latentmas_kernels.ops.rerotate_keys import rerotate_keys, rerotate_keys_reference
-from latentmas_kernels.ops.rope_append import rotate
+from latentmas_kernels.ops.rope import rotate
 
 # layers, rows, KV heads, slots, head_dim
 SIZES = [(1, 1, 4, 5, 16), (2, 3, 1, 37, 64), (1, 2, 2, 16, 96), (2, 1, 1, 17, 128), (1, 19, 1, 3, 6)]

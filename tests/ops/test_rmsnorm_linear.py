@@ -139,9 +139,16 @@ def test_interpreter_nan_stays_in_its_row():
     assert torch.equal(out[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-def test_empty_batch_interpreter():
-    x, norm_weight, weight, _ = inputs(0, 100, 70, torch.float32)
-    assert rmsnorm_linear(x, norm_weight, EPS, weight).shape == (0, 70)
+@pytest.mark.parametrize(("rows", "width_out"), [(0, 70), (3, 0), (0, 0)])
+def test_empty_products_interpreter(rows, width_out):
+    x, norm_weight, weight, _ = inputs(rows, 100, width_out, torch.float32)
+    assert rmsnorm_linear(x, norm_weight, EPS, weight).shape == (rows, width_out)
+
+
+def test_float64_is_refused():
+    x, norm_weight, weight, _ = inputs(2, 100, 70, torch.float64)
+    with pytest.raises(ValueError, match=r"x must be float32, float16 or bfloat16; got torch.float64"):
+        rmsnorm_linear(x, norm_weight, EPS, weight)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on the device the kernel always runs")

@@ -37,11 +37,13 @@ def rerotate_kernel(
 def rerotate_keys(keys: Tensor, shifts: Tensor, inv_freq: Tensor, *, target: LaunchTarget) -> None:
     """Launch on checked arguments. Modifies `keys`."""
     layers, batch, heads, _, head_dim = keys.shape
-    slots = shifts.shape[1]
+    slots, block = shifts.shape[1], triton.next_power_of_2(head_dim // 2)
     if keys.numel() == 0 or slots == 0:
         return
     target.launch(
         rerotate_kernel, (triton.cdiv(slots, BLOCK_SLOTS), batch, layers * heads),
         keys, shifts, inv_freq, keys.stride(0), keys.stride(1), keys.stride(2), shifts.stride(0), slots, heads,
-        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), BLOCK_SLOTS=BLOCK_SLOTS,
+        HALF=head_dim // 2, BLOCK=block, BLOCK_SLOTS=BLOCK_SLOTS,
+        # Not more threads than elements: those that hold a copy would read keys that the others store at the time.
+        num_warps=min(4, max(1, block * BLOCK_SLOTS // 32)),
     )  # fmt: skip

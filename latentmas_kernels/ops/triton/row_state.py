@@ -1,4 +1,8 @@
-"""The device table of a batch's rows: int32 [9, B], one line per field of `RowField`."""
+"""The device table of a batch's rows: int32 [9, B], one line per field of `RowField`.
+
+Every thread of a program loads a row's fields, and one thread stores them. A barrier lies in between, in the functions that
+store: without it a late warp reads fields of the next step.
+"""
 
 from enum import IntEnum
 
@@ -22,7 +26,7 @@ class RowField(IntEnum):
         STOP_COSINE: the cosine to the step before that ends the row's latent steps, float32 by its bits; NEVER_COSINE for none.
         PREFIX_ROW: the row that holds the row's first slots, counted from the first row that the launches are about: it may be
             outside of them, and negative.
-        PREFIX_LEN: the number of these slots, a multiple of the block that attention reads at once.
+        PREFIX_LEN: the number of these slots, fewer than LENGTH.
     """
 
     ACTIVE = 0
@@ -61,22 +65,9 @@ def load_active(row_state_ptr, state_stride, row):
 
 
 @triton.jit
-def store_active(row_state_ptr, state_stride, row, active):
-    tl.store(_field(row_state_ptr, state_stride, row, _ACTIVE), active)
-
-
-@triton.jit
 def load_step(row_state_ptr, state_stride, row):
     """Return the number of the step to log."""
     return tl.load(_field(row_state_ptr, state_stride, row, _STEP))
-
-
-@triton.jit
-def next_step(row_state_ptr, state_stride, row):
-    """Return the number of the step to log, and count it."""
-    step = load_step(row_state_ptr, state_stride, row)
-    tl.store(_field(row_state_ptr, state_stride, row, _STEP), step + 1)
-    return step
 
 
 @triton.jit
@@ -85,6 +76,7 @@ def advance(row_state_ptr, state_stride, row, kv_table_ptr):
     active = load_active(row_state_ptr, state_stride, row)
     length = tl.load(_field(row_state_ptr, state_stride, row, _LENGTH))
     position = tl.load(_field(row_state_ptr, state_stride, row, _POSITION)) + active
+    tl.debug_barrier()
     tl.store(_field(row_state_ptr, state_stride, row, _SLOT), tl.where(active > 0, length, -1))
     tl.store(_field(row_state_ptr, state_stride, row, _LENGTH), length + active)
     tl.store(_field(row_state_ptr, state_stride, row, _POSITION), position)
@@ -104,13 +96,14 @@ def load_latent_state(row_state_ptr, state_stride, row):
 
 @triton.jit
 def finished_latent_step(row_state_ptr, state_stride, row):
-    """Return whether the row takes part in the present latent step, and its number, once `end_latent_step` has counted it."""
+    """Return whether the row takes part in the present latent step, and its number, once `end_step` has counted it."""
     slot = tl.load(_field(row_state_ptr, state_stride, row, _SLOT))
     return slot >= 0, load_step(row_state_ptr, state_stride, row) - 1
 
 
 @triton.jit
-def end_latent_step(row_state_ptr, state_stride, row, step, goes_on):
+def end_step(row_state_ptr, state_stride, row, step, goes_on):
     """Count the step, and store whether the row takes part in the next one. Behind `advance`, which reads that of this one."""
+    tl.debug_barrier()
     tl.store(_field(row_state_ptr, state_stride, row, _STEP), step + 1)
-    store_active(row_state_ptr, state_stride, row, goes_on.to(tl.int32))
+    tl.store(_field(row_state_ptr, state_stride, row, _ACTIVE), goes_on.to(tl.int32))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentmas_kernels.ops.triton.kv_table import step_log_pointer
 from latentmas_kernels.ops.triton.launch import LaunchTarget
-from latentmas_kernels.ops.triton.row_state import load_active, load_step, next_step, store_active
+from latentmas_kernels.ops.triton.row_state import end_step, load_active, load_step
 from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 BLOCK = 1024
@@ -128,13 +128,13 @@ def store_token(
     MAX_EOS_TOKENS: tl.constexpr,
 ):
     """Store the token, the padding token for a row that has ended, and end the row at an end-of-sequence token."""
-    active = load_active(row_state_ptr, state_stride, row)
+    active, step = load_active(row_state_ptr, state_stride, row), load_step(row_state_ptr, state_stride, row)
     token = tl.where(active > 0, token.to(tl.int64), tl.load(ints_ptr + _PAD_TOKEN_ID))
     for i in range(MAX_EOS_TOKENS):
         active = tl.where(token == tl.load(eos_ptr + i), 0, active)
     tl.store(token_ids_ptr + row, token)
-    tl.store(step_log_pointer(kv_table_ptr, row, tl.int64) + next_step(row_state_ptr, state_stride, row), token)
-    store_active(row_state_ptr, state_stride, row, active)
+    tl.store(step_log_pointer(kv_table_ptr, row, tl.int64) + step, token)
+    end_step(row_state_ptr, state_stride, row, step, active > 0)
 
 
 @triton.jit
