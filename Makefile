@@ -16,9 +16,10 @@ TORCH_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 NEWEST_TESTS ?= $(MATRIX)
 # All of them, or those that are named: make test-vllm VLLM_TESTS=tests/with_vllm/test_kv_transfer.py
 VLLM_TESTS ?= tests/with_vllm
+OLDEST_TRITON := $(shell sed -n 's/.*"triton>=\([0-9.]*\),.*/\1/p' pyproject.toml).0
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-.PHONY: demo test test-matrix test-oldest test-newest test-isa test-vllm test-transformers lint bench clean
+.PHONY: demo test test-ptx test-ptx-short test-matrix test-oldest test-newest test-isa test-vllm test-transformers lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/latentmas run
@@ -27,6 +28,15 @@ test: .venv/.installed-test
 	@# fetched once here, so that the test processes do not each fetch it
 	$(BIN)/python -c "from latentmas.default_model import default_model_folder; default_model_folder()"
 	$(BIN)/python -m pytest
+
+# The Triton kernels as compiled for a GPU, in an emulator (tests/ptx): by the newest and by the oldest Triton that is supported.
+test-ptx: .venv/.installed-test build/triton-$(OLDEST_TRITON)/.installed
+	TRITON_INTERPRET=0 timeout 3600 $(BIN)/python -m pytest tests/ptx
+	TRITON_INTERPRET=0 PYTHONPATH=build/triton-$(OLDEST_TRITON) timeout 3600 $(BIN)/python -m pytest tests/ptx
+
+# One case of each test of a kernel, by the newest Triton: within 150 seconds on two cores.
+test-ptx-short: .venv/.installed-test
+	TRITON_INTERPRET=0 timeout 400 $(BIN)/python -m pytest tests/ptx --short
 
 # The versions of constraints.txt, the oldest transformers that pyproject.toml allows, and the newest of everything.
 test-matrix: .venv/.installed-test test-oldest test-newest
@@ -86,6 +96,10 @@ bench: .venv/.installed-test .venv/.installed-bench
 
 .venv/.installed-%: .venv/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	@touch $@
+
+build/triton-%/.installed: .venv/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$*
 	@touch $@
 
 .venv-oldest/.installed: $(SOURCES)
