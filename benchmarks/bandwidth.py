@@ -21,6 +21,9 @@ import torch
 
 CPU_BYTES = 1 << 29  # five times the last-level cache of a large server processor
 CUDA_BYTES = 1 << 31
+DATASHEET = {  # GB/s, the first name that is in the GPU's
+    "H100 PCIe": 2000, "H100 NVL": 3900, "H100": 3350, "H200": 4800, "A100-SXM4-80GB": 2039, "A100 80GB": 2039,
+}  # fmt: skip
 OUT_OF_TIME = 75
 """Exit status of a benchmark that has left something for its next run, because its seconds were spent."""
 
@@ -82,6 +85,13 @@ def device_name(device: torch.device | str) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def datasheet(device: torch.device | str) -> int | None:
+    """GB/s of the datasheet; None for the CPU and for a GPU that is not known here."""
+    if torch.device(device).type != "cuda":
+        return None
+    return next((gb_s for name, gb_s in DATASHEET.items() if name in device_name(device)), None)
 
 
 def conditions(device: torch.device | str) -> dict[str, Any]:

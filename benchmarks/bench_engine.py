@@ -22,13 +22,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product as pairs
 from typing import Any
 
 import torch
 import triton
-from bandwidth import OUT_OF_TIME, conditions, device_name, load_json, median_ms, merge_json, read_bandwidth
+from bandwidth import OUT_OF_TIME, conditions, datasheet, load_json, median_ms, merge_json, read_bandwidth
 from peers import PEERS, Ours, Side, Start
 from reference import LATENT_STEPS, errors, reference, refused
 from rich.console import Console
@@ -38,15 +39,12 @@ from shapes import SHAPES, build_model, parameter_bytes, sizes_of
 from latentmas_kernels import build_aligner
 from latentmas_kernels.alignment import Aligner
 from latentmas_kernels.engines.cuda_graphs import CudaGraphs
-from latentmas_kernels.ops.triton.launch import target_of
+from latentmas_kernels.ops.triton.launch import LaunchTarget, target_of
 from latentmas_kernels.ops.triton.skinny_gemm import pdl_wait
 
 PHASES = ("latent", "token")
 STEPS, ROUNDS = 20, 7
 DRY = (1, 1)  # the same on the CPU, where a step in Triton's interpreter takes a second or more
-DATASHEET = {  # GB/s, the first name that is in the GPU's
-    "H100 PCIe": 2000, "H100 NVL": 3900, "H100": 3350, "H200": 4800, "A100-SXM4-80GB": 2039, "A100 80GB": 2039,
-}  # fmt: skip
 Cell = tuple[str, int, int]  # shape, batch, KV
 ALL_SHAPES = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "llama-3.2-1b")
 FIRST: list[Cell] = [
@@ -57,9 +55,9 @@ FIRST: list[Cell] = [
 ALL_CELLS = [*FIRST, *(c for c in pairs(ALL_SHAPES, (1, 4, 16, 64), (256, 2048, 16384)) if c not in FIRST)]
 
 
-def prepare(shape: str, dtype: torch.dtype, device: str) -> tuple[Any, Aligner]:
+def prepare(shape: str, dtype: torch.dtype, device: str, layers: int | None = None) -> tuple[Any, Aligner]:
     """The model and its feedback: the identity where it is tied, else a random W_a, whose time is that of any other."""
-    model = build_model(shape, dtype, device)
+    model = build_model(shape, dtype, device, layers)
     aligner = build_aligner(model, "identity")
     if not SHAPES[shape][2]:
         width = model.config.hidden_size
@@ -155,7 +153,7 @@ def measure(cell: Cell, model: Any, aligner: Aligner, device: str) -> dict[str, 
             result["peers"][name][phase] = {"ms": ms, "ours_faster": ms / beside}
 
     bandwidth = statistics.median([before, read_bandwidth(device, repeats=3)])
-    sheet = next((gb_s for name, gb_s in DATASHEET.items() if device == "cuda" and name in device_name(device)), None)
+    sheet = datasheet(device)
     extra = {"latent": 0 if aligner.weight is None else aligner.weight.nbytes, "token": weights.lm_head.nbytes}
     for index, phase in enumerate(PHASES):
         if not times[phase]:  # no peer ran, so the engine takes its rounds alone
@@ -167,7 +165,7 @@ def measure(cell: Cell, model: Any, aligner: Aligner, device: str) -> dict[str, 
         gb_s = moved / ms / 1e6
         quartiles = statistics.quantiles(times[phase], n=4) if len(times[phase]) > 1 else [ms] * 3
         result[phase] = {
-            "ms": ms, "iqr_ms": quartiles[2] - quartiles[0], "mb": moved / 1e6, "gb_s": gb_s,
+            "ms": ms, "iqr_ms": quartiles[2] - quartiles[0], "kv": length, "mb": moved / 1e6, "gb_s": gb_s,
             "percent_of_bandwidth": 100 * gb_s / bandwidth,
             "percent_of_datasheet": None if sheet is None else 100 * gb_s / sheet,
         }  # fmt: skip
@@ -175,22 +173,23 @@ def measure(cell: Cell, model: Any, aligner: Aligner, device: str) -> dict[str, 
 
 
 @triton.jit
-def empty_kernel(OVERLAP: triton.language.constexpr):
-    if OVERLAP:
+def empty_kernel(USE_PDL: triton.language.constexpr):
+    if USE_PDL:
         pdl_wait()
 
 
 def launch_cost(device: str, launches: int = 1000) -> dict[str, Any]:
-    """Microseconds of a launch in a CUDA graph of empty kernels, in a row and overlapping as the engine's do."""
-    target = target_of(torch.device(device))
+    """Microseconds of a launch in a CUDA graph of empty kernels, serial and with programmatic dependent launch."""
+    target = target_of(torch.device(device), captured=True)
     said: dict[str, Any] = {**conditions(device), "launches": launches}
-    for name, overlap in {"serial": False, "overlapping": True}.items():
-        if overlap and not target.overlap:
+    for name, enable_pdl in {"serial": False, "pdl": True}.items():
+        if enable_pdl and not target.enable_pdl:
             continue
+        with_pdl = replace(target, enable_pdl=enable_pdl)
 
-        def body(overlap: bool = overlap) -> None:
+        def body(target: LaunchTarget = with_pdl) -> None:
             for _ in range(launches):
-                empty_kernel[(1,)](OVERLAP=overlap, num_warps=1, **(target.options if overlap else {}))
+                target.launch(empty_kernel, (1,), USE_PDL=target.enable_pdl, num_warps=1)
 
         said[f"{name}_us"] = median_ms(CudaGraphs(torch.device(device))(body), device) * 1e3 / launches
     return said

@@ -30,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """One process, whatever pyproject says: benchmarks side by side would measure each other."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError(
+            "the benchmarks of the ops need pytest-benchmark, which is not installed: pip install pytest-benchmark"
+        )
     config.option.numprocesses, config.option.dist = 0, "no"
     config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds"]
 

@@ -47,10 +47,12 @@ def parameter_bytes(shape: str, itemsize: int) -> int:
     return (s["num_hidden_layers"] * layer + ends) * itemsize
 
 
-def build_model(shape: str, dtype: torch.dtype, device: str) -> Any:
-    """The model, its weights drawn on the device itself."""
+def build_model(shape: str, dtype: torch.dtype, device: str, layers: int | None = None) -> Any:
+    """The model, or its first layers, its weights drawn on the device itself."""
     family, _, tied, more = SHAPES[shape]
-    config = CONFIG_MAPPING[family](**sizes_of(shape), tie_word_embeddings=tied, pad_token_id=0, **more)
+    sizes = sizes_of(shape)
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    config = CONFIG_MAPPING[family](**sizes, tie_word_embeddings=tied, pad_token_id=0, **more)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

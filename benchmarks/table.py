@@ -70,6 +70,29 @@ def engine(path: Path) -> list[str]:
     return [*lines, *(["No time for:", "", *missing, ""] if missing else [])]
 
 
+def checks(path: Path) -> list[str]:
+    results = load_json(path, "checks")
+    said = [f"- {name}: {r['state']}, {r['said']}" for name, r in sorted(results.items())]
+    return ["## Checks on the device", "", about(results), "", *said, ""] if said else []
+
+
+def replays(path: Path) -> list[str]:
+    results = load_json(path, "replay")
+    timed = sorted((r for r in results.values() if "latent" in r), key=lambda r: (r["shape"], r["batch"], not r["pdl"]))
+    if not timed:
+        return []
+    rows = []
+    for r in timed:
+        cells = [r["shape"], str(r["batch"]), "on" if r["pdl"] else "off"]
+        for phase in PHASES:
+            row = r[phase]
+            sheet = "-" if row["percent_of_datasheet"] is None else f"{row['percent_of_datasheet']:.0f}%"
+            cells += [f"{row['us']:.1f}", sheet, f"{r['error'][phase]:.1e}"]
+        rows.append(cells)
+    columns = ["shape", "batch", "PDL", "latent us", "sheet", "error", "token us", "sheet", "error"]
+    return ["## One step, replayed", "", about(results), "", *markdown(columns, rows)]
+
+
 def ops(path: Path) -> list[str]:
     results = load_json(path, "ops")
     if not results:
@@ -117,7 +140,16 @@ def chains(path: Path) -> list[str]:
 
 def main() -> None:
     path = Path(sys.argv[1])
-    lines = [f"# {path.stem}", "", *launches(path), *engine(path), *chains(path), *ops(path)]
+    lines = [
+        f"# {path.stem}",
+        "",
+        *checks(path),
+        *launches(path),
+        *replays(path),
+        *engine(path),
+        *chains(path),
+        *ops(path),
+    ]
     path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
     print(path.with_suffix(".md"))
 
