@@ -353,7 +353,8 @@ class HFGraphEngine:
             )
         except CaptureError as error:  # a forward that waits for the device, say, which no graph can hold
             failed = kind
-            warning = f"{self.architecture.name} runs {kind[0]} steps on the eager engine: a step could not be captured ({error})"
+            name = self.architecture.name
+            warning = f"{name} runs {kind[0]} steps on the eager engine: a step could not be captured ({error})"
         if failed is not None:
             # Behind the blocks, since an error holds the frames that it passed, and so the tensors.
             batch = seed = None
