@@ -7,6 +7,7 @@ from small_kernels import Device
 
 ADDRESS = "mul.wide.u32 %rd1, %r92, 4; add.s64 %rd2, %rd40, %rd1;"
 SEEDS = range(6)
+TRIGGER, WAIT = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"
 
 
 def numbers(count: int = 64) -> np.ndarray:
@@ -180,6 +181,53 @@ def test_a_copy_to_what_another_warp_still_reads(seed):
     assert "race in shared memory" in device.run(device.launch(body, threads=64, shared=1024), seed=seed)[0]
 
 
+SOURCE = "mul.wide.u32 %rd1, %r90, 16; add.s64 %rd2, %rd40, %rd1;"
+ISSUE = "shl.b32 %r1, %r90, 4; cp.async.cg.shared.global [%r1], [%rd2], 0x10; cp.async.commit_group;"
+LAND = "cp.async.wait_group 0;"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_copy_issued_ahead_of_the_wait_for_the_launch_before(seed):
+    """What it reads is not there yet, although it lands behind the wait."""
+    for order, racy in (((WAIT, ISSUE), False), ((ISSUE, WAIT), True)):
+        device = Device(np.zeros(128, np.int32))
+        store = device.launch(f"{TRIGGER} {SOURCE} st.global.b32 [%rd2], 7;", pdl=True)
+        load = device.launch(f"{SOURCE} {' '.join(order)} {LAND}", shared=512, pdl=True)
+        assert bool(device.run(store, load, seed=seed)) == racy
+
+
+@pytest.mark.parametrize("by", ["another warp", "its own warp"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_source_of_a_copy_written_before_it_lands(seed, by):
+    """A barrier orders the issue in front of the store, not the landing."""
+    stores = "ge" if by == "another warp" else "lt"
+    body = f"""
+        setp.lt.s32 %p1, %r90, 32; setp.{stores}.s32 %p2, %r90, 32;
+        and.b32 %r3, %r90, 31; mul.wide.u32 %rd1, %r3, 16; add.s64 %rd2, %rd40, %rd1; shl.b32 %r1, %r3, 4;
+        @%p1 cp.async.cg.shared.global [%r1], [%rd2], 0x10;
+        cp.async.commit_group;
+        {{early}}
+        bar.sync 0;
+        @%p2 st.global.b32 [%rd2], 7;
+        {{late}}
+    """
+    for early, late in (("", LAND), (LAND, "")):
+        device = Device(numbers(128))
+        launch = device.launch(body.format(early=early, late=late), threads=64, shared=512)
+        assert bool(device.run(launch, seed=seed)) == bool(late)
+
+
+def test_the_seed_decides_when_a_copy_reads():
+    """A store between issue and landing is in the copy with some seeds, and is not with others."""
+    body = f"{SOURCE} {ISSUE} st.global.b32 [%rd2], 7; {LAND} ld.shared.b32 %r2, [%r1]; add.s64 %rd3, %rd41, %rd1;"
+    found = set()
+    for seed in range(20):
+        device = Device(np.zeros(128, np.int32), np.zeros(128, np.int32))
+        device.run(device.launch(f"{body} st.global.b32 [%rd3], %r2;", shared=512), seed=seed)
+        found.add(int(device.arrays[1][0]))
+    assert found == {0, 7}
+
+
 # ---- blocks of one launch ------------------------------------------------------------------------------------------
 
 # The last block to arrive adds up what all of them stored.
@@ -269,7 +317,6 @@ COPY_BACK = """
     {address}
     add.s64 %rd6, %rd41, %rd1; ld.global.b32 %r2, [%rd6]; st.global.b32 [%rd2], %r2;
 """
-TRIGGER, WAIT = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"
 
 
 def chain(seed: int, *, pdl: bool, early: tuple[str, ...] = (TRIGGER,) * 4, wait: tuple[str, ...] = (WAIT,) * 4):

@@ -95,7 +95,8 @@ def test_a_barrier_taken_out(products, request):
     unfound = [
         i for i in range(len(groups)) if not found.finds(lambda ptx, i=i: without(ptx, barriers_of(ptx)[i]), seed=i)
     ]
-    assert len(unfound) <= 1
+    # All of them with Triton 3.9; with 3.6 a product on tensor cores does not need the first one, far ahead of the atomic.
+    assert unfound in ([], [0])
 
 
 @pytest.mark.parametrize("weaker", ["relaxed", "release", "acquire"])
@@ -107,6 +108,18 @@ def test_an_atomic_that_orders_too_little(gemv, weaker, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_wait_for_the_launch_before_left_out(gemv, seed):
     assert gemv.finds(lambda ptx: ptx.replace("griddepcontrol.wait", "griddepcontrol.launch_dependents"), seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_asynchronous_copy_ahead_of_the_wait_for_the_launch_before(dot, seed):
+    """The first copy is of the activations, and lands behind the wait in any case."""
+
+    def late(ptx: str) -> str:
+        return re.sub(
+            r"griddepcontrol\.wait\s*;(.*?cp\.async\.cg[^;]*;)", r"\1 griddepcontrol.wait;", ptx, count=1, flags=re.S
+        )
+
+    assert dot.finds(late, seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -15,5 +15,7 @@ writes must be ordered by barriers, by release and acquire, or by the end of a l
 
 Not seen: mistakes of ptxas, time, limits of registers and shared memory, races between lanes of one warp (they run in
 lockstep), the order in which tensor cores round, denormals that `ftz` flushes, the last bits of approximate functions, and
-whether `fence.proxy.async` is where wgmma needs it.
+whether `fence.proxy.async` is where wgmma needs it. Accepted although PTX does not define it: warp-wide instructions under a
+predicate of some lanes, `ld.global.nc` of what the launch itself has stored, unordered stores of equal bytes to shared
+memory.
 """

@@ -1,24 +1,52 @@
-"""cp.async: copies from global to shared memory, which land as late as they may: when they are waited for."""
+"""cp.async: copies from global to shared memory, which land as late as they may: when they are waited for.
 
+The source is read at any time from issue to landing: it must be ordered in front of the issue, and nobody may write it until
+the copy has landed. Which of the two ends the bytes are taken at, the seed decides for each warp.
+"""
+
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from emulator.memory import Addresses, note_read
+from emulator.memory import Addresses, Buffer, note_read
 from emulator.program import Instruction, Program
 from emulator.values import ALL, Lanes, constant
 from emulator.warp import Warp
 
 
-class Copy(NamedTuple):
-    """A copy on its way: `size` bytes for each of `lanes`, of which `taken` are read and the others are zeros."""
+class Source(NamedTuple):
+    """What a copy reads of one buffer: in which lanes, at which bytes of it, and the read's place in the buffer's log."""
+
+    buffer: Buffer
+    lanes: Lanes
+    offsets: Addresses
+    place: int | None
+
+
+@dataclass
+class Copy:
+    """A copy on its way: `size` bytes for each of `lanes`, of which `taken` are read and the others are zeros.
+
+    Attributes:
+        data: uint8 [32, size]; None where the bytes are taken when the copy lands.
+    """
 
     to: Addresses
-    source: Addresses
+    sources: list[Source]
     taken: Addresses
     lanes: Lanes
     size: int
     instruction: str
+    data: NDArray[np.uint8] | None = None
+
+    def take(self) -> NDArray[np.uint8]:
+        data = np.zeros((32, self.size), np.uint8)
+        for buffer, lanes, offsets, _ in self.sources:
+            data[lanes] = buffer.bytes[offsets[lanes][:, None] + np.arange(self.size)]
+        data[np.arange(self.size) >= self.taken[:, None]] = 0
+        return data
 
 
 def decode_copy(program: Program, instruction: Instruction) -> Any:
@@ -43,11 +71,20 @@ def decode_copy(program: Program, instruction: Instruction) -> Any:
 
     def execute(warp: Warp, lanes: Lanes) -> None:
         targets = warp.registers[to].astype(np.int64) + to_offset
-        sources = warp.registers[source].view(np.int64) + source_offset
+        addresses = warp.registers[source].view(np.int64) + source_offset
         count = np.full(32, size) if taken is None else warp.registers[taken].astype(np.int64)
         # From here on nobody else may touch what it writes.
         warp.shared.reserve(warp, targets[lanes], size)
-        warp.copies.append(Copy(targets, sources, count, lanes, size, warp.instruction))
+        reading = lanes & (count > 0)
+        spans = warp.memory.spans(warp, ALL if reading.all() else reading, addresses, size) if reading.any() else ()
+        sources = [
+            Source(buffer, here, at, note_read(warp, buffer, at[here], size, atomic=False, pending=True))
+            for buffer, here, at in spans
+        ]
+        copy = Copy(targets, sources, count, lanes, size, warp.instruction)
+        if warp.copies_at_issue:
+            copy.data = copy.take()
+        warp.copies.append(copy)
 
     return execute
 
@@ -67,14 +104,10 @@ def land(warp: Warp, left: int) -> None:
     while len(warp.copy_groups) > left:
         for copy in warp.copy_groups.pop(0):
             running, warp.instruction = warp.instruction, copy.instruction
-            data = np.zeros((32, copy.size), np.uint8)
-            reading = copy.lanes & (copy.taken > 0)
-            if reading.any():
-                lanes = ALL if reading.all() else reading
-                for buffer, here, offsets in warp.memory.spans(warp, lanes, copy.source, copy.size):
-                    note_read(warp, buffer, offsets[here], copy.size, atomic=False)
-                    data[here] = buffer.bytes[offsets[here][:, None] + np.arange(copy.size)]
-            data[np.arange(copy.size) >= copy.taken[:, None]] = 0
+            data = copy.take() if copy.data is None else copy.data
+            for source in copy.sources:
+                if source.place is not None:
+                    source.buffer.reads.finish(warp, source.place)
             warp.shared.write(warp, copy.to[copy.lanes], data[copy.lanes])
             warp.instruction = running
 

@@ -75,6 +75,7 @@ class Machine:
                 for warp in block.warps:
                     if not launch.pdl:
                         warp.ended_launches = (1 << launch.number) - 1
+                    warp.copies_at_issue = self._random.random() < 0.5
                     self._enqueue(warp)
 
     def _enqueue(self, warp: Warp) -> None:

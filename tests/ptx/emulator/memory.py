@@ -104,15 +104,21 @@ def check_alignment(warp: "Warp", addresses: Addresses, width: int) -> None:
         raise Fault(f"misaligned for {width} bytes: {warp.where()}")
 
 
-def note_read(warp: "Warp", buffer: Buffer, starts: Starts, width: int, *, atomic: bool) -> None:
-    """Check a read of a buffer for a write that it is not ordered behind."""
+def note_read(
+    warp: "Warp", buffer: Buffer, starts: Starts, width: int, *, atomic: bool, pending: bool = False
+) -> int | None:
+    """Check a read of a buffer for a write that it is not ordered behind.
+
+    Returns:
+        Its place in the buffer's reads; None where no kernel may write the buffer.
+    """
     if not buffer.writable:
-        return
+        return None
     if buffer.writes.launches & ~warp.ended_launches:
         other = buffer.writes.unordered(warp, starts, width, atomic)
         if other:
             warp.report(f"race on {buffer.name}", "read", other)
-    buffer.reads.add(warp, starts, width, atomic)
+    return buffer.reads.add(warp, starts, width, atomic, pending)
 
 
 def note_write(warp: "Warp", buffer: Buffer, starts: Starts, width: int, *, atomic: bool) -> None:

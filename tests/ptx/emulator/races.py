@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 Starts = NDArray[np.int64]
 
+PENDING = np.iinfo(np.int32).max
+"""The clock of an asynchronous access until it is done: no warp knows it to have happened, not even the one that issued it."""
+
 
 class AccessLog:
     """Accesses of some warps to one buffer, in the order of the run: of a launch, or of a block to its shared memory.
 
     Attributes:
         first: number of the first of these warps in their launch.
-        latest: the clock of each of them at its last access.
+        latest: the clock of each of them at its last access; PENDING while one is.
     """
 
     def __init__(self, first: int, warps: int) -> None:
@@ -30,15 +33,23 @@ class AccessLog:
         self._table = np.empty((64, 5), np.int64)  # warp, clock, atomic, lowest byte, end
         self._accesses: list[tuple[Starts, int, str]] = []
 
-    def add(self, warp: "Warp", starts: Starts, width: int, atomic: bool) -> None:
-        """Note an access of `width` bytes at each of `starts`."""
+    def add(self, warp: "Warp", starts: Starts, width: int, atomic: bool, pending: bool = False) -> int:
+        """Note an access of `width` bytes at each of `starts`; return its place, for `finish` of a pending one."""
         count = len(self._accesses)
         if count == len(self._table):
             self._table = np.concatenate([self._table, np.empty_like(self._table)])
-        number, clock = warp.number - self.first, warp.clock[warp.number]
+        number, clock = warp.number - self.first, PENDING if pending else warp.clock[warp.number]
         self._table[count] = number, clock, atomic, starts.min(), starts.max() + width
         self._accesses.append((starts, width, warp.instruction))
-        self.latest[number] = clock
+        self.latest[number] = max(self.latest[number], clock)
+        return count
+
+    def finish(self, warp: "Warp", place: int) -> None:
+        """A pending access is done: it is ordered as if `warp` made it now."""
+        number = warp.number - self.first
+        self._table[place, 1] = warp.clock[warp.number]
+        table = self._table[: len(self._accesses)]
+        self.latest[number] = table[table[:, 0] == number, 1].max()
 
     def unordered(self, warp: "Warp", starts: Starts, width: int, atomic: bool) -> str | None:
         """Return an access of the same bytes that `warp` does not know to have happened, None where there is none.
@@ -49,7 +60,8 @@ class AccessLog:
         if (self.latest <= clocks).all():
             return None
         table = self._table[: len(self._accesses)]
-        suspect = (table[:, 1] > clocks[table[:, 0]]) & (table[:, 0] != warp.number - self.first)
+        suspect = table[:, 1] > clocks[table[:, 0]]
+        suspect &= (table[:, 0] != warp.number - self.first) | (table[:, 1] == PENDING)
         return self._overlapping(suspect, starts, width, atomic)
 
     def any(self, starts: Starts, width: int, atomic: bool) -> str | None:
@@ -103,12 +115,16 @@ class LaunchLogs:
         """Bit i for launch i."""
         self._logs: dict[int, AccessLog] = {}
 
-    def add(self, warp: "Warp", starts: Starts, width: int, atomic: bool) -> None:
+    def add(self, warp: "Warp", starts: Starts, width: int, atomic: bool, pending: bool = False) -> int:
         launch = warp.block.launch
         if launch.number not in self._logs:
             self._logs[launch.number] = AccessLog(0, launch.warps)
             self.launches |= 1 << launch.number
-        self._logs[launch.number].add(warp, starts, width, atomic)
+        return self._logs[launch.number].add(warp, starts, width, atomic, pending)
+
+    def finish(self, warp: "Warp", place: int) -> None:
+        """A pending access of the warp's launch is done."""
+        self._logs[warp.block.launch.number].finish(warp, place)
 
     def unordered(self, warp: "Warp", starts: Starts, width: int, atomic: bool) -> str | None:
         """Return an access of the same bytes that is not ordered in front of this one."""

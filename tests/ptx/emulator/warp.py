@@ -137,6 +137,7 @@ class Warp:
         ended_launches: bit i where it knows that launch i has ended.
         instruction: the text of the one that runs.
         barrier: number and threads of the barrier that it is at.
+        copies_at_issue: whether its cp.async take their bytes when they are issued, or when they land.
         copies, copy_groups: cp.async that are not committed yet, and committed ones that are not waited for.
         products, product_groups: the same of wgmma.
     """
@@ -153,6 +154,7 @@ class Warp:
         self.state = State.RUNNING
         self.instruction = ""
         self.barrier = (0, 0)
+        self.copies_at_issue = False
         self.copies: list = []
         self.copy_groups: list[list] = []
         self.products: list = []
