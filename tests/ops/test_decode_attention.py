@@ -118,22 +118,28 @@ def test_interpreter_windows_over_positions_with_gaps(window, dtype):
     assert_right(out, queries, keys, values, lengths, 0.3, **options)
 
 
-@pytest.mark.parametrize("window", [None, 1, 40, 100, 1000])
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-def test_interpreter_reads_a_prefix_in_the_row_that_stores_it(dtype, window):
-    """Prefixes in rows before and behind, whole rows or a part; the slots that a row does not use are NaN."""
+def with_prefixes(dtype):
+    """Five rows of which three have their first slots in another row and NaN in their own: the arguments of `attend`, the rows
+    and lengths of the prefixes, keys and values as each row sees them, and positions with gaps."""
     lengths, slots = [65, 200, 130, 70, 131], 210
     queries, keys, values, rows = inputs((4, 2, 16), lengths, slots, dtype=dtype)
     prefix_row, prefix_len = [1, 1, 4, 1, 4], [64, 0, 128, 37, 0]
-    positions, query_positions = gapped(lengths, slots)
     want = [t.clone() for t in (keys, values)]
     for row, (source, count) in enumerate(zip(prefix_row, prefix_len, strict=True)):
         for store, full in zip((keys, values), want, strict=True):
             full[row, :, :count] = store[source, :, :count]
     for row, count in enumerate(prefix_len):
         keys[row, :, :count] = values[row, :, :count] = float("nan")
-    options = {"window": window, "positions": positions, "query_positions": query_positions}
     prefix = {"prefix_row": integers(*prefix_row), "prefix_len": integers(*prefix_len)}
+    return (queries, keys, values, rows), prefix, want, gapped(lengths, slots)
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 100, 1000])
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+def test_interpreter_reads_a_prefix_in_the_row_that_stores_it(dtype, window):
+    """Prefixes in rows before and behind, whole rows or a part; the slots that a row does not use are NaN."""
+    (queries, keys, values, rows), prefix, want, (positions, query_positions) = with_prefixes(dtype)
+    options = {"window": window, "positions": positions, "query_positions": query_positions}
     out = attend(queries, keys, values, rows, scale=0.25, **options, **prefix)
     assert_right(out, queries, *want, rows, 0.25, **options)
     # Where a prefix is stored makes no difference in any bit.

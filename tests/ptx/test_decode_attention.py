@@ -3,8 +3,8 @@
 import pytest
 import torch
 from launches import Recording, gpu
-from numerics import DTYPES, integers, poisoned
-from ops.test_decode_attention import HEADS, assert_right, gapped, inputs, raw, still
+from numerics import DTYPES, poisoned
+from ops.test_decode_attention import HEADS, assert_right, gapped, inputs, raw, still, with_prefixes
 from ops.test_decode_attention_append import SIZES, frequencies
 from ops.test_decode_attention_append import assert_right as assert_appended
 from ops.test_decode_attention_append import inputs as append_inputs
@@ -83,18 +83,8 @@ def test_any_number_of_splits(n_splits):
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_prefix_in_the_row_that_stores_it(window):
-    lengths, slots, dtype = [65, 200, 130, 70, 131], 210, torch.bfloat16
-    queries, keys, values, rows = inputs((4, 2, 16), lengths, slots, dtype=dtype)
-    prefix_row, prefix_len = [1, 1, 4, 1, 4], [64, 0, 128, 64, 0]
-    positions, query_positions = gapped(lengths, slots)
-    want = [t.clone() for t in (keys, values)]
-    for row, (source, count) in enumerate(zip(prefix_row, prefix_len, strict=True)):
-        for store, full in zip((keys, values), want, strict=True):
-            full[row, :, :count] = store[source, :, :count]
-    for row, count in enumerate(prefix_len):
-        keys[row, :, :count] = values[row, :, :count] = float("nan")
+    (queries, keys, values, rows), prefix, want, (positions, query_positions) = with_prefixes(torch.bfloat16)
     options = {"window": window, "positions": positions, "query_positions": query_positions}
-    prefix = {"prefix_row": integers(*prefix_row), "prefix_len": integers(*prefix_len)}
     out = run(queries, keys, values, rows, n_splits=4, **options, **prefix)
     assert_right(out, queries, *want, rows, 0.25, **options)
 

@@ -203,9 +203,8 @@ def decode_attention_kernel(
             tl.store(keys + at, new_key, mask=in_head[None, :])
             tl.store(values + at, new_value, mask=in_head[None, :])
             max_score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
-            weight_sum = tl.exp2(
-                max_score - tl.where(max_score == float("-inf"), 0.0, max_score)
-            )  # 1, and NaN of a NaN
+            base = tl.where(max_score == float("-inf"), 0.0, max_score)
+            weight_sum = tl.exp2(max_score - base)  # 1, and NaN of a NaN
             out = weight_sum[:, None] * new_value.to(tl.float32)
 
         max_score, weight_sum, out = attend(q, k, v, seen, max_score, weight_sum, out, scale)
